@@ -1,0 +1,97 @@
+"""The shape of a model, and the named sizes."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from .errors import InputError
+
+NAMED_VOCAB_SIZE = 50304
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's parameters and its function.
+
+    `d_ff` is the width of one routed expert, `d_ff_shared` that of the shared one. `dense` replaces the MoE by its
+    dense twin: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. Raises InputError for impossible
+    shapes.
+    """
+
+    vocab_size: int = NAMED_VOCAB_SIZE
+    d_model: int = 512
+    num_layers: int = 8
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    num_experts: int = 4
+    d_ff: int = 1408
+    d_ff_shared: int = 704
+    max_seq_len: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    z_loss_coef: float = 1e-3
+    balance_loss_coef: float = 1e-2
+    dense: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise InputError(f"config: {field.name} must be a positive whole number, not {value!r}")
+        if self.d_model % (2 * self.num_heads):
+            raise InputError(
+                f"config: d_model {self.d_model} must be num_heads {self.num_heads} times an even head_dim"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.num_experts < 2:
+            raise InputError(f"config: num_experts {self.num_experts} must be at least 2, as routing is top-2")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def d_ff_dense(self) -> int:
+        """Width of the dense twin's SwiGLU."""
+        return 2 * self.d_ff + self.d_ff_shared
+
+    @classmethod
+    def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
+        """A named size, or its dense twin. Nano has no vocabulary of its own: pass `vocab_size`."""
+        if size not in PRESETS:
+            raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
+        return replace(PRESETS[size], dense=dense, **overrides)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """The inverse of `to_dict`. Raises InputError for fields that don't exist."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise InputError(f"config: unknown fields {', '.join(map(str, unknown))}: written by another version?")
+        return cls(**values)
+
+
+PRESETS = {
+    "nano": ModelConfig(
+        vocab_size=2048,
+        d_model=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=1,
+        num_experts=8,
+        d_ff=128,
+        d_ff_shared=128,
+    ),
+    "tiny": ModelConfig(),
+    "small": ModelConfig(d_model=768, num_layers=16, num_experts=8, d_ff=896, d_ff_shared=640),
+    "medium": ModelConfig(d_model=1024, num_layers=20, num_experts=8, d_ff=1664, d_ff_shared=1536),
+    "large": ModelConfig(d_model=1536, num_layers=24, num_experts=8, d_ff=1920, d_ff_shared=512),
+}

@@ -1,0 +1,93 @@
+"""What a device is and can: its resolution from a flag, dtype, compiler, peak rate and memory."""
+
+import os
+import resource
+import shutil
+import sys
+import time
+
+import torch
+
+from .errors import InputError
+
+# Dense bf16 TFLOP/s of the datasheets, by a part of the device's name.
+DATASHEET_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "GH200": 989, "A100": 312, "MI300X": 1307, "RTX 4090": 165}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises InputError for a device that isn't there."""
+    if name == "auto":
+        accelerators = (("cuda", torch.cuda), ("mps", torch.backends.mps))
+        return torch.device(next((kind for kind, backend in accelerators if backend.is_available()), "cpu"))
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--device {name} is not there ({reason}); use auto or cpu") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on CUDA and on CPUs with native bf16 arithmetic, else fp32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16()) else "fp32"
+    return DTYPES[name]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively; without, a bf16 GEMM is 10 to 100 times slower than fp32's."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """The compiler that torch.compile needs for this device and that is not here; None if nothing is missing."""
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    else:
+        compiler = os.environ.get("CC", "gcc")
+    return None if shutil.which(compiler.split()[0]) else compiler
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that utilisation is measured against, and where the figure is from: datasheet, or a GEMM run now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in DATASHEET_TFLOPS.items():
+            if part in name:
+                return tflops * 1e12, f"{part} datasheet"
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured on a GEMM of {size}³"
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most ever allocated, elsewhere the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

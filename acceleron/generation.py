@@ -1,0 +1,138 @@
+"""Text from a checkpoint: sampling with a KV cache."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from .attention import KVCache, best_sdpa
+from .data.tokenizer import END_OF_TEXT, find_tokenizer, load_tokenizer
+from .errors import InputError
+from .model import Acceleron
+from .training.checkpoint import assign_weights
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. top_k 0 and top_p 1 keep all tokens. Raises InputError for values out of range."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or above, and finite")
+        if self.top_k < 0:
+            raise InputError(f"--top_k {self.top_k}: must be 0 (keep all) or above")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+
+
+def load_model(contents: dict, path: str | Path, device: torch.device, dtype: torch.dtype) -> Acceleron:
+    """The model of a loaded checkpoint, ready to generate. Raises InputError if its weights don't fit its config."""
+    with torch.device("meta"):
+        model = Acceleron(contents["config"])
+    assign_weights(model, contents, path)
+    model.build_rope()
+    return prepare_for_inference(model, dtype).to(device)
+
+
+def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
+    """Cast the matrices to dtype once, so that no step has to; routers and norms stay fp32."""
+    model.compute_dtype = dtype
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(False)
+        keep = weight.dim() == 1 or name.endswith("router")
+        weight.data = weight.data.to(weight.dtype if keep else dtype, copy=True)
+    return model.eval()
+
+
+def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
+    """The tokenizer asked for, else the one beside the checkpoint, beside its data, or beside the scripts.
+
+    Raises InputError if there is none, or if it has more entries than the model.
+    """
+    path = find_tokenizer(explicit, Path(checkpoint).parent, Path(contents["options"]["data_dir"]), scripts_dir)
+    if path is None:
+        raise InputError(f"no tokenizer beside {checkpoint}, its data, or the scripts: name one with --tokenizer")
+    tokenizer = load_tokenizer(path)
+    vocab_size = contents["config"].vocab_size
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise InputError(
+            f"{path} has {tokenizer.get_vocab_size()} entries, more than the model's vocabulary of {vocab_size}: "
+            "name the tokenizer it was trained with by --tokenizer"
+        )
+    return tokenizer
+
+
+def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """The next token's id, int64 [1]. Candidates are narrowed by top-k, then top-p, after the temperature."""
+    if sampling.temperature == 0:
+        return logits_V.argmax(dim=-1, keepdim=True)
+    logits_V = logits_V.float() / sampling.temperature
+    if 0 < sampling.top_k < len(logits_V):
+        logits, ids = logits_V.topk(sampling.top_k)
+    else:
+        logits, ids = logits_V.sort(descending=True)
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        # Keep the fewest tokens that reach top_p together; the first is always kept.
+        probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= sampling.top_p, 0.0)
+    return ids[torch.multinomial(probabilities, 1, generator=generator)]
+
+
+@torch.inference_mode()
+def generate(
+    model: Acceleron,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    num_entries: int | None = None,
+    stop_id: int | None = None,
+) -> Iterator[int]:
+    """New token ids, one by one, until `stop_id` (which is not yielded), max_new_tokens, or the context is full.
+
+    Ids from `num_entries` on, which the tokenizer lacks, are never drawn. Raises InputError for a prompt that fills
+    the model's context, or an empty one.
+    """
+    config = model.config
+    if not 0 < len(prompt_ids) < config.max_seq_len:
+        raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model takes 1 to {config.max_seq_len - 1}")
+    device = model.embedding.device
+    generator = None
+    if sampling.seed is not None:
+        generator = torch.Generator(device).manual_seed(sampling.seed)
+    length = min(config.max_seq_len, len(prompt_ids) + max_new_tokens)
+    cache = KVCache(config, 1, length, device, model.compute_dtype)
+    input_ids = torch.tensor([prompt_ids], device=device)
+    with best_sdpa() if device.type == "cuda" else nullcontext():
+        for _ in range(length - len(prompt_ids)):
+            x, _ = model.hidden_states(input_ids, cache)
+            logits_V = model.head(x[0, -1])[:num_entries]
+            next_id = pick(logits_V, sampling, generator)
+            token = int(next_id)
+            if token == stop_id:
+                return
+            yield token
+            input_ids = next_id[None]
+
+
+def stream_text(model: Acceleron, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling):
+    """Pieces of the continuation, one a token: "" while a character is incomplete.
+
+    An empty prompt starts a new document. Ends where the model ends the document.
+    """
+    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id]
+    num_entries = tokenizer.get_vocab_size()
+    decoder = DecodeStream(ids=prompt_ids)
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_entries, stop_id=end_id):
+        yield decoder.step(tokenizer, token) or ""

@@ -1,0 +1,165 @@
+"""The decoder: x += attention(norm(x)); x += moe(norm(x)); a final norm; embedding and head tied."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from . import kernels
+from .attention import Attention, KVCache
+from .config import ModelConfig
+from .moe import MoE, MoEStats, SwiGLU
+
+
+class ModelOutput(NamedTuple):
+    """`loss` is the objective: cross_entropy + z_loss_coef * z_loss + balance_loss_coef * balance_loss.
+
+    With labels, `logits` is None: they are never built. Without, `loss` and `cross_entropy` are. The router losses
+    are unweighted sums over the layers (0 for the dense twin). `counts_LE` (layers, experts) are the assignments of
+    each expert, None for the dense twin.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    cross_entropy: Tensor | None
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_LE: Tensor | None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kernels.ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Block(nn.Module):
+    """One layer. Its forward is what torch.compile compiles: one graph serves all blocks."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.dense:
+            self.mlp = SwiGLU(config.d_model, config.d_ff_dense)
+        else:
+            self.moe = MoE(config)
+
+    def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, recompute: bool = False):
+        """x (B, S, D) -> (x, MoEStats or None). With `recompute`, only x and the routing are kept for backward."""
+        if not recompute:
+            return self.layer(x, cos_SC, sin_SC)
+        contexts = partial(create_selective_checkpoint_contexts, _save_routing)
+        return checkpoint(
+            self.layer, x, cos_SC, sin_SC, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+        )
+
+    def layer(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, index: int = 0):
+        attended = self.attention(self.attention_norm(x), cos_SC, sin_SC, cache, index)
+        normed, x = self.ffn_norm(attended, residual=x)
+        if hasattr(self, "mlp"):
+            return x + self.mlp(normed), None
+        y, stats = self.moe(normed)
+        return x + y, stats
+
+
+class Acceleron(nn.Module):
+    """The language model. Parameters are fp32; activations and GEMMs are in `compute_dtype`.
+
+    `gradient_checkpointing` (off until set) recomputes each block in the backward pass, its routing excepted.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.gradient_checkpointing = False
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.build_rope()
+        self.reset_parameters()
+
+    def build_rope(self):
+        """The rotations of all positions, (max_seq_len, head_dim) fp32: position * theta**(-2i / head_dim), halves alike."""
+        config = self.config
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), config.rope_theta**-exponents)
+        angles_SC = torch.cat([angles, angles], dim=-1)
+        self.register_buffer("cos_SC", angles_SC.cos(), persistent=False)
+        self.register_buffer("sin_SC", angles_SC.sin(), persistent=False)
+
+    def reset_parameters(self):
+        """Normal with std 0.02; what writes to the residual stream is narrowed by sqrt(2 layers) (GPT-2)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                into_residual = name.endswith(("attention.out.weight", "w2", "w2_EDF"))
+                nn.init.normal_(weight, std=0.02 / (2 * self.config.num_layers) ** (0.5 * into_residual))
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(total, active): active counts the embedding once and, of the routed experts, the two a token takes."""
+        total = sum(weight.numel() for weight in self.parameters())
+        routed = sum(w.numel() for name, w in self.named_parameters() if name.endswith(("w13_E2FD", "w2_EDF")))
+        return total, total - routed + routed * 2 // self.config.num_experts
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
+        """input_ids: int64 (B, S), S <= max_seq_len. labels: the same shape, usually input_ids itself.
+
+        Labels are shifted inside: position s is scored on labels[:, s + 1]; -100 is ignored. Raises ValueError for
+        a sequence longer than the model's.
+        """
+        x, layers = self.hidden_states(input_ids)
+        z_loss, balance_loss, counts_LE = x.new_zeros((), dtype=torch.float32), x.new_zeros(()), None
+        if not self.config.dense:
+            z_loss, balance_loss, counts_LE = (torch.stack(values) for values in zip(*layers, strict=True))
+            z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
+        if labels is None:
+            return ModelOutput(None, self.head(x), None, z_loss, balance_loss, counts_LE)
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        cross_entropy = kernels.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
+        loss = cross_entropy + self.config.z_loss_coef * z_loss + self.config.balance_loss_coef * balance_loss
+        return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, counts_LE)
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
+        """The final norm's output (B, S, D) and each layer's router statistics.
+
+        With a cache, input_ids are the positions after those in it; it is extended by them.
+        """
+        start = cache.length if cache else 0
+        end = start + input_ids.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.max_seq_len}")
+        cos_SC, sin_SC = self.cos_SC[start:end], self.sin_SC[start:end]
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        x = F.embedding(input_ids, self.embedding).to(self.compute_dtype)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            if cache:
+                x, stats = block.layer(x, cos_SC, sin_SC, cache, index)
+            else:
+                x, stats = block(x, cos_SC, sin_SC, recompute)
+            layers.append(stats)
+        if cache:
+            cache.length = end
+        return self.norm(x), layers
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) in the compute dtype of hidden states (..., D)."""
+        return F.linear(x, self.embedding.to(x.dtype))
+
+    def compile_blocks(self):
+        """torch.compile each block: one static graph for all of them. Parameter names stay as they are."""
+        for block in self.blocks:
+            block.compile(dynamic=False, fullgraph=True)

@@ -1,0 +1,58 @@
+"""The Mixture-of-Experts layer: a router, E routed experts of which each token takes two, and one shared expert."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import kernels
+from .config import ModelConfig
+
+
+class MoEStats(NamedTuple):
+    """Of one layer and batch: the two unweighted router losses, and the assignments that went to each expert."""
+
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_E: Tensor
+
+
+class SwiGLU(nn.Module):
+    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the whole feed-forward layer of the dense twin."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2 * d_ff, d_model))  # gate rows (w1), then up rows (w3)
+        self.w2 = nn.Parameter(torch.empty(d_model, d_ff))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(kernels.swiglu(F.linear(x, self.w13.to(x.dtype))), self.w2.to(x.dtype))
+
+
+class MoE(nn.Module):
+    """`MoE(config)(x) -> (y, stats)`, for x of shape (..., d_model); y has its shape and dtype.
+
+    Dropless: every token gets its two experts, weighted by the softmax of their two logits, plus the shared expert.
+    To train with it elsewhere, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
+    stats.balance_loss` to the loss. Legend of the shapes: kernels/reference.py.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, width = config.num_experts, config.d_model, config.d_ff
+        self.router = nn.Parameter(torch.empty(E, D))
+        self.w13_E2FD = nn.Parameter(torch.empty(E, 2 * width, D))  # gate rows (w1), then up rows (w3)
+        self.w2_EDF = nn.Parameter(torch.empty(E, D, width))
+        self.shared = SwiGLU(D, config.d_ff_shared)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE = F.linear(x_TD.to(self.router.dtype), self.router)  # fp32: bf16 logits would tie
+        routing = kernels.route_top2(logits_TE)
+        plan = kernels.dispatch_plan(routing.experts_TK, self.router.shape[0])
+        w13, w2 = self.w13_E2FD.to(x.dtype), self.w2_EDF.to(x.dtype)
+        y_TD = kernels.expert_mlp(x_TD, routing.weights_TK, plan, w13, w2) + self.shared(x_TD)
+        return y_TD.view_as(x), MoEStats(routing.z_loss, routing.balance_loss, routing.counts_E)

@@ -1,0 +1,96 @@
+"""Every flag of train.py: one field each, with its default and help."""
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+
+from ..config import PRESETS
+from ..errors import InputError
+
+
+def option(default, help: str, choices: tuple[str, ...] | None = None, least: float | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The settings of a run. Raises InputError for a value out of range."""
+
+    data_dir: str = field(metadata={"help": "directory of shard_*.npy, and of tokenizer.json if there is one"})
+    model_size: str = option("tiny", "named size", choices=tuple(PRESETS))
+    dense: bool = option(False, "train the size's dense twin instead of the MoE")
+    batch_size: int = option(8, "sequences a micro-batch", least=1)
+    grad_accum: int = option(1, "micro-batches an optimizer step", least=1)
+    seq_len: int = option(2048, "tokens a sequence; must divide the shards' row length", least=2)
+    lr: float = option(6e-4, "peak learning rate", least=0)
+    min_lr: float | None = option(None, "final learning rate (default: a tenth of lr)", least=0)
+    schedule: str = option(
+        "cosine", "after the warm-up: cosine, or stable with linear decay", choices=("cosine", "wsd")
+    )
+    warmup_steps: int | None = option(None, "linear warm-up (default: a tenth of max_steps, at most 1000)", least=0)
+    max_steps: int = option(100_000, "optimizer steps", least=1)
+    weight_decay: float = option(0.1, "AdamW's decay of the matrices; norms have none", least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0 for no clipping", least=0)
+    log_interval: int = option(10, "steps between log lines", least=1)
+    eval_interval: int = option(1000, "steps between measurements of the validation loss", least=1)
+    save_interval: int = option(5000, "steps between checkpoints", least=1)
+    save_dir: str = option("checkpoints", "directory for checkpoints, metrics.jsonl and TensorBoard files")
+    resume: str | None = option(None, "checkpoint to continue from")
+    num_workers: int = option(2, "processes that read ahead; 0 reads in the training process", least=0)
+    seed: int = option(42, "of the initial weights and of the data's order", least=0)
+    tokenizer: str | None = option(
+        None, "tokenizer.json (default: the data directory's, else pile_tokenizer.json here)"
+    )
+    vocab_size: int | None = option(
+        None, "rows of the embedding (default: the size's; for nano the tokenizer's)", least=1
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; auto is cuda, else mps, else cpu")
+    dtype: str = option(
+        "auto", "of GEMMs and activations; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
+    )
+    kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
+    no_compile: bool = option(False, "no torch.compile")
+    no_gradient_checkpointing: bool = option(False, "keep all activations for the backward pass")
+    memory_test: bool = option(False, "run a step, print the peak memory against the device's, and exit")
+
+    def __post_init__(self):
+        for name, meta in ((f.name, f.metadata) for f in fields(self)):
+            value = getattr(self, name)
+            if meta.get("choices") and value not in meta["choices"]:
+                raise InputError(f"--{name} {value}: choose one of {', '.join(meta['choices'])}")
+            # Written so that NaN fails too.
+            if meta.get("least") is not None and value is not None and not meta["least"] <= value < float("inf"):
+                raise InputError(f"--{name} {value}: must be at least {meta['least']}, and finite")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise InputError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
+            raise InputError(f"--warmup_steps {self.warmup_steps} is above --max_steps {self.max_steps}")
+
+    @property
+    def final_lr(self) -> float:
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def num_warmup_steps(self) -> int:
+        return min(1000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.grad_accum * self.seq_len
+
+
+def parse_options(arguments: list[str] | None = None) -> TrainOptions:
+    """TrainOptions from a command line; argparse exits with status 2 on a flag it doesn't know."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Pretrain a Mixture-of-Experts language model.", allow_abbrev=False
+    )
+    for f in fields(TrainOptions):
+        flag, text = f"--{f.name}", f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif f.default is MISSING:
+            parser.add_argument(flag, required=True, help=text)
+        else:
+            kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
+            shown = text if f.default is None or "default" in text else f"{text} (default: {f.default})"
+            parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
+    return TrainOptions(**vars(parser.parse_args(arguments)))

@@ -1,0 +1,68 @@
+"""Write text with a trained model: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from acceleron.device import resolve_device, resolve_dtype
+from acceleron.errors import InputError, run_command
+from acceleron.generation import Sampling, load_model, open_tokenizer, stream_text
+from acceleron.training.checkpoint import load_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint_<step>.pt of train.py")
+    parser.add_argument("--prompt", help="generate once from this text; without it, prompts are asked for")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
+    parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0 is greedy")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among the k likeliest tokens (default 50; 0: all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to p (default 1)")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--seed", type=int, help="makes the draw repeatable")
+    parser.add_argument("--tokenizer", help="default: beside the checkpoint, its data, or pile_tokenizer.json here")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens {arguments.max_new_tokens}: must be at least 1")
+    temperature = 0.0 if arguments.greedy else arguments.temperature
+    sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    device = resolve_device(arguments.device)
+    contents = load_checkpoint(arguments.checkpoint)
+    scripts_dir = Path(__file__).resolve().parent
+    tokenizer = open_tokenizer(arguments.tokenizer, arguments.checkpoint, contents, scripts_dir)
+    model = load_model(contents, arguments.checkpoint, device, resolve_dtype(arguments.dtype, device))
+
+    def write(prompt: str):
+        print(prompt, end="", flush=True)
+        tokens, start = 0, time.perf_counter()
+        for piece in stream_text(model, tokenizer, prompt, arguments.max_new_tokens, sampling):
+            print(piece, end="", flush=True)
+            tokens += 1
+        seconds = time.perf_counter() - start
+        print(f"\n[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
+
+    if arguments.prompt is not None:
+        write(arguments.prompt)
+        return
+    print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            write(prompt)
+        except InputError as error:  # a prompt too long is no reason to end the session
+            print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

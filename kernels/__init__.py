@@ -1,0 +1,42 @@
+"""The ops of the model, one public function each. `select` says who serves them: Triton or the plain reference."""
+
+from .reference import (
+    ROUTING_OPS,
+    Plan,
+    Routing,
+    dispatch_plan,
+    expert_mlp,
+    grouped_gemm,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    route_top2,
+    swiglu,
+)
+
+__all__ = [
+    "ROUTING_OPS",
+    "Plan",
+    "Routing",
+    "dispatch_plan",
+    "expert_mlp",
+    "grouped_gemm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "route_top2",
+    "select",
+    "swiglu",
+]
+
+
+def select(choice: str) -> str:
+    """Resolve `--kernels {auto,triton,reference}` to a line for the log that names the provider and the reason.
+
+    Raises ValueError for "triton", which this version has no kernels for yet, and for any other name.
+    """
+    if choice == "triton":
+        raise ValueError("--kernels triton: this version has no Triton kernels yet; use auto or reference")
+    if choice not in ("auto", "reference"):
+        raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
+    return "reference (asked for)" if choice == "reference" else "reference (this version has no Triton kernels yet)"

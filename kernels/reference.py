@@ -1,0 +1,334 @@
+"""Every op in plain PyTorch: the oracle of the tests and the fallback of the users.
+
+Legend: T tokens, D model width, E experts, K = 2, F expert width, V vocabulary, N = T * K expert-sorted rows,
+B batch, S sequence, H query heads, G key/value heads, C head_dim.
+
+All ops are differentiable in float32, float64, bfloat16 and float16, pad nothing, drop no token, and are
+deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOP_K = 2
+# Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU.
+LOGITS_PER_CHUNK = 1 << 24
+
+
+class Routing(NamedTuple):
+    """What the router decided. The losses are unweighted fp32 scalars, `counts_E` the assignments of each expert."""
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_E: Tensor
+
+
+class Plan(NamedTuple):
+    """The expert-sorted order of the T * K assignments; assignment `t * K + k` is token t's k-th choice.
+
+    order: int32 [N], the assignment in each expert-sorted row (stable). inverse_TK: int32, the row of each
+    assignment. offsets: int32 [E + 1], expert e owns the rows offsets[e]:offsets[e + 1].
+    """
+
+    order: Tensor
+    inverse_TK: Tensor
+    offsets: Tensor
+
+
+# The two routing decisions are ops of their own, not for speed but to have a name: selective checkpointing saves
+# the outputs of ROUTING_OPS, so a recomputation whose logits differ in the last bit can't send a token elsewhere.
+
+
+@torch.library.custom_op("acceleron::top2_experts", mutates_args=())
+def top2_experts(logits_TE: Tensor) -> Tensor:
+    """The two largest logits of each row, larger first, ties to the lower expert index. int32 [T, 2]."""
+    # A stable sort promises the tie order; torch.topk does not.
+    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K].to(torch.int32)
+
+
+@top2_experts.register_fake
+def _(logits_TE):
+    return logits_TE.new_empty((logits_TE.shape[0], TOP_K), dtype=torch.int32)
+
+
+@torch.library.custom_op("acceleron::sort_by_expert", mutates_args=())
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order, inverse_TK and offsets of `Plan`, all on the device of `experts_TK`."""
+    experts_N = experts_TK.flatten()
+    sorted_N, order = experts_N.sort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    boundaries = torch.arange(num_experts + 1, dtype=sorted_N.dtype, device=order.device)
+    offsets = torch.searchsorted(sorted_N, boundaries, out_int32=True)
+    return order.to(torch.int32), inverse.to(torch.int32).view_as(experts_TK), offsets
+
+
+@sort_by_expert.register_fake
+def _(experts_TK, num_experts):
+    def int32(*shape):
+        return experts_TK.new_empty(shape, dtype=torch.int32)
+
+    return int32(experts_TK.numel()), int32(*experts_TK.shape), int32(num_experts + 1)
+
+
+ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acceleron.sort_by_expert.default})
+
+
+def route_top2(logits_TE: Tensor) -> Routing:
+    """Top-2 routing of router logits, with the router's two losses.
+
+    The weights are the softmax of the two chosen logits. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al.
+    2022); balance_loss = E · Σ_e f_e P_e (Switch Transformer, Fedus et al. 2021), f_e the share of the 2·T
+    assignments that went to e and P_e the mean probability: exactly 1 for uniform routing. Both are differentiable.
+
+    logits_TE: [T, E], E >= 2; float16 and bfloat16 are computed in float32. Returns `Routing`: weights in fp32
+    (fp64 for fp64 logits), experts int32, counts int64. Raises ValueError for fewer than two experts.
+    """
+    if logits_TE.dim() != 2 or logits_TE.shape[1] < TOP_K:
+        raise ValueError(
+            f"route_top2 needs logits of shape (tokens, experts >= {TOP_K}), but got {tuple(logits_TE.shape)}"
+        )
+    if logits_TE.dtype in (torch.bfloat16, torch.float16):
+        logits_TE = logits_TE.float()
+    T, E = logits_TE.shape
+    experts_TK = top2_experts(logits_TE.detach())
+    weights_TK = logits_TE.gather(1, experts_TK.long()).softmax(dim=-1)
+    z_loss = logits_TE.logsumexp(dim=-1).square().mean()
+    counts_E = (experts_TK.flatten()[:, None] == torch.arange(E, device=experts_TK.device)).sum(dim=0)
+    fraction_E = counts_E.to(logits_TE.dtype) / (TOP_K * T)
+    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
+    return Routing(weights_TK, experts_TK, z_loss, balance_loss, counts_E)
+
+
+def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
+    """The stable expert-sorted order of all assignments. experts_TK: integer [T, 2], values in 0..num_experts-1."""
+    return Plan(*torch.ops.acceleron.sort_by_expert(experts_TK, num_experts))
+
+
+class _Gather(torch.autograd.Function):
+    """x_TD -> the expert-sorted rows x_ND. Its gradient sums each token's two rows: a gather, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x_TD, order, inverse_TK):
+        ctx.save_for_backward(inverse_TK)
+        return x_TD.index_select(0, order // TOP_K)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        (inverse_TK,) = ctx.saved_tensors
+        first, second = (grad_ND.index_select(0, inverse_TK[:, k]) for k in range(TOP_K))
+        return first + second, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y_ND, weights_TK -> the weighted sum of each token's two rows, accumulated in the weights' precision."""
+
+    @staticmethod
+    def forward(ctx, y_ND, weights_TK, order, inverse_TK):
+        ctx.save_for_backward(y_ND, weights_TK, order, inverse_TK)
+        y_TD = y_ND.index_select(0, inverse_TK[:, 0]) * weights_TK[:, :1]
+        y_TD.addcmul_(y_ND.index_select(0, inverse_TK[:, 1]).to(y_TD.dtype), weights_TK[:, 1:])
+        return y_TD.to(y_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        y_ND, weights_TK, order, inverse_TK = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, order // TOP_K)
+        grad_weights_N = (grad_ND.to(weights_TK.dtype) * y_ND).sum(dim=-1)
+        weights_N = weights_TK.flatten().index_select(0, order)
+        grad_y_ND = (grad_ND * weights_N[:, None]).to(y_ND.dtype)
+        return grad_y_ND, grad_weights_N.index_select(0, inverse_TK.flatten()).view_as(weights_TK), None, None
+
+
+# The two grouped GEMMs are ops of their own too: torch's fake grouped_mm refuses all but bfloat16, and a loop over
+# experts reads the offsets, which would break a compiled graph. On a CPU the loop is as fast as grouped_mm.
+
+
+def _expert_rows(offsets: Tensor) -> list[slice]:
+    bounds = offsets.tolist()
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
+    # It wants rows of a multiple of 16 bytes, which is 8 bf16 values.
+    widths_fit = all(width % 8 == 0 for width in (a.shape[-1], *b.shape[-2:]))
+    return a.is_cuda and a.dtype == torch.bfloat16 and widths_fit
+
+
+@torch.library.custom_op("acceleron::grouped_rows", mutates_args=())
+def _grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets: Tensor) -> Tensor:
+    """y_NO[n] = x[n] @ w[e] for the rows n of each expert e."""
+    if _grouped_mm_serves(x_NI, w_EIO):
+        return F.grouped_mm(x_NI, w_EIO, offs=offsets[1:])
+    y_NO = x_NI.new_empty(x_NI.shape[0], w_EIO.shape[2])
+    for expert, rows in enumerate(_expert_rows(offsets)):
+        if rows.stop > rows.start:
+            torch.mm(x_NI[rows], w_EIO[expert], out=y_NO[rows])
+    return y_NO
+
+
+@_grouped_rows.register_fake
+def _(x_NI, w_EIO, offsets):
+    return x_NI.new_empty(x_NI.shape[0], w_EIO.shape[2])
+
+
+@torch.library.custom_op("acceleron::grouped_weight_grad", mutates_args=())
+def _grouped_weight_grad(grad_NF: Tensor, x_ND: Tensor, offsets: Tensor) -> Tensor:
+    """grad_w_EFD[e] = grad[rows].T @ x[rows] over the rows of each expert e; 0 for an expert without rows."""
+    if _grouped_mm_serves(grad_NF, x_ND):
+        return F.grouped_mm(grad_NF.t(), x_ND, offs=offsets[1:])
+    grad_w_EFD = x_ND.new_empty(offsets.numel() - 1, grad_NF.shape[1], x_ND.shape[1])
+    for expert, rows in enumerate(_expert_rows(offsets)):
+        torch.mm(grad_NF[rows].t(), x_ND[rows], out=grad_w_EFD[expert])
+    return grad_w_EFD
+
+
+@_grouped_weight_grad.register_fake
+def _(grad_NF, x_ND, offsets):
+    return x_ND.new_empty(offsets.numel() - 1, grad_NF.shape[1], x_ND.shape[1])
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, w_EFD, offsets):
+        ctx.save_for_backward(x_ND, w_EFD, offsets)
+        return torch.ops.acceleron.grouped_rows(x_ND, w_EFD.transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx, grad_NF):
+        x_ND, w_EFD, offsets = ctx.saved_tensors
+        grad_NF = grad_NF.contiguous()
+        grad_x_ND = torch.ops.acceleron.grouped_rows(grad_NF, w_EFD, offsets)
+        return grad_x_ND, torch.ops.acceleron.grouped_weight_grad(grad_NF, x_ND, offsets), None
+
+
+def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
+    """y_NF: every expert-sorted row times its expert's weight, y[n] = w[e] @ x[n] for the rows n of expert e.
+
+    x_ND and w_EFD share one floating dtype. Experts without rows are fine.
+    """
+    return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
+
+
+def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """y_TD, the weighted sum of each token's two experts, expert(x) = w2 (silu(w1 x) * (w3 x)).
+
+    x_TD, w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF share one dtype, which is the result's;
+    weights_TK is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
+    """
+    x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
+    y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13_E2FD, plan)), w2_EDF, plan)
+    return _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves the pre-activation alone: plain autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate_up_N2F):
+        ctx.save_for_backward(gate_up_N2F)
+        gate, up = gate_up_N2F.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad_NF):
+        (gate_up_N2F,) = ctx.saved_tensors
+        gate, up = gate_up_N2F.chunk(2, dim=-1)
+        grad_gate = torch.ops.aten.silu_backward(grad_NF * up, gate)
+        return torch.cat([grad_gate, F.silu(gate) * grad_NF], dim=-1)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020)."""
+    return _SwiGLU.apply(gate_up_N2F)
+
+
+def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
+
+    cos_SC and sin_SC hold the angles of the S positions, both halves alike; the products are formed in their dtype
+    (fp32) and cast back.
+    """
+
+    def rotate(x):
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat([-second, first], dim=-1)
+        return (x * cos_SC[:, None] + rotated * sin_SC[:, None]).to(x.dtype)
+
+    return rotate(q_BSHC), rotate(k_BSGC)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
+
+    With a `residual` (same shape and dtype as x) the sum x + residual is normed, and `(norm, sum)` is returned: the
+    sum is the new residual. Without one, the norm alone.
+    """
+    if residual is not None:
+        x = x + residual
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
+    return normed if residual is None else (normed, x)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are formed chunk by chunk in the forward pass, as the loss is a scalar that only scales them."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_VD, labels_T, ignore_index):
+        T, V = x_TD.shape[0], weight_VD.shape[0]
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(x_TD.dtype)
+        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        keep_T = labels_T != ignore_index
+        target_T = labels_T.where(keep_T, 0)
+        # An ignored token's row is multiplied by 0, every other by 1 / (tokens that count).
+        scale_T = keep_T.to(wide) / keep_T.sum()
+        grad_x = torch.empty_like(x_TD) if need_x else None
+        # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+        loss = torch.zeros((), dtype=wide, device=x_TD.device)
+        step = max(1, LOGITS_PER_CHUNK // V)
+        for start in range(0, T, step):
+            chunk = slice(start, start + step)
+            x, target = x_TD[chunk], target_T[chunk, None]
+            logits = F.linear(x, weight).to(wide)
+            target_logit = logits.gather(1, target)
+            # softmax and logsumexp in place with one exp: torch's logsumexp alone took twice as long as all of this.
+            largest = logits.amax(dim=-1, keepdim=True)
+            exps = logits.sub_(largest).exp_()
+            total = exps.sum(dim=-1, keepdim=True)
+            loss += ((largest + total.log() - target_logit).squeeze(1) * scale_T[chunk]).sum()
+            if not (need_x or need_weight):
+                continue
+            scale = scale_T[chunk, None]
+            grad_logits = exps.mul_(scale / total).scatter_add_(1, target, -scale).to(x.dtype)
+            if need_x:
+                torch.mm(grad_logits, weight, out=grad_x[chunk])
+            if need_weight and x.dtype == wide:
+                grad_weight.addmm_(grad_logits.t(), x)
+            elif need_weight:
+                grad_weight += grad_logits.t() @ x
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_x, grad_weight, None, None
+
+
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of the logits x @ weight.T against the labels, without ever holding the logits of all tokens.
+
+    x_TD: compute dtype. weight_VD: fp32 or the compute dtype; it is cast to x's dtype for the GEMMs, and its
+    gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
+    token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). Returns an
+    fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time.
+    """
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)
