@@ -93,7 +93,7 @@ class Acceleron(nn.Module):
         self.reset_parameters()
 
     def build_rope(self):
-        """The rotations of all positions, (max_seq_len, head_dim) fp32: position * theta**(-2i / head_dim), halves alike."""
+        """cos and sin of position * theta**(-2i / head_dim), both halves alike: (max_seq_len, head_dim), fp32."""
         config = self.config
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), config.rope_theta**-exponents)

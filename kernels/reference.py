@@ -7,6 +7,7 @@ All ops are differentiable in float32, float64, bfloat16 and float16, pad nothin
 deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ class _Combine(torch.autograd.Function):
 
 def _expert_rows(offsets: Tensor) -> list[slice]:
     bounds = offsets.tolist()
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:

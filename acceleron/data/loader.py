@@ -71,7 +71,9 @@ class TokenStream(Dataset):
         first = self.start + (step * self.world_size + self.rank) * self.batch_size
         size = len(self.chunks)
         epochs, offsets = np.divmod(np.arange(first, first + self.batch_size), size)
-        indices = [_permutation(self.seed, epoch, size)[offset] for epoch, offset in zip(epochs.tolist(), offsets)]
+        indices = [
+            _permutation(self.seed, epoch, size)[offset] for epoch, offset in zip(epochs.tolist(), offsets, strict=True)
+        ]
         return self.chunks.batch(indices)
 
 
@@ -166,7 +168,7 @@ class Loader:
 
 
 def validation_batches(shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int) -> Iterator[torch.Tensor]:
-    """The held-out split in a fixed order, at most VALIDATION_BATCHES full batches; one smaller one if there is no more."""
+    """The held-out split in a fixed order: at most VALIDATION_BATCHES full batches, or one smaller one."""
     chunks = Chunks(shards, seq_len, vocab_size, validation=True)
     order = _permutation(0, 0, len(chunks))
     full = len(order) // batch_size

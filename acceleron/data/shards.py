@@ -23,12 +23,12 @@ class Shards:
         directory = Path(data_dir)
         if not directory.is_dir():
             raise InputError(
-                f"data directory {directory} does not exist: make it with `python -m acceleron.data prepare` or `download`"
+                f"data directory {directory} does not exist: make it with `python -m acceleron.data prepare`"
             )
         self.paths = sorted(directory.glob("shard_*.npy"))
         if not self.paths:
             raise InputError(
-                f"data directory {directory} has no shard_*.npy: fill it with `python -m acceleron.data prepare` or `download`"
+                f"data directory {directory} has no shard_*.npy: fill it with `python -m acceleron.data prepare`"
             )
         self._arrays: dict[int, np.ndarray] = {}
         shapes = [self.array(index).shape for index in range(len(self.paths))]
@@ -41,9 +41,7 @@ class Shards:
                 )
         self.num_rows = np.array([shape[0] for shape in shapes])
         if self.num_rows.sum() < 2:
-            raise InputError(
-                f"{self.paths[0]}: one row is not enough, as one is held out for validation; add more text"
-            )
+            raise InputError(f"{self.paths[0]}: one row is not enough, as one is held out; add more text")
         self.num_validation_rows = np.ceil(self.num_rows * VALIDATION_SHARE).astype(int)
         # A shard of one row trains: another one has the row to hold out.
         self.num_validation_rows[self.num_rows == 1] = 0

@@ -38,7 +38,7 @@ def load_checkpoint(path: str | Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
-    if not isinstance(contents, dict) or not KEYS <= contents.keys() or contents["format"] != FORMAT:
+    if not isinstance(contents, dict) or not contents.keys() >= KEYS or contents["format"] != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this version (format {FORMAT})")
     contents["config"] = ModelConfig.from_dict(contents["config"])
     return contents
