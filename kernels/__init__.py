@@ -1,18 +1,33 @@
 """The ops of the model, one public function each. `select` says who serves them: Triton or the plain reference."""
 
-from .reference import (
-    ROUTING_OPS,
-    Plan,
-    Routing,
-    dispatch_plan,
-    expert_mlp,
-    grouped_gemm,
-    linear_cross_entropy,
-    rms_norm,
-    rope,
-    route_top2,
-    swiglu,
-)
+if __name__ == "kernels":
+    # Somebody else's `import kernels` (transformers', for PyPI's package of that name) found this folder, as a checkout's
+    # root is on sys.path. It gets the other package, or an empty one: a second copy of ours would register the custom
+    # ops again and disable those in use.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parents[1]
+    _spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != _root])
+    if _spec:
+        sys.modules["kernels"] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+else:
+    from .reference import (
+        ROUTING_OPS,
+        Plan,
+        Routing,
+        dispatch_plan,
+        expert_mlp,
+        grouped_gemm,
+        linear_cross_entropy,
+        rms_norm,
+        rope,
+        route_top2,
+        swiglu,
+    )
 
 __all__ = [
     "ROUTING_OPS",

@@ -80,6 +80,27 @@ def _(experts_TK, num_experts):
 ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acceleron.sort_by_expert.default})
 
 
+class _ChosenLogits(torch.autograd.Function):
+    """logits_TE -> the logits of experts_TK. Its gradient compares where gather's would scatter.
+
+    A scatter-add is not deterministic on a GPU; and in a recomputed block the CPU inductor of torch 2.13 runs it after
+    the kernel that reads its result, which gave router gradients that were silently wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_TE, experts_TK):
+        ctx.save_for_backward(experts_TK)
+        ctx.num_experts = logits_TE.shape[1]
+        return logits_TE.gather(1, experts_TK.long())
+
+    @staticmethod
+    def backward(ctx, grad_TK):
+        (experts_TK,) = ctx.saved_tensors
+        all_experts = torch.arange(ctx.num_experts, device=experts_TK.device)
+        first, second = (grad_TK[:, k, None] * (experts_TK[:, k, None] == all_experts) for k in range(TOP_K))
+        return first + second, None
+
+
 def route_top2(logits_TE: Tensor) -> Routing:
     """Top-2 routing of router logits, with the router's two losses.
 
@@ -98,7 +119,7 @@ def route_top2(logits_TE: Tensor) -> Routing:
         logits_TE = logits_TE.float()
     T, E = logits_TE.shape
     experts_TK = top2_experts(logits_TE.detach())
-    weights_TK = logits_TE.gather(1, experts_TK.long()).softmax(dim=-1)
+    weights_TK = _ChosenLogits.apply(logits_TE, experts_TK).softmax(dim=-1)
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
     counts_E = (experts_TK.flatten()[:, None] == torch.arange(E, device=experts_TK.device)).sum(dim=0)
     fraction_E = counts_E.to(logits_TE.dtype) / (TOP_K * T)

@@ -47,18 +47,24 @@ def read_documents(path: Path) -> Iterator[str]:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise TypeError(f'line {number}: "text" is not a string')
-                    yield from _split(text)
+                    yield from _split(_text_of(line, f"{path}, line {number}"))
         else:
             yield from _split(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f'{path}: each line must be a JSON object with a "text" string ({error!r})') from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the text is not valid Unicode ({error.reason})") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{where}: must be a JSON object with a "text" string ({error!r})') from error
+    return text
 
 
 def _split(text: str) -> list[str]:

@@ -58,8 +58,9 @@ class Shards:
             path = self.paths[index]
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise InputError(f"{path}: damaged or not a .npy file ({error}); fetch or prepare it again") from error
+            except Exception as error:  # a damaged header fails in many ways: ValueError, BadZipFile, TokenError, …
+                reason = " ".join(str(error).split())
+                raise InputError(f"{path}: damaged or not a .npy file ({reason}); fetch or prepare it again") from error
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
                 kind = getattr(array, "dtype", type(array).__name__)
                 raise InputError(f"{path}: token ids must be integers, but this holds {kind}")
@@ -69,5 +70,5 @@ class Shards:
         return self._arrays[index]
 
     def fingerprint(self) -> list[list]:
-        """[[name, rows], …]: tells whether a saved position still means the same rows."""
-        return [[path.name, int(rows)] for path, rows in zip(self.paths, self.num_rows, strict=True)]
+        """[[name, rows, row length], …]: tells whether a saved position still means the same chunks."""
+        return [[path.name, int(rows), self.row_length] for path, rows in zip(self.paths, self.num_rows, strict=True)]

@@ -24,6 +24,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: not a file of the tokenizers library ({error})") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{path}: lacks the token {END_OF_TEXT}, which separates documents")
+    # A file may ask for either; text would be cut off, or padding mixed in, without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

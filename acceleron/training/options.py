@@ -1,7 +1,7 @@
 """Every flag of train.py: one field each, with its default and help."""
 
 import argparse
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from ..config import PRESETS
 from ..errors import InputError
@@ -15,7 +15,7 @@ def option(default, help: str, choices: tuple[str, ...] | None = None, least: fl
 class TrainOptions:
     """The settings of a run. Raises InputError for a value out of range."""
 
-    data_dir: str = field(metadata={"help": "directory of shard_*.npy, and of tokenizer.json if there is one"})
+    data_dir: str = option("data", "directory of shard_*.npy, and of tokenizer.json if there is one")
     model_size: str = option("tiny", "named size", choices=tuple(PRESETS))
     dense: bool = option(False, "train the size's dense twin instead of the MoE")
     batch_size: int = option(8, "sequences a micro-batch", least=1)
@@ -60,6 +60,8 @@ class TrainOptions:
             # Written so that NaN fails too.
             if meta.get("least") is not None and value is not None and not meta["least"] <= value < float("inf"):
                 raise InputError(f"--{name} {value}: must be at least {meta['least']}, and finite")
+        if self.seed >= 2**64:
+            raise InputError(f"--seed {self.seed}: must be below 2**64")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
@@ -87,8 +89,6 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
         flag, text = f"--{f.name}", f.metadata["help"]
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
-        elif f.default is MISSING:
-            parser.add_argument(flag, required=True, help=text)
         else:
             kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
             shown = text if f.default is None or "default" in text else f"{text} (default: {f.default})"

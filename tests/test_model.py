@@ -1,0 +1,288 @@
+"""The whole model: sizes, public surface, parity with transformers, checkpointing, torch.compile."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from acceleron import Acceleron, ModelConfig
+from acceleron import model as model_module
+from acceleron.errors import InputError
+
+TABLE = {"tiny": (110e6, 75e6), "small": (350e6, 150e6), "medium": (1e9, 400e6), "large": (2e9, 700e6)}
+
+
+def small_model(dense=False, seed=0, **overrides) -> Acceleron:
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=256, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=48)
+    return Acceleron(ModelConfig(**sizes, d_ff_shared=32, dense=dense, max_seq_len=64, **overrides))
+
+
+def token_ids(*shape, vocab_size=256, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_named_sizes_have_the_tables_parameters(size):
+    with torch.device("meta"):
+        model, twin = (Acceleron(ModelConfig.preset(size, dense=dense)) for dense in (False, True))
+    total, active = model.num_parameters()
+    assert total == sum(p.numel() for p in model.parameters())
+    assert (total, active) == pytest.approx(TABLE[size], rel=0.03)
+    routers = model.config.num_layers * model.config.num_experts * model.config.d_model
+    assert twin.num_parameters() == (active - routers,) * 2  # the same active matmuls, but for the routers'
+
+
+def test_output_without_and_with_labels():
+    model, ids = small_model(), token_ids(2, 16)
+    bare = model(ids)
+    assert bare.logits.shape == (2, 16, 256)
+    assert bare.loss is None
+    assert bare.cross_entropy is None
+    labels = ids.clone()
+    labels[:, :5] = -100
+    output = model(ids, labels)
+    assert output.logits is None
+    shifted = F.cross_entropy(bare.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(output.cross_entropy, shifted)
+    objective = output.cross_entropy + 1e-3 * output.z_loss + 1e-2 * output.balance_loss
+    torch.testing.assert_close(output.loss, objective)
+    assert output.counts_LE.sum(dim=1).tolist() == [64, 64]  # two layers; 32 tokens, 2 experts each
+    assert output.balance_loss > 1.9  # a sum over two layers, each 1 when balanced
+
+
+def test_dense_twin_has_no_router_losses():
+    output = small_model(dense=True)(ids := token_ids(2, 16), labels=ids)
+    assert (output.z_loss, output.balance_loss, output.counts_LE) == (0, 0, None)
+    assert torch.equal(output.loss, output.cross_entropy)
+
+
+def test_attention_is_causal():
+    model, ids = small_model(), token_ids(1, 16)
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 256
+    difference = (model(ids).logits - model(changed).logits).abs().amax(dim=-1)[0]
+    assert difference[:10].max() == 0
+    assert difference[10:].min() > 1e-6
+
+
+def test_sequences_longer_than_the_model_are_refused():
+    with pytest.raises(ValueError, match="65 tokens is longer than the model's 64"):
+        small_model()(token_ids(1, 65))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": 100}, "d_model 100"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"num_experts": 1}, "at least 2"),
+        ({"d_ff": 0}, "d_ff"),
+    ],
+)
+def test_impossible_configs_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig.preset("tiny", **change)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_bf16_compute_keeps_fp32_parameters_and_gradients(dense):
+    model, ids = small_model(dense), token_ids(2, 16)
+    wide = model(ids, labels=ids).loss
+    model.compute_dtype = torch.bfloat16
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert model(ids).logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert 0 < (loss - wide).abs() < 0.02
+
+
+# --- parity with transformers ---
+
+
+def to_transformers(model: Acceleron, **changes):
+    """The same model as transformers' GraniteMoeShared, weights copied, config fields changed on demand."""
+    from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
+
+    config = model.config
+    fields = dict(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        shared_intermediate_size=config.d_ff_shared,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=2,
+        attention_multiplier=config.head_dim**-0.5,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        max_position_embeddings=config.max_seq_len,
+    )
+    other = GraniteMoeSharedForCausalLM(GraniteMoeSharedConfig(**fields | changes)).eval()
+    heads = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm.weight}
+    for index, block in enumerate(model.blocks):
+        layer = f"model.layers.{index}."
+        for name, weight in zip("qkv", block.attention.qkv.weight.split(heads), strict=True):
+            state[f"{layer}self_attn.{name}_proj.weight"] = weight
+        state |= {
+            f"{layer}self_attn.o_proj.weight": block.attention.out.weight,
+            f"{layer}input_layernorm.weight": block.attention_norm.weight,
+            f"{layer}post_attention_layernorm.weight": block.ffn_norm.weight,
+            f"{layer}block_sparse_moe.router.weight": block.moe.router,
+            f"{layer}block_sparse_moe.experts.gate_up_proj": block.moe.w13_E2FD,
+            f"{layer}block_sparse_moe.experts.down_proj": block.moe.w2_EDF,
+            f"{layer}shared_mlp.input_linear.weight": block.moe.shared.w13,
+            f"{layer}shared_mlp.output_linear.weight": block.moe.shared.w2,
+        }
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    assert not unexpected
+    return other
+
+
+def unit_scale(model: Acceleron) -> Acceleron:
+    """Weights of scale 1/sqrt(fan-in): differences are not hidden by an initial model's tiny logits."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def test_logits_match_transformers_and_the_test_can_fail():
+    pytest.importorskip("transformers")
+    model, ids = unit_scale(small_model()), token_ids(2, 48)
+    logits = model(ids).logits
+    assert logits.std() > 0.5
+    assert (to_transformers(model)(ids).logits - logits).abs().max() < 1e-3
+    # One field changed, the class default that is silently wrong: the comparison must notice.
+    assert (to_transformers(model, attention_multiplier=1.0)(ids).logits - logits).abs().max() > 1e-2
+    assert (to_transformers(model, rms_norm_eps=1e-1)(ids).logits - logits).abs().max() > 1e-2
+
+
+# --- gradient checkpointing ---
+
+
+def loss_and_gradients(model, ids):
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    model, ids = small_model(), token_ids(2, 32)
+    loss, gradients = loss_and_gradients(model, ids)
+    model.gradient_checkpointing = True
+    again, recomputed = loss_and_gradients(model, ids)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+
+
+def test_gradient_checkpointing_keeps_less():
+    """Bytes that autograd holds between forward and backward, parameters apart."""
+
+    def saved_bytes(checkpointing):
+        model = small_model()
+        model.gradient_checkpointing = checkpointing
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = token_ids(4, 64)
+        x, _ = model.hidden_states(ids[:, :8])  # warm up outside
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, _ = model.hidden_states(ids)
+        del out, x
+        return sum(held.values())
+
+    assert saved_bytes(True) < saved_bytes(False) / 4
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["routing saved", "control: routing recomputed"])
+def test_recomputation_never_sends_a_token_elsewhere(monkeypatch, saved):
+    """Near-tied logits, perturbed in the recomputation alone, as a GPU's other summation order would."""
+    model, ids = small_model(), token_ids(2, 32)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.moe.router.normal_(std=1e-7)
+    _, expected = loss_and_gradients(model, ids)
+    model.gradient_checkpointing = True
+    plain_route, calls = model_module.kernels.route_top2, []
+
+    def perturbed(logits):
+        calls.append(1)
+        second_pass = len(calls) > model.config.num_layers
+        return plain_route(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0))
+
+    monkeypatch.setattr(model_module.kernels, "route_top2", perturbed)
+    if not saved:
+        monkeypatch.setattr(model_module.kernels, "ROUTING_OPS", frozenset())
+    _, gradients = loss_and_gradients(model, ids)
+    assert len(calls) == 2 * model.config.num_layers
+    w2 = [i for i, (name, _) in enumerate(model.named_parameters()) if name.endswith("w2_EDF")]
+    worst = max(((gradients[i] - expected[i]).norm() / expected[i].norm()).item() for i in w2)
+    assert (worst < 1e-3) if saved else (worst > 0.3), worst
+
+
+# --- torch.compile: in a process of its own, as its caches and counters are global ---
+
+COMPILE_SCRIPT = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+sys.path.insert(0, {tests!r})
+from test_model import small_model, token_ids, loss_and_gradients
+result = {{}}
+for checkpointing in (False, True):
+    eager, compiled = small_model(), small_model()
+    eager.gradient_checkpointing = compiled.gradient_checkpointing = checkpointing
+    compiled.compile_blocks()
+    worst = 0.0
+    for seed in range(3):  # other tokens, so other routing; the last batch sends all to few experts
+        ids = token_ids(2, 32, seed=seed, vocab_size=256 if seed < 2 else 1)
+        (a, ga), (b, gb) = loss_and_gradients(eager, ids), loss_and_gradients(compiled, ids)
+        worst = max([worst, abs(a - b).item()] + [((x - y).norm() / x.norm()).item() for x, y in zip(ga, gb)])
+        result.setdefault("graphs", []).append(counters["stats"]["unique_graphs"])
+    result.setdefault("worst", []).append(worst)
+result["breaks"] = sum(counters["graph_break"].values())
+result["names"] = list(compiled.state_dict()) == list(eager.state_dict())
+print(json.dumps(result))
+"""
+
+
+def test_compile_has_one_graph_for_all_blocks_and_routings():
+    script = COMPILE_SCRIPT.format(tests=str(Path(__file__).parent))
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert result["graphs"] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # one without checkpointing and one with, for two blocks, three batches
+    assert result["breaks"] == 0
+    assert result["names"]
+    assert max(result["worst"]) < 1e-4
