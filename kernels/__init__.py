@@ -1,7 +1,7 @@
 """The ops of the model, one public function each. `select` says who serves them: Triton or the plain reference."""
 
 if __name__ == "kernels":
-    # Somebody else's `import kernels` (transformers', for PyPI's package of that name) found this folder, as a checkout's
+    # Somebody else's `import kernels` (transformers' of PyPI's package of that name) found this folder, as a checkout's
     # root is on sys.path. It gets the other package, or an empty one: a second copy of ours would register the custom
     # ops again and disable those in use.
     import sys

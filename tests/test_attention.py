@@ -1,0 +1,106 @@
+"""Attention: against the formula, and which implementation is dispatched to."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from acceleron import attention
+from acceleron.attention import causal_attention
+
+
+def formula(q, k, v):
+    """Query s of the last S positions sees the keys up to its own position; heads share keys in groups."""
+    S, L, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("bshc,blhc->bhsl", q, k) * q.shape[-1] ** -0.5
+    visible = torch.arange(L) <= torch.arange(L - S, L)[:, None]
+    return torch.einsum("bhsl,blhc->bshc", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def inputs(S, L, head_dim):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, n, h, head_dim, generator=g, dtype=torch.float64) for n, h in ((S, 4), (L, 2), (L, 2))]
+
+
+# Training (S = L), a decoding step (S = 1), and a prompt after a prompt (1 < S < L).
+@pytest.mark.parametrize(("S", "L"), [(17, 17), (1, 9), (5, 12), (1, 1)])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
+def test_attention_matches_the_formula(S, L, head_dim):
+    q, k, v = (x.requires_grad_() for x in inputs(S, L, head_dim))
+    ours, theirs = causal_attention(q, k, v), formula(q, k, v)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the dispatch believe in a GPU of a given compute capability, and in stub flash-attn packages."""
+
+    def install(major, *modules):
+        calls = []
+        for module in modules:
+
+            def flash_attn_func(q, k, v, causal, module=module):
+                calls.append((module, causal))
+                out = formula(q.double(), k.double(), v.double()).to(q.dtype)
+                return (out, None) if module == "flash_attn_interface" else out  # some releases return the logsumexp
+
+            monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(flash_attn_func=flash_attn_func))
+        for _, absent, _ in attention.FLASH_PACKAGES:
+            if absent not in modules:
+                monkeypatch.setitem(sys.modules, absent, None)  # import raises ImportError
+        monkeypatch.setattr(attention, "_installed_flash", attention.find_flash_packages())
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=major))
+        return calls
+
+    return install
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
+def test_flash_attention_3_comes_first_on_hopper(gpu, head_dim):
+    gpu(9, "flash_attn_interface", "flash_attn")
+    assert attention.attention_name(CUDA, torch.bfloat16, head_dim) == "FlashAttention-3"
+
+
+@pytest.mark.parametrize("major", [8, 10])
+def test_flash_attention_2_elsewhere(gpu, major):
+    gpu(major, "flash_attn_interface", "flash_attn")
+    assert attention.attention_name(CUDA, torch.float16, 64) == "FlashAttention-2"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "major", "modules"),
+    [
+        ("cpu", torch.bfloat16, 64, 9, ["flash_attn"]),
+        ("cuda", torch.float32, 64, 9, ["flash_attn"]),
+        ("cuda", torch.bfloat16, 20, 9, ["flash_attn"]),  # not a multiple of 8
+        ("cuda", torch.bfloat16, 264, 9, ["flash_attn"]),
+        ("cuda", torch.bfloat16, 64, 7, ["flash_attn"]),
+        ("cuda", torch.bfloat16, 64, 8, ["flash_attn_interface"]),  # FlashAttention-3 alone, but no Hopper
+        ("cuda", torch.bfloat16, 64, 9, []),
+    ],
+)
+def test_sdpa_where_flash_attn_is_not_able(gpu, device, dtype, head_dim, major, modules):
+    gpu(major, *modules)
+    assert attention.attention_name(torch.device(device), dtype, head_dim) == "SDPA"
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn"])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
+def test_flash_attn_is_called_with_its_own_layout(gpu, monkeypatch, module, head_dim):
+    """The stub computes the formula from the tensors it is given; on CPU tensors, so the device check is bypassed."""
+    calls = gpu(9, module)
+    chosen = attention.flash_attention(CUDA, torch.bfloat16, head_dim)
+    monkeypatch.setattr(attention, "flash_attention", lambda *_: chosen)
+    q, k, v = inputs(5, 12, head_dim)
+    torch.testing.assert_close(causal_attention(q, k, v), formula(q, k, v))
+    assert calls == [(module, True)]

@@ -1,0 +1,151 @@
+"""Sampling, the KV cache, streaming."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from test_model import small_model, token_ids, unit_scale
+from tokenizers import Tokenizer
+
+from acceleron import generation
+from acceleron.attention import KVCache
+from acceleron.data.tokenizer import train_tokenizer
+from acceleron.errors import InputError
+from acceleron.generation import Sampling, generate, pick, prepare_for_inference, stream_text
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def model():
+    return unit_scale(small_model())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_greedy_with_the_cache_equals_greedy_without(dense):
+    model = unit_scale(small_model(dense))
+    prompt = token_ids(1, 5)[0].tolist()
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(40):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert list(generate(model, prompt, 40, GREEDY)) == ids[5:]
+    assert len(set(ids[5:])) > 10  # not one token over and over
+
+
+def test_cache_fed_in_pieces_equals_one_pass(model):
+    ids = token_ids(2, 30)
+    cache = KVCache(model.config, 2, 30, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        pieces = [model.hidden_states(ids[:, start:end], cache)[0] for start, end in pairwise((0, 7, 8, 20, 30))]
+        whole, _ = model.hidden_states(ids)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_fills_the_context_and_stops_there(model):
+    assert len(list(generate(model, [1] * 60, 100, GREEDY))) == 4  # max_seq_len is 64
+    assert len(list(generate(model, [1], 10, GREEDY))) == 10
+
+
+@pytest.mark.parametrize("length", [0, 64, 200])
+def test_prompts_that_do_not_fit_are_refused(model, length):
+    with pytest.raises(InputError, match=f"{length} tokens; the model takes 1 to 63"):
+        list(generate(model, [1] * length, 5, GREEDY))
+
+
+def test_stop_token_ends_and_is_not_shown(model):
+    tokens = list(generate(model, [3], 20, GREEDY))
+    stop = tokens[6]
+    assert list(generate(model, [3], 20, GREEDY, stop_id=stop)) == tokens[: tokens.index(stop)]
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(model):
+    """The likeliest tokens are made those without an entry."""
+    with torch.no_grad():
+        model.embedding[100:] *= 20
+    assert max(generate(model, [3], 50, Sampling(temperature=1.0, top_k=0, seed=0))) >= 100
+    assert max(generate(model, [3], 50, Sampling(temperature=1.0, top_k=0, seed=0), num_entries=100)) < 100
+    assert max(generate(model, [3], 50, GREEDY, num_entries=100)) < 100
+
+
+def test_seed_repeats_the_draw(model):
+    draws = [list(generate(model, [3], 30, Sampling(temperature=1.0, seed=seed))) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0, top_k=0, seed=0), [0.1, 0.4, 0.2, 0.3]),
+        (Sampling(temperature=1.0, top_k=2, seed=0), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=1.0, top_k=0, top_p=0.7, seed=0), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(temperature=1.0, top_k=0, top_p=0.71, seed=0), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (Sampling(temperature=0.5, top_k=0, seed=0), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (Sampling(temperature=1.0, top_k=0, top_p=1e-6, seed=0), [0, 1, 0, 0]),
+        (GREEDY, [0, 1, 0, 0]),
+    ],
+)
+def test_draws_follow_the_narrowed_distribution(sampling, expected):
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    generator, draws = torch.Generator().manual_seed(0), 4000
+    counts = torch.zeros(4)
+    for _ in range(draws):
+        counts[pick(logits, sampling, generator)] += 1
+    for share, p in zip((counts / draws).tolist(), expected, strict=True):
+        # Five standard deviations of a binomial share; exactly 0 and 1 where the filter says so.
+        assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / draws)
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
+)
+def test_impossible_sampling_is_refused(values):
+    with pytest.raises(InputError, match=next(iter(values))):
+        Sampling(**values)
+
+
+def test_streamed_pieces_join_to_the_text(monkeypatch, model):
+    """Characters of several bytes arrive a byte at a time: nothing is shown before they are whole."""
+    text = "größer – 漢字 🎉 end"
+    tokenizer = train_tokenizer(["plain ascii only"], 258 + 20)
+    script = tokenizer.encode(text).ids
+    assert len(script) > len(text)
+    monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: iter(script))
+    pieces = list(stream_text(model, tokenizer, "Say: ", 100, GREEDY))
+    assert len(pieces) == len(script)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_inference_casts_all_but_router_and_norms(model):
+    wide = list(generate(model, [3], 5, GREEDY))
+    prepare_for_inference(model, torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert {d for n, d in kinds.items() if n.endswith("router") or "norm" in n} == {torch.float32}
+    assert {d for n, d in kinds.items() if not (n.endswith("router") or "norm" in n)} == {torch.bfloat16}
+    assert list(generate(model, [3], 1, GREEDY)) == wide[:1]
+
+
+def test_tokenizer_order(tmp_path):
+    """--tokenizer, then beside the checkpoint, beside the data, beside the scripts (pile_tokenizer.json)."""
+    places = {name: tmp_path / name for name in ("run", "data", "scripts", "named")}
+    sizes = {"named": 285, "run": 280, "data": 275, "scripts": 270}
+    for name, folder in places.items():
+        folder.mkdir()
+        file = folder / ("pile_tokenizer.json" if name == "scripts" else "tokenizer.json")
+        train_tokenizer(["many words to learn from, again and again, words to merge " * 3], sizes[name]).save(str(file))
+    contents = {"options": {"data_dir": str(places["data"])}, "config": small_model().config}
+
+    def opened(explicit=None) -> Tokenizer:
+        return generation.open_tokenizer(explicit, places["run"] / "checkpoint_1.pt", contents, places["scripts"])
+
+    contents["config"] = type(contents["config"])(**contents["config"].to_dict() | {"vocab_size": 512})
+    assert opened(str(places["named"] / "tokenizer.json")).get_vocab_size() == 285
+    for name in ("run", "data"):
+        assert opened().get_vocab_size() == sizes[name]
+        (places[name] / "tokenizer.json").unlink()
+    assert opened().get_vocab_size() == 270
+    (places["scripts"] / "pile_tokenizer.json").unlink()
+    with pytest.raises(InputError, match="--tokenizer"):
+        opened()
