@@ -31,6 +31,8 @@ def main():
     arguments = parse_arguments()
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max_new_tokens {arguments.max_new_tokens}: must be at least 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
+        raise InputError(f"--seed {arguments.seed}: must be at least 0 and below 2**64")
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
     device = resolve_device(arguments.device)
