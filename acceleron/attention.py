@@ -64,7 +64,11 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
     if flash:
         out = flash[1](q_BSHC, k_BLGC, v_BLGC, causal=True)
         return out[0] if isinstance(out, tuple) else out  # some releases return the logsumexp too
-    S, L = q_BSHC.shape[1], k_BLGC.shape[1]
+    (B, S, H, C), (L, G) = q_BSHC.shape, k_BLGC.shape[1:3]
+    if S == 1:
+        # Decoding: the H / G query heads that share a key head become its queries, which all see all L positions.
+        q, k, v = q_BSHC.view(B, G, H // G, C), k_BLGC.transpose(1, 2), v_BLGC.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).view(B, 1, H, C)
     mask = None
     if 1 < S < L:
         mask = torch.ones(S, L, dtype=torch.bool, device=q_BSHC.device).tril(L - S)

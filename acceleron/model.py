@@ -71,6 +71,8 @@ class Block(nn.Module):
         normed, x = self.ffn_norm(attended, residual=x)
         if hasattr(self, "mlp"):
             return x + self.mlp(normed), None
+        if cache is not None and x.device.type == "cpu" and normed.shape[:2] == (1, 1):
+            return x + self.moe.decode_token(normed), None
         y, stats = self.moe(normed)
         return x + y, stats
 

@@ -24,7 +24,7 @@ def interleave(providers: dict[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def report(seconds: dict[str, list[float]], tokens: int, ratios: list[tuple[str, str]]):
-    """Tokens/s of each provider, and each ratio round by round, which drops what slowed a whole round: medians, ranges."""
+    """Tokens/s of each provider, and ratios taken round by round, which drops what slowed a whole round."""
     width = max(map(len, seconds))
     for name, values in seconds.items():
         print(f"{name:{width}}  {_spread([tokens / s for s in values], '{:.1f}')} tokens/s")

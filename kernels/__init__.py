@@ -17,6 +17,7 @@ if __name__ == "kernels":
 else:
     from .reference import (
         ROUTING_OPS,
+        TOP_K,
         Plan,
         Routing,
         dispatch_plan,
@@ -31,6 +32,7 @@ else:
 
 __all__ = [
     "ROUTING_OPS",
+    "TOP_K",
     "Plan",
     "Routing",
     "dispatch_plan",

@@ -248,14 +248,18 @@ def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w
     return _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
 
 
+def _swiglu(gate_up_N2F):
+    gate, up = gate_up_N2F.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves the pre-activation alone: plain autograd would keep silu(gate) too."""
 
     @staticmethod
     def forward(ctx, gate_up_N2F):
         ctx.save_for_backward(gate_up_N2F)
-        gate, up = gate_up_N2F.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _swiglu(gate_up_N2F)
 
     @staticmethod
     def backward(ctx, grad_NF):
@@ -267,7 +271,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020)."""
-    return _SwiGLU.apply(gate_up_N2F)
+    return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else _swiglu(gate_up_N2F)
 
 
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,8 +297,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     if residual is not None:
         x = x + residual
-    wide = x if x.dtype == torch.float64 else x.float()
-    normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
+    # torch's rms_norm computes in fp32 and casts back, but multiplies a weight given to it before the cast.
+    normed = F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
     return normed if residual is None else (normed, x)
 
 

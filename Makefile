@@ -1,0 +1,39 @@
+# Two commands: `make demo` trains and samples a small model on this machine; `make test` checks everything.
+PYTHON ?= python3
+# Any release from 2.11 on will do: `make setup TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: setup demo test
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Packages of Python's own library: text that is there wherever Python is.
+PACKAGES := asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/python -m acceleron.data prepare --output $(DEMO)/data --vocab_size 2048 --input \
+		$$($(BIN)/python -c 'import sys, sysconfig; print(*(sysconfig.get_path("stdlib") + "/" + p for p in sys.argv[1:]))' $(PACKAGES))
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		flags="--model_size tiny --vocab_size 2048 --batch_size 16 --seq_len 1024 --max_steps 300 --lr 1e-3"; \
+	else \
+		flags="--model_size nano --batch_size 4 --seq_len 256 --max_steps 450 --lr 5e-3 --no_compile"; \
+	fi; \
+	set -x; $(BIN)/python train.py --data_dir $(DEMO)/data --save_dir $(DEMO)/run --no_gradient_checkpointing \
+		--num_workers 1 --log_interval 25 --eval_interval 150 $$flags
+	$(BIN)/python -m acceleron.training.plot $(DEMO)/run
+	$(BIN)/python generate.py --checkpoint $$(ls $(DEMO)/run/checkpoint_*.pt) --prompt "def " --max_new_tokens 120 --seed 1
+	@echo "The loss curve is $(DEMO)/run/loss.png"
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
