@@ -20,6 +20,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         accelerators = (("cuda", torch.cuda), ("mps", torch.backends.mps))
         return torch.device(next((kind for kind, backend in accelerators if backend.is_available()), "cpu"))
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

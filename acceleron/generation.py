@@ -74,9 +74,10 @@ def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict,
 
 def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """The next token's id, int64 [1]. Candidates are narrowed by top-k, then top-p, after the temperature."""
+    logits_V = logits_V.float()
     if sampling.temperature == 0:
         return logits_V.argmax(dim=-1, keepdim=True)
-    logits_V = logits_V.float() / sampling.temperature
+    logits_V = logits_V / sampling.temperature
     if 0 < sampling.top_k < len(logits_V):
         logits, ids = logits_V.topk(sampling.top_k)
     else:

@@ -47,7 +47,8 @@ def read_documents(path: Path) -> Iterator[str]:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
-                    yield from _split(_text_of(line, f"{path}, line {number}"))
+                    if line.strip():
+                        yield from _split(_text_of(line, f"{path}, line {number}"))
         else:
             yield from _split(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
