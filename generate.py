@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--seed", type=int, help="makes the draw repeatable")
     parser.add_argument("--tokenizer", help="default: beside the checkpoint, its data, or pile_tokenizer.json here")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()
 
@@ -56,12 +56,12 @@ def main():
     print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ")
+            write(input("> "))
         except EOFError:
             print()
             return
-        try:
-            write(prompt)
+        except UnicodeDecodeError:
+            print("error: the prompt is not valid UTF-8", file=sys.stderr)
         except InputError as error:  # a prompt too long is no reason to end the session
             print(f"error: {error}", file=sys.stderr)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from .errors import InputError
 
 NAMED_VOCAB_SIZE = 50304
+MAX_VOCAB_SIZE = 1 << 24
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -40,6 +41,10 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise InputError(f"config: {field.name} must be a positive whole number, not {value!r}")
+            if field.type is float and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise InputError(f"config: {field.name} must be a finite number of at least 0, not {value!r}")
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise InputError(f"config: vocab_size {self.vocab_size} is above {MAX_VOCAB_SIZE}")
         if self.d_model % (2 * self.num_heads):
             raise InputError(
                 f"config: d_model {self.d_model} must be num_heads {self.num_heads} times an even head_dim"

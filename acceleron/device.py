@@ -16,13 +16,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU. Raises InputError for a device that isn't there."""
+    """`auto` is CUDA, else the CPU. Raises InputError for a device that isn't there."""
     if name == "auto":
-        accelerators = (("cuda", torch.cuda), ("mps", torch.backends.mps))
-        return torch.device(next((kind for kind, backend in accelerators if backend.is_available()), "cpu"))
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and name.split(":")[0] != "cuda":
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:1")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -77,8 +75,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def synchronize(device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:

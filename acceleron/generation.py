@@ -77,7 +77,10 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None
     logits_V = logits_V.float()
     if sampling.temperature == 0:
         return logits_V.argmax(dim=-1, keepdim=True)
-    logits_V = logits_V / sampling.temperature
+    # Below 1e-6 all but equal logits are told apart for certain, and fp32 would overflow.
+    logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, 1e-6)
+    if logits_V.isnan().any():
+        raise InputError("the model's logits are not numbers: the run that wrote this checkpoint had diverged")
     if 0 < sampling.top_k < len(logits_V):
         logits, ids = logits_V.topk(sampling.top_k)
     else:
@@ -85,7 +88,9 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         # Keep the fewest tokens that reach top_p together; the first is always kept.
-        probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= sampling.top_p, 0.0)
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        beyond[0] = False
+        probabilities = probabilities.masked_fill(beyond, 0.0)
     return ids[torch.multinomial(probabilities, 1, generator=generator)]
 
 
@@ -132,6 +137,10 @@ def stream_text(model: Acceleron, tokenizer: Tokenizer, prompt: str, max_new_tok
     An empty prompt starts a new document. Ends where the model ends the document.
     """
     end_id = tokenizer.token_to_id(END_OF_TEXT)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not valid UTF-8") from error
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id]
     num_entries = tokenizer.get_vocab_size()
     decoder = DecodeStream(ids=prompt_ids)

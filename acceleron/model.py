@@ -123,7 +123,7 @@ class Acceleron(nn.Module):
         a sequence longer than the model's.
         """
         x, layers = self.hidden_states(input_ids)
-        z_loss, balance_loss, counts_LE = x.new_zeros((), dtype=torch.float32), x.new_zeros(()), None
+        z_loss, balance_loss, counts_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
             z_loss, balance_loss, counts_LE = (torch.stack(values) for values in zip(*layers, strict=True))
             z_loss, balance_loss = z_loss.sum(), balance_loss.sum()

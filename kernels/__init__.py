@@ -17,11 +17,11 @@ if __name__ == "kernels":
 else:
     from .reference import (
         ROUTING_OPS,
-        TOP_K,
         Plan,
         Routing,
         dispatch_plan,
         expert_mlp,
+        expert_mlp_token,
         grouped_gemm,
         linear_cross_entropy,
         rms_norm,
@@ -32,11 +32,11 @@ else:
 
 __all__ = [
     "ROUTING_OPS",
-    "TOP_K",
     "Plan",
     "Routing",
     "dispatch_plan",
     "expert_mlp",
+    "expert_mlp_token",
     "grouped_gemm",
     "linear_cross_entropy",
     "rms_norm",

@@ -253,6 +253,19 @@ def _swiglu(gate_up_N2F):
     return F.silu(gate) * up
 
 
+def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """The routed experts' output for one token, (1, 1, D), read in place: no plan, statistics or gather.
+
+    Those took a third of a decoding step on a CPU. Without gradients; the choice is read on the host, which on a GPU
+    would be a sync a layer. x and the weights share one dtype; logits_E is fp32.
+    """
+    logits, experts = (values[:TOP_K] for values in logits_E.sort(descending=True, stable=True))
+    y = torch.zeros_like(x)
+    for weight, expert in zip(logits.softmax(dim=-1).tolist(), experts.tolist(), strict=True):
+        y.add_(F.linear(swiglu(F.linear(x, w13_E2FD[expert])), w2_EDF[expert]), alpha=weight)
+    return y
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves the pre-activation alone: plain autograd would keep silu(gate) too."""
 

@@ -83,6 +83,8 @@ def test_seed_repeats_the_draw(model):
         (Sampling(temperature=1.0, top_k=0, top_p=0.71, seed=0), [0, 4 / 9, 2 / 9, 3 / 9]),
         (Sampling(temperature=0.5, top_k=0, seed=0), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         (Sampling(temperature=1.0, top_k=0, top_p=1e-6, seed=0), [0, 1, 0, 0]),
+        (Sampling(temperature=1.0, top_k=0, top_p=1e-300, seed=0), [0, 1, 0, 0]),
+        (Sampling(temperature=1e-45, top_k=0, seed=0), [0, 1, 0, 0]),
         (GREEDY, [0, 1, 0, 0]),
     ],
 )
@@ -116,6 +118,19 @@ def test_streamed_pieces_join_to_the_text(monkeypatch, model):
     assert len(pieces) == len(script)
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_prompts_that_are_not_text_are_refused(model):
+    tokenizer = train_tokenizer(["plain"], 258)
+    with pytest.raises(InputError, match="not valid UTF-8"):
+        list(stream_text(model, tokenizer, "\udcff", 5, GREEDY))
+
+
+def test_a_diverged_model_is_named_as_such(model):
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="diverged"):
+        list(generate(model, [3], 5, Sampling(seed=0)))
 
 
 def test_inference_casts_all_but_router_and_norms(model):

@@ -161,9 +161,11 @@ class Loader:
         """Raises InputError if the position was saved for other data, as it would not mean the same rows."""
         current = self.state_dict()
         for key in ("seed", "seq_len", "shards"):
-            if state[key] != current[key]:
-                what = "other shards" if key == "shards" else f"{key} {state[key]}, not {current[key]}"
+            if state.get(key) != current[key]:
+                what = "other shards" if key == "shards" else f"{key} {state.get(key)}, not {current[key]}"
                 raise InputError(f"cannot resume: the checkpoint's run read {what}; pass the same data and flags")
+        if type(state.get("position")) is not int or state["position"] < 0:
+            raise InputError("cannot resume: the checkpoint holds no valid position in the data; it is damaged")
         self._restart(state["position"])
 
 

@@ -22,13 +22,15 @@ PIECES_PER_BATCH = 64
 
 
 def find_files(inputs: list[str]) -> list[Path]:
-    """The named files, and every file below the named directories (hidden ones excepted), in a fixed order."""
+    """The named files, and every file below the named directories but hidden ones and __pycache__, in a fixed order."""
     files = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             below = sorted(p for p in path.rglob("*") if p.is_file())
-            files += [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            files += [
+                p for p in below if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(path).parts)
+            ]
         elif path.is_file():
             files.append(path)
         else:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -40,8 +41,23 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if not isinstance(contents, dict) or not contents.keys() >= KEYS or contents["format"] != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this version (format {FORMAT})")
+    kinds = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)
+    wrong = [name for name, kind in kinds.items() if type(contents[name]) not in (kind, OrderedDict)]
+    if wrong:
+        raise InputError(f"{path}: damaged: {', '.join(wrong)} of the wrong type; use another one")
     contents["config"] = ModelConfig.from_dict(contents["config"])
     return contents
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: str | Path):
+    """Load the optimizer's state, but keep this run's weight decay. Raises InputError if it doesn't fit."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(contents["optimizer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its optimizer state does not fit the model; it is damaged") from error
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def load_weights(model: torch.nn.Module, contents: dict, path: str | Path):

@@ -30,7 +30,7 @@ from ..device import (
 )
 from ..errors import InputError
 from ..model import Acceleron
-from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import load_checkpoint, load_weights, restore_optimizer, save_checkpoint
 from .metrics import Metrics, describe, expert_health, flops_per_token
 from .optimizer import build_optimizer
 from .options import TrainOptions
@@ -63,11 +63,15 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
         pin_memory=device.type == "cuda",
     )
     save_dir = Path(options.save_dir)
-    if not options.resume and not options.memory_test and any(save_dir.glob("checkpoint_*.pt")):
+    continued = options.resume and Path(options.resume).resolve().parent == save_dir.resolve()
+    if not continued and not options.memory_test and any(save_dir.glob("checkpoint_*.pt")):
         raise InputError(
-            f"--save_dir {save_dir} holds the checkpoints of an earlier run: continue it with --resume, "
+            f"--save_dir {save_dir} holds the checkpoints of another run: continue it with --resume, "
             "or name another directory"
         )
+    tokenizer_copy = save_dir / "tokenizer.json"
+    if tokenizer_path and tokenizer_copy.is_file() and tokenizer_copy.read_bytes() != tokenizer_path.read_bytes():
+        raise InputError(f"{tokenizer_copy} is another tokenizer than {tokenizer_path}: name another --save_dir")
 
     torch.manual_seed(options.seed)
     model = Acceleron(config, compute_dtype=dtype).to(device)
@@ -77,9 +81,10 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     if options.resume:
         checkpoint = load_checkpoint(options.resume)
         load_weights(model, checkpoint, options.resume)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore_optimizer(optimizer, checkpoint, options.resume)
         loader.load_state_dict(checkpoint["data"])
         step, tokens = checkpoint["step"], checkpoint["tokens"]
+        _warn_of_changes(options, checkpoint["options"])
         if step >= options.max_steps:
             raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
 
@@ -89,13 +94,18 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     if options.memory_test:
         run.memory_test(step)
         return
-    _make_writable(save_dir)
-    if tokenizer_path and tokenizer_path.resolve() != (save_dir / "tokenizer.json").resolve():
-        shutil.copyfile(tokenizer_path, save_dir / "tokenizer.json")
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_dir):
+            pass
+        if tokenizer_path and not tokenizer_copy.exists():
+            shutil.copyfile(tokenizer_path, tokenizer_copy)
+        metrics = Metrics(save_dir)
+    except OSError as error:
+        raise InputError(f"--save_dir {save_dir}: cannot be written ({error.strerror or error})") from error
     peak, peak_source = peak_flops(device, dtype)
     flops = flops_per_token(config, model.num_parameters()[1], options.seq_len)
     bytes_of = token_bytes(tokenizer, config.vocab_size) if tokenizer else None
-    metrics = Metrics(save_dir)
     say(f"utilisation (MFU) is against {peak / 1e12:.3g} TFLOP/s, {peak_source}")
     say(
         f"writing to {save_dir}: checkpoints, metrics.jsonl"
@@ -120,12 +130,18 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
                 pace = (now - logged_time) / (step - logged_step)
                 record |= {"tokens": tokens, "tokens_per_second": speed, "mfu": speed * flops / peak}
                 record["memory_bytes"] = peak_memory(device)
+                if not math.isfinite(record["loss"] + record["grad_norm"]):
+                    raise InputError(
+                        f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step}: "
+                        "stopped before saving; continue from the last checkpoint with a smaller --lr"
+                    )
                 if evaluate:
                     record |= validate(model, shards, options, device, bytes_of)
                 metrics.write(record)
                 tqdm.write(describe(record, options.max_steps, pace * (options.max_steps - step)))
                 logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
             if last or step % options.save_interval == 0:
+                saving = time.perf_counter()
                 path = save_checkpoint(
                     save_dir,
                     step=step,
@@ -137,6 +153,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
                     options=asdict(options),
                 )
                 tqdm.write(f"saved {path}")
+                logged_time += time.perf_counter() - saving
     metrics.close()
 
 
@@ -245,13 +262,12 @@ def _open_tokenizer(options: TrainOptions, scripts_dir: Path | None):
     return path, load_tokenizer(path) if path else None
 
 
-def _make_writable(directory: Path):
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise InputError(f"--save_dir {directory}: cannot be written ({error.strerror})") from error
+def _warn_of_changes(options: TrainOptions, saved: dict):
+    """A changed setting is the user's right on resuming, but seldom meant."""
+    free = {"resume", "save_dir", "data_dir", "log_interval", "eval_interval", "save_interval", "num_workers", "device"}
+    for name, value in asdict(options).items():
+        if name not in free and name in saved and saved[name] != value:
+            print(f"warning: --{name} is {value}, but was {saved[name]} before", file=sys.stderr)
 
 
 def _announce(options, config, model, device, dtype, provider, loader):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from ..config import PRESETS
 from ..errors import InputError
 
+MAX_BATCH_SIZE = 1 << 20
+
 
 def option(default, help: str, choices: tuple[str, ...] | None = None, least: float | None = None):
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
@@ -23,9 +25,7 @@ class TrainOptions:
     seq_len: int = option(2048, "tokens a sequence; must divide the shards' row length", least=2)
     lr: float = option(6e-4, "peak learning rate", least=0)
     min_lr: float | None = option(None, "final learning rate (default: a tenth of lr)", least=0)
-    schedule: str = option(
-        "cosine", "after the warm-up: cosine, or stable with linear decay", choices=("cosine", "wsd")
-    )
+    schedule: str = option("cosine", "cosine, or wsd: warmup-stable-decay", choices=("cosine", "wsd"))
     warmup_steps: int | None = option(None, "linear warm-up (default: a tenth of max_steps, at most 1000)", least=0)
     max_steps: int = option(100_000, "optimizer steps", least=1)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; norms have none", least=0)
@@ -43,14 +43,16 @@ class TrainOptions:
     vocab_size: int | None = option(
         None, "rows of the embedding (default: the size's; for nano the tokenizer's)", least=1
     )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; auto is cuda, else mps, else cpu")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1; auto is cuda where there is one")
     dtype: str = option(
         "auto", "of GEMMs and activations; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
     )
     kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
     no_compile: bool = option(False, "no torch.compile")
     no_gradient_checkpointing: bool = option(False, "keep all activations for the backward pass")
-    memory_test: bool = option(False, "run a step, print the peak memory against the device's, and exit")
+    memory_test: bool = option(
+        False, "run a step as it is once the optimizer has state, print the peak memory, and exit"
+    )
 
     def __post_init__(self):
         for name, meta in ((f.name, f.metadata) for f in fields(self)):
@@ -62,6 +64,11 @@ class TrainOptions:
                 raise InputError(f"--{name} {value}: must be at least {meta['least']}, and finite")
         if self.seed >= 2**64:
             raise InputError(f"--seed {self.seed}: must be below 2**64")
+        if self.batch_size > MAX_BATCH_SIZE:
+            raise InputError(f"--batch_size {self.batch_size}: must be at most {MAX_BATCH_SIZE}")
+        for name in ("data_dir", "save_dir", "resume", "tokenizer"):
+            if getattr(self, name) == "":
+                raise InputError(f"--{name} is empty: name a path")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.data.prepare import prepare
+from acceleron.data.tokenizer import train_tokenizer
+from acceleron.errors import InputError
 from acceleron.training import TrainOptions, train
 from acceleron.training.metrics import expert_health, flops_per_token
 from acceleron.training.optimizer import build_optimizer
@@ -252,3 +254,39 @@ def test_real_text_is_learnt_beyond_its_unigrams(tmp_path):
     assert last["val_loss"] / math.log(2) / last["val_bits_per_byte"] == pytest.approx(
         text.stat().st_size / shard.size, rel=0.1
     )
+
+
+def test_resuming_with_other_flags_uses_them_and_says_so(data_dir, tmp_path, capsys):
+    train(options(data_dir, tmp_path, max_steps=6))
+    checkpoint = str(tmp_path / "checkpoint_6.pt")
+    train(options(data_dir, tmp_path, max_steps=12, weight_decay=0.5, batch_size=2, resume=checkpoint))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [line.split()[1] for line in warnings] == ["--batch_size", "--max_steps", "--weight_decay"]
+    contents = torch.load(tmp_path / "checkpoint_12.pt", weights_only=True)
+    assert [group["weight_decay"] for group in contents["optimizer"]["param_groups"]] == [0.5, 0.0]
+    assert records(tmp_path)[-1]["tokens"] == 6 * 4 * 64 + 6 * 2 * 64
+
+
+def test_a_resumed_run_never_overwrites_another(data_dir, tmp_path):
+    for name in ("one", "two"):
+        train(options(data_dir, tmp_path / name, max_steps=1))
+    before = (tmp_path / "two" / "checkpoint_1.pt").read_bytes()
+    with pytest.raises(InputError, match="another run"):
+        train(options(data_dir, tmp_path / "two", max_steps=2, resume=str(tmp_path / "one" / "checkpoint_1.pt")))
+    assert (tmp_path / "two" / "checkpoint_1.pt").read_bytes() == before
+
+
+def test_another_tokenizer_is_never_overwritten(data_dir, tmp_path):
+    for name, size in (("ours.json", 270), ("run/tokenizer.json", 262)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        train_tokenizer(["some words to merge, and some more words " * 3], size).save(str(tmp_path / name))
+    before = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    with pytest.raises(InputError, match="another tokenizer"):
+        train(options(data_dir, tmp_path / "run", vocab_size=320, tokenizer=str(tmp_path / "ours.json")))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
+
+
+def test_a_diverged_run_stops_before_it_is_saved(data_dir, tmp_path):
+    with pytest.raises(InputError, match="stopped before saving"):
+        train(options(data_dir, tmp_path, lr=1e30, grad_clip=0.0))
+    assert not list(tmp_path.glob("checkpoint_*"))
