@@ -113,7 +113,6 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     )
 
     logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
-    pace = None  # seconds a step, as of the last log line
     # The bar is for people: in a pipe there are only the log lines, which carry the ETA too.
     with tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True, disable=None) as bar, run.context:
         while step < options.max_steps:
@@ -123,7 +122,9 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
             bar.update()
             last = step == options.max_steps
             evaluate = last or step % options.eval_interval == 0
-            if evaluate or step % options.log_interval == 0:
+            save = last or step % options.save_interval == 0
+            # A step that is saved is looked at first: a diverged model is never saved.
+            if evaluate or save or step % options.log_interval == 0:
                 record = {"step": step, **run.read_statistics(), "lr": lr, "grad_norm": grad_norm.item()}
                 now = time.perf_counter()
                 speed = (tokens - logged_tokens) / (now - logged_time)
@@ -140,7 +141,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
                 metrics.write(record)
                 tqdm.write(describe(record, options.max_steps, pace * (options.max_steps - step)))
                 logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
-            if last or step % options.save_interval == 0:
+            if save:
                 saving = time.perf_counter()
                 path = save_checkpoint(
                     save_dir,

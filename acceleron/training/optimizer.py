@@ -7,7 +7,7 @@ BETAS = (0.9, 0.95)
 
 
 def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused, which all devices with a fused kernel (CUDA, CPU, MPS) take. The learning rate is set each step."""
+    """Fused, on CUDA and on a CPU alike. The learning rate is set each step."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
