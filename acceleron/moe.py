@@ -54,7 +54,7 @@ class MoE(nn.Module):
         routing = kernels.route_top2(logits_TE)
         plan = kernels.dispatch_plan(routing.experts_TK, self.router.shape[0])
         w13, w2 = self.w13_E2FD.to(x.dtype), self.w2_EDF.to(x.dtype)
-        y_TD = kernels.expert_mlp(x_TD, routing.weights_TK, plan, w13, w2) + self.shared(x_TD)
+        y_TD = kernels.expert_mlp(x_TD, routing.weights_TK, plan, w13, w2, self.shared(x_TD))
         return y_TD.view_as(x), MoEStats(routing.z_loss, routing.balance_loss, routing.counts_E)
 
     def decode_token(self, x: Tensor) -> Tensor:

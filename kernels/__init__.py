@@ -15,20 +15,57 @@ if __name__ == "kernels":
         sys.modules["kernels"] = module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
-    from .reference import (
-        ROUTING_OPS,
-        Plan,
-        Routing,
-        dispatch_plan,
-        expert_mlp,
-        expert_mlp_token,
-        grouped_gemm,
-        linear_cross_entropy,
-        rms_norm,
-        rope,
-        route_top2,
-        swiglu,
-    )
+    from functools import wraps
+
+    import torch
+
+    from . import reference
+    from .reference import Plan, Routing, expert_mlp_token
+
+    try:
+        # The modules first: a function below that has a module's name must be the one that remains.
+        from . import cross_entropy, expert_mlp, grouped_gemm, launch, rms_norm, rope, routing, swiglu
+
+        _missing = None
+    except (ImportError, AttributeError) as error:  # an older Triton lacks names that the kernels use
+        _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
+
+    ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
+    _triton = {} if _missing else {
+        "dispatch_plan": routing.dispatch_plan,
+        "expert_mlp": expert_mlp.expert_mlp,
+        "grouped_gemm": grouped_gemm.grouped_gemm,
+        "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+        "rms_norm": rms_norm.rms_norm,
+        "rope": rope.rope,
+        "route_top2": routing.route_top2,
+        "swiglu": swiglu.swiglu,
+    }
+    _choice = "auto"
+
+    def _op(name: str):
+        """The public op of this name: Triton's on a GPU, except in float64; the reference's elsewhere; or as selected."""
+        plain = getattr(reference, name)
+        fused = plain if _missing else _triton[name]
+
+        @wraps(plain)
+        def op(x, *args, **kwargs):
+            if _choice == "auto":
+                use_triton = x.is_cuda and x.dtype != torch.float64
+            else:
+                use_triton = _choice == "triton"
+            return (fused if use_triton else plain)(x, *args, **kwargs)
+
+        return op
+
+    dispatch_plan = _op("dispatch_plan")
+    expert_mlp = _op("expert_mlp")
+    grouped_gemm = _op("grouped_gemm")
+    linear_cross_entropy = _op("linear_cross_entropy")
+    rms_norm = _op("rms_norm")
+    rope = _op("rope")
+    route_top2 = _op("route_top2")
+    swiglu = _op("swiglu")
 
 __all__ = [
     "ROUTING_OPS",
@@ -47,13 +84,22 @@ __all__ = [
 ]
 
 
-def select(choice: str) -> str:
-    """Resolve `--kernels {auto,triton,reference}` to a line for the log that names the provider and the reason.
+def select(choice: str, device: "torch.device") -> str:
+    """Let Triton or the reference serve the ops of this process; returns a line for the log with the reason.
 
-    Raises ValueError for "triton", which this version has no kernels for yet, and for any other name.
+    choice: "auto" is Triton for tensors on a GPU that it supports, and the reference for others (what a process that
+    never calls this has, too); "triton" is Triton for all; "reference" is always there. `device` is where the tensors
+    will be. Raises ValueError for "triton" where it can't run, with what is missing, and for any other name.
     """
-    if choice == "triton":
-        raise ValueError("--kernels triton: this version has no Triton kernels yet; use auto or reference")
-    if choice not in ("auto", "reference"):
+    global _choice
+    if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
-    return "reference (asked for)" if choice == "reference" else "reference (this version has no Triton kernels yet)"
+    reason = _missing or launch.unavailable(device)
+    if choice == "triton" and reason:
+        raise ValueError(f"--kernels triton: {reason}; or use --kernels auto or reference")
+    _choice = "reference" if choice == "auto" and reason else choice
+    if choice == "reference":
+        return "reference (asked for)"
+    if choice == "auto" and (reason or device.type != "cuda"):
+        return f"reference ({reason or 'the interpreter is for --kernels triton alone'})"
+    return f"Triton {launch.triton.__version__}" + (", interpreted" if device.type == "cpu" else "")

@@ -237,15 +237,23 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
-def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """y_TD, the weighted sum of each token's two experts, expert(x) = w2 (silu(w1 x) * (w3 x)).
+def expert_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    plan: Plan,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    shared_TD: Tensor | None = None,
+) -> Tensor:
+    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), plus shared_TD if given.
 
-    x_TD, w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF share one dtype, which is the result's;
+    x_TD, w13_E2FD (gate rows w1 first, then up rows w3), w2_EDF and shared_TD share one dtype, which is the result's;
     weights_TK is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
     """
     x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13_E2FD, plan)), w2_EDF, plan)
-    return _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
+    y_TD = _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
+    return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 def _swiglu(gate_up_N2F):

@@ -45,7 +45,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     try:
-        provider = kernels.select(options.kernels)
+        provider = kernels.select(options.kernels, device)
     except ValueError as error:
         raise InputError(str(error)) from error
     shards = Shards(options.data_dir)

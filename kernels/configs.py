@@ -1,0 +1,109 @@
+"""Tile sizes of the grouped GEMMs: what tuned.jsonl holds for the device, dtype and sizes, else a rule.
+
+A line of tuned.jsonl: device (its name, or the architecture for any of its kind), op, dtype, sizes (the op's widths and
+experts, below), and the fields of `Config`. `python -m bench tune` writes it. Nothing is ever searched while training.
+
+| op | sizes |
+| --- | --- |
+| up, hidden_grad | E, D, F |
+| rows | E, input width, output width, 1 if the weight is [E, output, input] else 0 |
+| weight_grad | E, output rows, output columns, and which operand is gathered: 0 none, 1 the left one, 2 the right one |
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .launch import Device
+
+TABLE = Path(__file__).parent / "tuned.jsonl"
+OPS = ("up", "hidden_grad", "rows", "weight_grad")
+
+
+class Config(NamedTuple):
+    """A tile of block_m x block_n outputs and block_k of the inner width; `up` has block_n gate and as many up columns.
+
+    programs: persistent programs a processor. flatten: one pipelined loop over tiles and inner width, so that a tile's
+    first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int = 1
+    flatten: bool = False
+    split: int = 1
+
+    def blocks(self) -> dict:
+        """The keyword arguments that every GEMM kernel takes."""
+        return dict(
+            BLOCK_M=self.block_m,
+            BLOCK_N=self.block_n,
+            BLOCK_K=self.block_k,
+            FLATTEN=self.flatten,
+            num_warps=self.warps,
+            num_stages=self.stages,
+        )
+
+
+@cache
+def table() -> dict[tuple, Config]:
+    """(device, op, dtype, sizes) -> Config, from tuned.jsonl. Raises ValueError that names a line that is not one."""
+    entries = {}
+    for number, line in enumerate(TABLE.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            key = (entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
+            entries[key] = Config(**{name: entry[name] for name in Config._fields})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{TABLE}, line {number}: {error!r}; `python -m bench tune` writes it anew") from error
+    return entries
+
+
+@cache
+def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
+    """The configuration of an op: the table's for this device's name, then for its architecture, then `rule`'s."""
+    name = str(dtype).removeprefix("torch.")
+    for key in (device.name, device.arch):
+        if (key, op, name, sizes) in table():
+            return table()[key, op, name, sizes]
+    return rule(op, device, dtype, sizes)
+
+
+def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
+    """A sane configuration for sizes that nobody has tuned: one that compiles without spills and fits."""
+    if device.arch == "interpreter":
+        return Config(32, 32, 32, 4, 1, split=2)  # small, so that small tests have several tiles, and a split
+    if dtype == torch.float32:
+        return Config(64, 32 if op == "up" else 64, 32, 4, 2)  # multiplied as fp32, without tensor cores
+    if device.arch.startswith("gfx"):
+        return Config(128, 64 if op == "up" else 128, 32, 8, 2)
+    if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
+        return Config(128, 64 if op == "up" else 128, 32, 8, 3)
+    if op == "up":
+        return Config(128, 128, 64, 8, 3, flatten=device.arch == "sm_90")
+    if op == "hidden_grad":
+        # Two programs a processor: while one stores what this epilogue makes, the other multiplies.
+        return Config(64, 128, 64, 4, 3, programs=2)
+    wide = sizes[2] > 128
+    if op == "rows":
+        return Config(128, 256 if wide else 128, 64, 8, 3, flatten=device.arch == "sm_90")
+    # A gathered operand is loaded two stages after its indices are: five stages give three buffers.
+    config = Config(128, 256 if wide else 128, 64, 8, 5)
+    return config._replace(split=_even_split(config, device, *sizes[:3]))
+
+
+def _even_split(config: Config, device: Device, E: int, M: int, N: int) -> int:
+    """The shares that leave the fewest processors idle in the last wave of tiles, each share costing a fiftieth."""
+    tiles = E * -(-M // config.block_m) * -(-N // config.block_n)
+
+    def waste(split: int) -> float:
+        waves = tiles * split / (device.processors * config.programs)
+        return -(-waves // 1) / waves + 0.02 * split
+
+    return min(range(1, 5), key=waste)

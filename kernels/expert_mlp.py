@@ -1,0 +1,344 @@
+"""The routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
+
+Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
+
+Forward, three launches: h_N2F and act_NF from gathered rows of x; rows_ND from act; y_TD as each token's weighted sum
+of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward, five launches: dH with the SwiGLU's
+derivative and the routing weights' gradient in the epilogue, from gathered rows of dy; dX's rows; the sum of each
+token's two; dW13 and dW2. The gathered x, act, and the down-projection's output are never kept.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import find_config
+from .grouped_gemm import (
+    check_plan,
+    dot,
+    expert_rows,
+    grouped_rows,
+    grouped_weight_grad,
+    locate,
+    persistent_grid,
+    row_tile,
+    tma_serves,
+    weight_operand,
+    weight_tile,
+)
+from .launch import check, device_of
+from .reference import TOP_K, Plan
+
+# Columns of the hidden gradient's epilogue at a time: the widest part that spills on none of the shipped tiles.
+PART = 32
+
+
+@triton.jit
+def _up_kernel(
+    x, order_ptr, offsets_ptr, w, h_ptr, act_ptr,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """h[n] = w13[e] @ x[token of n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns."""
+    begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
+    column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.max(last_E, axis=0) * column_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
+        f = (tile % column_tiles) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
+        tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for d in range(0, D, BLOCK_K):
+            a = row_tile(x, tokens, d, D, BLOCK_K)
+            gate = dot(a, weight_tile(w, expert, f, d, 2 * F, D, True, TMA, BLOCK_N, BLOCK_K), gate)
+            up = dot(a, weight_tile(w, expert, F + f, d, 2 * F, D, True, TMA, BLOCK_N, BLOCK_K), up)
+        fs = f + tl.arange(0, BLOCK_N)
+        mask = (rows < end)[:, None] & (fs < F)[None, :]
+        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+        gate = gate.to(h_ptr.dtype.element_ty)
+        up = up.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptrs, gate, mask=mask)
+        tl.store(h_ptrs + F, up, mask=mask)
+        # From the rounded h, so that backward, which has nothing else, recomputes these very values.
+        gate = gate.to(tl.float32)
+        act = gate * tl.sigmoid(gate) * up.to(tl.float32)
+        act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
+        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _hidden_grad_epilogue(
+    r, gate, up, row, f, end, scale, dh_ptr, act_ptr, F: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """Store dh and the weighted act of a tile r = w2[e].T @ dy; returns the row sums of r * act.
+
+    Part by part: a thread has no registers for all that comes of the whole width at once.
+    """
+    BLOCK_M: tl.constexpr = r.shape[0]
+    BLOCK_N: tl.constexpr = r.shape[1]
+    if BLOCK_N > PART:
+        r0, r1 = tl.split(tl.permute(tl.reshape(r, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        sums = _hidden_grad_epilogue(r0, gate[0], up[0], row, f, end, scale, dh_ptr, act_ptr, F, PART)
+        sums += _hidden_grad_epilogue(r1, gate[1], up[1], row, f + BLOCK_N // 2, end, scale, dh_ptr, act_ptr, F, PART)
+    else:
+        sums = _hidden_grad_part(r, gate.to(tl.float32), up.to(tl.float32), row, f, end, scale, dh_ptr, act_ptr, F)
+    return sums
+
+
+@triton.jit
+def _load_parts(ptr, row, f, end, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr):
+    """A tile of h, as nested pairs of halves down to PART columns."""
+    if BLOCK_N > PART:
+        left = _load_parts(ptr, row, f, end, F, BLOCK_M, BLOCK_N // 2, PART)
+        right = _load_parts(ptr, row, f + BLOCK_N // 2, end, F, BLOCK_M, BLOCK_N // 2, PART)
+        tile = (left, right)
+    else:
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_N)
+        ptrs = ptr + row.to(tl.int64) * (2 * F) + f + (rows[:, None] * (2 * F) + columns[None, :])
+        tile = tl.load(ptrs, mask=(row + rows < end)[:, None] & (f + columns < F)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _hidden_grad_part(r, gate, up, row, f, end, scale, dh_ptr, act_ptr, F: tl.constexpr):
+    BLOCK_M: tl.constexpr = r.shape[0]
+    BLOCK_N: tl.constexpr = r.shape[1]
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    mask = (row + rows < end)[:, None] & (f + columns < F)[None, :]
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    sums = tl.sum(r * act, axis=1)
+    r *= scale
+    dtype: tl.constexpr = dh_ptr.dtype.element_ty
+    act_ptrs = act_ptr + row.to(tl.int64) * F + f + (rows[:, None] * F + columns[None, :])
+    dh_ptrs = dh_ptr + row.to(tl.int64) * (2 * F) + f + (rows[:, None] * (2 * F) + columns[None, :])
+    tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
+    tl.store(dh_ptrs + F, (r * silu).to(dtype), mask=mask)
+    tl.store(dh_ptrs, (r * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=mask)
+    return sums
+
+
+@triton.jit
+def _hidden_grad_kernel(
+    dy, order_ptr, offsets_ptr, w, weights_ptr, h_ptr, dh_ptr, act_ptr, dots_ptr,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dh, the weighted act (dW2's operand), and for each column tile the row sums of dact * act.
+
+    With r = w2[e].T @ dy[token] and s the routing weight: dact = s r, and the gradient of s is r . act, whose share of
+    each column tile is kept apart (dots [N, column tiles]), to be summed in a fixed order.
+    """
+    begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
+    column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.max(last_E, axis=0) * column_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
+        f = (tile % column_tiles) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
+        assignments = tl.load(order_ptr + tl.minimum(rows, end - 1))
+        # Before the GEMM, which hides the wait for them.
+        gate = _load_parts(h_ptr, row, f, end, F, BLOCK_M, BLOCK_N, PART)
+        up = _load_parts(h_ptr + F, row, f, end, F, BLOCK_M, BLOCK_N, PART)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for d in range(0, D, BLOCK_K):
+            a = row_tile(dy, assignments // TOP_K, d, D, BLOCK_K)
+            acc = dot(a, weight_tile(w, expert, f, d, F, D, False, TMA, BLOCK_N, BLOCK_K), acc)
+        scale = tl.load(weights_ptr + assignments)[:, None]
+        sums = _hidden_grad_epilogue(acc, gate, up, row, f, end, scale, dh_ptr, act_ptr, F, PART)
+        tl.store(dots_ptr + rows.to(tl.int64) * column_tiles + tile % column_tiles, sums, mask=rows < end)
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr, inverse_ptr, weights_ptr, shared_ptr, y_ptr, T,
+    D: tl.constexpr, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y[t] = sum over k of weights[t, k] * rows[inverse[t, k]], plus shared[t]."""
+    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = ts < T
+    mask = inside[:, None] & (ds < D)[None, :]
+    y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for k in tl.static_range(2):
+        row = tl.load(inverse_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
+        weight = tl.load(weights_ptr + 2 * ts + k, mask=inside, other=0.0)
+        y += weight[:, None] * tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
+    tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
+    if SHARED:
+        y += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + tile, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _token_grad_kernel(
+    rows_ptr, inverse_ptr, dots_ptr, dx_ptr, dweights_ptr, T,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx[t] = the sum of rows[inverse[t, k]] over k; dweights[t, k] = the sum of dots[inverse[t, k]]."""
+    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = ts < T
+    mask = inside[:, None] & (ds < D)[None, :]
+    dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for k in tl.static_range(2):
+        row = tl.load(inverse_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
+        dx += tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
+        if tl.program_id(1) == 0:
+            dweight = tl.zeros((BLOCK_T,), dtype=tl.float32)
+            for part in range(PARTS):
+                dweight += tl.load(dots_ptr + row * PARTS + part, mask=inside, other=0.0)
+            tl.store(dweights_ptr + 2 * ts + k, dweight, mask=inside)
+    tl.store(dx_ptr + ts.to(tl.int64)[:, None] * D + ds[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _token_blocks(T: int, D: int) -> tuple[tuple[int, int], dict]:
+    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 a program, rows of up to 512 bytes."""
+    block_d = min(256, triton.next_power_of_2(D))
+    block_t = 4096 // block_d
+    return (triton.cdiv(T, block_t), triton.cdiv(D, block_d)), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
+
+
+@torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
+def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The pre-activation h_N2F and act_NF = silu(gate) * up of each expert-sorted row."""
+    (E, F2, D), N = w13_E2FD.shape, order.numel()
+    F = F2 // 2
+    h_N2F, act_NF = x_TD.new_empty(N, F2), x_TD.new_empty(N, F)
+    if N == 0:
+        return h_N2F, act_NF
+    device = device_of(x_TD)
+    config = find_config("up", device, x_TD.dtype, (E, D, F))
+    tma = tma_serves(device, config, D, w13_E2FD)
+    with torch.cuda.device_of(x_TD):
+        _up_kernel[persistent_grid(device, config, N, E, F)](
+            x_TD, order, offsets, weight_operand(w13_E2FD, tma, config.block_n, config.block_k), h_N2F, act_NF,
+            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
+        )  # fmt: skip
+    return h_N2F, act_NF
+
+
+@expert_up.register_fake
+def _(x_TD, w13_E2FD, order, offsets):
+    N, F2 = order.shape[0], w13_E2FD.shape[1]
+    return x_TD.new_empty(N, F2), x_TD.new_empty(N, F2 // 2)
+
+
+@torch.library.custom_op("acceleron_triton::expert_down", mutates_args=())
+def expert_down(
+    act_NF: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    inverse_TK: Tensor,
+    offsets: Tensor,
+    shared_TD: Tensor | None,
+) -> Tensor:
+    """y_TD: each token's weighted sum of its two rows of w2[e] @ act, plus shared."""
+    T, D = weights_TK.shape[0], w2_EDF.shape[1]
+    rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
+    y_TD = rows_ND.new_empty(T, D)
+    if T == 0:
+        return y_TD
+    grid, blocks = _token_blocks(T, D)
+    with torch.cuda.device_of(y_TD):
+        _combine_kernel[grid](
+            rows_ND, inverse_TK, weights_TK, shared_TD, y_TD, T, D=D, SHARED=shared_TD is not None, **blocks
+        )
+    return y_TD
+
+
+@expert_down.register_fake
+def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD):
+    return act_NF.new_empty(weights_TK.shape[0], w2_EDF.shape[1])
+
+
+@torch.library.custom_op("acceleron_triton::expert_mlp_backward", mutates_args=())
+def expert_mlp_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    h_N2F: Tensor,
+    weights_TK: Tensor,
+    order: Tensor,
+    inverse_TK: Tensor,
+    offsets: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF."""
+    (E, D, F), (T, N) = w2_EDF.shape, (x_TD.shape[0], order.numel())
+    dx_TD, dweights_TK = torch.empty_like(x_TD), torch.empty_like(weights_TK)
+    if N == 0:
+        return dx_TD, dweights_TK, torch.zeros_like(w13_E2FD), torch.zeros_like(w2_EDF)
+    device = device_of(x_TD)
+    config = find_config("hidden_grad", device, x_TD.dtype, (E, D, F))
+    tma = tma_serves(device, config, D, w2_EDF)
+    dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
+    parts = triton.cdiv(F, config.block_n)
+    dots = weights_TK.new_empty(N, parts)
+    with torch.cuda.device_of(x_TD):
+        _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
+            dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
+            weights_TK, h_N2F, dh_N2F, act_NF, dots,
+            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), PART=PART, **config.blocks(),
+        )  # fmt: skip
+    dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")
+    del act_NF
+    rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
+    dw13_E2FD = grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b")
+    grid, blocks = _token_blocks(T, D)
+    with torch.cuda.device_of(x_TD):
+        _token_grad_kernel[grid](rows_ND, inverse_TK, dots, dx_TD, dweights_TK, T, D=D, PARTS=parts, **blocks)
+    return dx_TD, dweights_TK, dw13_E2FD, dw2_EDF
+
+
+@expert_mlp_backward.register_fake
+def _(dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF):
+    return tuple(torch.empty_like(x) for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD):
+        h_N2F, act_NF = expert_up(x_TD, w13_E2FD, order, offsets)
+        ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF)
+        return expert_down(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD)
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(dy_TD.contiguous(), *ctx.saved_tensors)
+        dshared_TD = dy_TD if ctx.needs_input_grad[7] else None
+        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, dshared_TD
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    plan: Plan,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    shared_TD: Tensor | None = None,
+) -> Tensor:
+    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), plus shared_TD if given.
+
+    x_TD, w13_E2FD (gate rows w1 first, then up rows w3), w2_EDF and shared_TD are contiguous and share one dtype, bf16,
+    fp16 or fp32, which is the result's; weights_TK is fp32; sums are fp32. `plan` is `dispatch_plan`'s for the same T
+    and E. For backward it keeps x, the pre-activation, the weights and the plan: 2 D + 8 F bytes a token in bf16,
+    and 24 more. Deterministic. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    """
+    check("expert_mlp: x_TD", x_TD, (None, None))
+    (T, D), (E, F) = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1])
+    check("expert_mlp: w2_EDF", w2_EDF, (None, D, None), x_TD.dtype, x_TD)
+    check("expert_mlp: w13_E2FD", w13_E2FD, (E, 2 * F, D), x_TD.dtype, x_TD)
+    check("expert_mlp: weights_TK", weights_TK, (T, TOP_K), torch.float32, x_TD)
+    if shared_TD is not None:
+        check("expert_mlp: shared_TD", shared_TD, (T, D), x_TD.dtype, x_TD)
+    check_plan("expert_mlp", plan, T, E, x_TD)
+    return _ExpertMLP.apply(x_TD, weights_TK, plan.order, plan.inverse_TK, plan.offsets, w13_E2FD, w2_EDF, shared_TD)

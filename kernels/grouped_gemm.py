@@ -1,0 +1,270 @@
+"""Grouped GEMM: the rows of each expert times that expert's weight, and the gradients of the weights.
+
+Legend: T tokens, D model width, E experts, K = 2, N = T * K expert-sorted rows, I and O a GEMM's input and output
+width. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows may be partly empty.
+
+Which expert a tile belongs to is found by each program from the E + 1 offsets, in registers: a reduction over E values
+costs what reading a tile-to-expert map from L2 would, and leaves no map to build, to size or to save. A persistent
+program runs through the tiles that are there; the host launches as many as the device holds and needs no count.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import Config, find_config
+from .launch import INTERPRETED, Device, check, device_of
+from .reference import TOP_K, Plan
+
+# The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32; fp32 operands are multiplied as fp32, not as tf32."""
+    if _WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def expert_rows(offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    """begin_E and end_E, the rows of each expert, and last_E, the tiles of all experts up to and including it."""
+    experts = tl.arange(0, E_PAD)
+    begin_E = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+    end_E = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+    last_E = tl.cumsum((end_E - begin_E + BLOCK_M - 1) // BLOCK_M, axis=0)
+    return begin_E, end_E, last_E
+
+
+@triton.jit
+def locate(tile, begin_E, end_E, last_E, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert of a row tile, the tile's first row, and the end of the expert's rows."""
+    expert = tl.sum((last_E <= tile).to(tl.int32), axis=0)
+    mine = tl.arange(0, E_PAD) == expert
+    begin = tl.sum(tl.where(mine, begin_E, 0), axis=0)
+    end = tl.sum(tl.where(mine, end_E, 0), axis=0)
+    last = tl.sum(tl.where(mine, last_E, 0), axis=0)
+    # Counted from the expert's last tile, which ends where its rows do.
+    row = begin + (tile - last + (end - begin + BLOCK_M - 1) // BLOCK_M) * BLOCK_M
+    return expert, row, end
+
+
+@triton.jit
+def weight_tile(
+    w, expert, o, i, O: tl.constexpr, I: tl.constexpr, OUT_FIRST: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The [BLOCK_K, BLOCK_N] tile at (i, o) of w_EOI (OUT_FIRST) or w_EIO, a pointer or a descriptor.
+
+    A descriptor's tile may run into the next expert's rows: such outputs are never stored, and I is a multiple of
+    BLOCK_K where TMA is used.
+    """
+    if TMA:
+        tile = w.load([expert * O + o, i]).T if OUT_FIRST else w.load([expert * I + i, o])
+    else:
+        os = o + tl.arange(0, BLOCK_N)[None, :]
+        ks = i + tl.arange(0, BLOCK_K)[:, None]
+        ptrs = w + expert.to(tl.int64) * (O * I) + (os * I + ks if OUT_FIRST else ks * O + os)
+        tile = tl.load(ptrs, mask=(os < O) & (ks < I), other=0.0)
+    return tile
+
+
+@triton.jit
+def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The [rows, BLOCK_K] tile of x_NI at column i, by pointers; every row index must be a valid one."""
+    ks = i + tl.arange(0, BLOCK_K)
+    ptrs = x + rows.to(tl.int64)[:, None] * I + ks[None, :]
+    if I % BLOCK_K == 0:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(ks < I)[None, :], other=0.0)
+
+
+@triton.jit
+def _rows_kernel(
+    x, w, y_ptr, offsets_ptr,
+    E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, OUT_FIRST: tl.constexpr, TMA: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """y_NO[n] = x_NI[n] @ w[e]: persistent over the tiles, the columns of a row tile one after another."""
+    begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
+    column_tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.max(last_E, axis=0) * column_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
+        o = (tile % column_tiles) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
+        safe = tl.minimum(rows, end - 1)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for i in range(0, I, BLOCK_K):
+            a = x.load([row, i]) if TMA else row_tile(x, safe, i, I, BLOCK_K)
+            acc = dot(a, weight_tile(w, expert, o, i, O, I, OUT_FIRST, TMA, BLOCK_N, BLOCK_K), acc)
+        os = o + tl.arange(0, BLOCK_N)
+        y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * O + os[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (os < O)[None, :])
+
+
+@triton.jit
+def _weight_grad_kernel(
+    a, b, out_ptr, offsets_ptr, order_ptr,
+    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in SPLIT shares whose sums are kept apart.
+
+    GATHER says which operand is indexed by token instead of by row: "a", "b" or neither. The other one comes through a
+    ragged TMA descriptor, which reads zeros past the expert's last row; without TMA both are masked.
+    """
+    row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for tile in tl.range(tl.program_id(0), E * SPLIT * row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+        part = tile // (row_tiles * column_tiles)
+        expert = part // SPLIT
+        m = (tile // column_tiles % row_tiles) * BLOCK_M
+        n = (tile % column_tiles) * BLOCK_N
+        ms = m + tl.arange(0, BLOCK_M)
+        ns = n + tl.arange(0, BLOCK_N)
+        begin = tl.load(offsets_ptr + expert)
+        end = tl.load(offsets_ptr + expert + 1)
+        share = (end - begin + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+        begin += part % SPLIT * share
+        end = tl.minimum(begin + share, end)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for row in range(begin, end, BLOCK_K):
+            rows = row + tl.arange(0, BLOCK_K)
+            inside = rows < end
+            if GATHER != "":
+                tokens = tl.load(order_ptr + rows, mask=inside, other=0) // TOP_K
+            if TMA and GATHER != "a":
+                a_tile = load_ragged(a, begin, end - begin, [row - begin, m])
+            else:
+                a_rows = (tokens if GATHER == "a" else rows).to(tl.int64)[:, None]
+                a_tile = tl.load(a + a_rows * M + ms[None, :], mask=inside[:, None] & (ms < M)[None, :], other=0.0)
+            if TMA and GATHER != "b":
+                b_tile = load_ragged(b, begin, end - begin, [row - begin, n])
+            else:
+                b_rows = (tokens if GATHER == "b" else rows).to(tl.int64)[:, None]
+                b_tile = tl.load(b + b_rows * N + ns[None, :], mask=inside[:, None] & (ns < N)[None, :], other=0.0)
+            acc = dot(a_tile.T, b_tile, acc)
+        # The shares of one expert are E * M * N apart, so that their sum is one over the leading axis.
+        out = out_ptr + ((part % SPLIT) * E + expert).to(tl.int64) * (M * N)
+        out_ptrs = out + ms.to(tl.int64)[:, None] * N + ns[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+
+
+def tma_serves(device: Device, config: Config, inner: int, *tensors: Tensor) -> bool:
+    """Whether these operands can come by TMA: Hopper or later, 16-bit, 16-byte rows, a whole number of inner blocks."""
+    if device.arch != "interpreter" and (device.arch.startswith("gfx") or int(device.arch[3:]) < 90):
+        return False
+    aligned = all(x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0 for x in tensors)
+    return aligned and tensors[0].element_size() == 2 and inner % config.block_k == 0
+
+
+def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
+    """A weight [E, rows, columns] as the kernels take it: a descriptor of [E * rows, columns] with TMA."""
+    return TensorDescriptor.from_tensor(w.flatten(0, 1), [rows, columns]) if tma else w
+
+
+def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
+    """As many programs as the device holds, or as there can be tiles: each expert's last one may be partly empty."""
+    tiles = (triton.cdiv(rows, config.block_m) + experts) * triton.cdiv(columns, config.block_n)
+    return (min(tiles, device.processors * config.programs),)
+
+
+@torch.library.custom_op("acceleron_triton::grouped_rows", mutates_args=())
+def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> Tensor:
+    """y_NO[n] = w[e] @ x[n] for w_EOI (out_first), x[n] @ w[e] for w_EIO, for the rows n of each expert e."""
+    (N, I), (E, O) = x_NI.shape, (w.shape[0], w.shape[1 if out_first else 2])
+    y_NO = x_NI.new_empty(N, O)
+    if N == 0:
+        return y_NO
+    device = device_of(x_NI)
+    config = find_config("rows", device, x_NI.dtype, (E, I, O, int(out_first)))
+    tma = tma_serves(device, config, I, x_NI, w)
+    x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k]) if tma else x_NI
+    block = (config.block_n, config.block_k) if out_first else (config.block_k, config.block_n)
+    with torch.cuda.device_of(x_NI):
+        _rows_kernel[persistent_grid(device, config, N, E, O)](
+            x, weight_operand(w, tma, *block), y_NO, offsets,
+            E=E, I=I, O=O, OUT_FIRST=out_first, TMA=tma, E_PAD=max(2, triton.next_power_of_2(E)), **config.blocks(),
+        )  # fmt: skip
+    return y_NO
+
+
+@grouped_rows.register_fake
+def _(x_NI, w, offsets, out_first):
+    return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
+
+
+GATHERS = ("", "a", "b")
+
+
+@torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
+def grouped_weight_grad(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, gather: str) -> Tensor:
+    """out_EMN[e] = a[rows].T @ b[rows] over the rows of each expert e; 0 for an expert without rows.
+
+    a [N, M], b [N, N']; the one that `gather` names ("a", "b" or "") has a row for each token, found through `order`.
+    """
+    (M, N), E = (a.shape[1], b.shape[1]), offsets.numel() - 1
+    if order.numel() == 0:
+        return a.new_zeros(E, M, N)
+    device = device_of(a)
+    config = find_config("weight_grad", device, a.dtype, (E, M, N, GATHERS.index(gather)))
+    rowwise = [x for name, x in (("a", a), ("b", b)) if name != gather]
+    tma = tma_serves(device, config, config.block_k, *rowwise)
+
+    def operand(x: Tensor, name: str, width: int):
+        return create_ragged_descriptor(x, [config.block_k, width]) if tma and name != gather else x
+
+    split = config.split
+    out = a.new_empty((split, E, M, N), dtype=a.dtype if split == 1 else torch.float32)
+    tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    with torch.cuda.device_of(a):
+        _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
+            operand(a, "a", config.block_m), operand(b, "b", config.block_n), out, offsets, order,
+            E=E, M=M, N=N, TOP_K=TOP_K, GATHER=gather, TMA=tma, SPLIT=split, **config.blocks(),
+        )  # fmt: skip
+    return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
+
+
+@grouped_weight_grad.register_fake
+def _(a, b, offsets, order, gather):
+    return a.new_empty(offsets.numel() - 1, a.shape[1], b.shape[1])
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, w_EFD, order, offsets):
+        ctx.save_for_backward(x_ND, w_EFD, order, offsets)
+        return grouped_rows(x_ND, w_EFD, offsets, True)
+
+    @staticmethod
+    def backward(ctx, grad_NF):
+        x_ND, w_EFD, order, offsets = ctx.saved_tensors
+        grad_NF = grad_NF.contiguous()
+        grad_x_ND = grouped_rows(grad_NF, w_EFD, offsets, False)
+        return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, order, ""), None, None
+
+
+def check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
+    """Raise a ValueError unless the plan is one of these numbers of tokens and experts."""
+    for name, shape in (("order", (tokens * TOP_K,)), ("inverse_TK", (tokens, TOP_K)), ("offsets", (experts + 1,))):
+        check(f"{op}: plan.{name}", getattr(plan, name), shape, torch.int32, like)
+
+
+def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
+    """y_NF: every expert-sorted row times its expert's weight, y[n] = w[e] @ x[n] for the rows n of expert e.
+
+    x_ND and w_EFD are contiguous and of one dtype, bf16, fp16 or fp32; sums are fp32. Experts without rows are fine.
+    Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    """
+    check("grouped_gemm: x_ND", x_ND, (None, None))
+    check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
+    check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
+    return _GroupedGemm.apply(x_ND, w_EFD, plan.order, plan.offsets)

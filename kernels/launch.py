@@ -1,0 +1,84 @@
+"""What the launch of every Triton kernel needs: the device it is for, and checks of the arguments before it."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# With TRITON_INTERPRET=1, which counts only if it is set before triton is imported, kernels run on CPU tensors.
+INTERPRETED = triton.knobs.runtime.interpret
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+
+
+class Device(NamedTuple):
+    """What decides a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: SMs or compute units."""
+
+    name: str
+    arch: str
+    processors: int
+
+
+# Whom CPU tensors are for: nobody, unless the interpreter runs. Three programs: in a test of a few tiles, a persistent
+# program then runs through more than one. `python -m bench compile` puts a GPU here, and compiles without running.
+cpu_device = Device("interpreter", "interpreter", 3) if INTERPRETED else None
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    return Device(properties.name, arch, properties.multi_processor_count)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device that a launch on x is for."""
+    return _cuda_device(x.device.index) if x.device.type == "cuda" else cpu_device
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels can't run on tensors of this device, or None if they can."""
+    if device.type == "cuda":
+        if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+            return None
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if device.type == "cpu" and cpu_device:
+        return None
+    return f"Triton needs a GPU, and this is a {device.type} (TRITON_INTERPRET=1 interprets the kernels on it, slowly)"
+
+
+def check(
+    argument: str,
+    x: Tensor,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | Sequence[torch.dtype] = FLOATS,
+    like: Tensor | None = None,
+    contiguous: bool = True,
+):
+    """Raise a ValueError that names the argument unless x has this shape (None: any size) and one of these dtypes.
+
+    It must be on the device of `like`, or where Triton can run; and contiguous, or at least so along its last axis.
+    """
+    if isinstance(dtypes, torch.dtype):
+        dtypes = (dtypes,)
+    if x.dim() != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{argument}: expected {names}, but got {str(x.dtype).removeprefix('torch.')}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{argument}: expected a tensor on {like.device}, but it is on {x.device}")
+    if x.device.type != "cuda" and cpu_device is None:
+        raise ValueError(f"{argument}: Triton needs a GPU, but it is on {x.device}; move it, or use the reference")
+    if contiguous and not x.is_contiguous():
+        raise ValueError(f"{argument}: expected a contiguous tensor, but strides are {x.stride()}; call .contiguous()")
+    if not contiguous and x.numel() and x.stride(-1) != 1:
+        raise ValueError(
+            f"{argument}: expected a last axis of stride 1, but the strides are {x.stride()}; call .contiguous()"
+        )

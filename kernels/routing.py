@@ -1,0 +1,305 @@
+"""Fused top-2 routing, and the plan that sorts the assignments by expert; nothing syncs with the host, and no atomics.
+
+Legend: T tokens, E experts, K = 2, N = T * K assignments, B programs.
+
+Routing reads the logits once: a program writes its tokens' weights and experts, and its sums for the two losses; a
+second kernel adds the programs' sums in a fixed order. The plan is a stable counting sort: each program counts its
+assignments of each expert, and then places them after those of the programs before it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTEGERS, check
+from .reference import TOP_K, Plan, Routing
+
+MAX_EXPERTS = 256
+# At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
+MAX_PROGRAMS = 256
+
+
+@triton.jit
+def _softmax(logits, mask):
+    """Softmax and logsumexp of each row."""
+    largest = tl.max(tl.where(mask, logits, float("-inf")), axis=1)
+    exps = tl.where(mask, tl.exp(logits - largest[:, None]), 0.0)
+    total = tl.sum(exps, axis=1)
+    return exps / total[:, None], largest + tl.log(total)
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, weights_ptr, experts_ptr, squares_ptr, probabilities_ptr, counts_ptr, T,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Weights and experts of BLOCKS * BLOCK_T tokens; their sums of logsumexp², of probabilities, and of choices."""
+    es = tl.arange(0, E_PAD)
+    squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
+    counts = tl.zeros((E_PAD,), dtype=tl.int32)
+    for block in range(BLOCKS):
+        ts = (tl.program_id(0) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = ts < T
+        mask = inside[:, None] & (es < E)[None, :]
+        logits = tl.load(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], mask=mask, other=0.0).to(tl.float32)
+        # The largest key is the largest logit, and of equal ones that of the lowest expert: a logit's bits, ordered as
+        # integers, above the expert's number from the end. NaN counts as the largest, and + 0.0 makes -0.0 equal 0.0.
+        bits = (logits + 0.0).to(tl.int32, bitcast=True)
+        bits = tl.where(logits != logits, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+        keys = (bits.to(tl.int64) << 32) + (E_PAD - 1 - es)[None, :]
+        keys = tl.where((es < E)[None, :], keys, -0x8000000000000000)
+        first = E_PAD - 1 - (tl.max(keys, axis=1) & (E_PAD - 1)).to(tl.int32)
+        is_first = es[None, :] == first[:, None]
+        keys = tl.where(is_first, -0x8000000000000000, keys)
+        second = E_PAD - 1 - (tl.max(keys, axis=1) & (E_PAD - 1)).to(tl.int32)
+        is_second = es[None, :] == second[:, None]
+        gap = tl.sum(tl.where(is_second, logits, 0.0), axis=1) - tl.sum(tl.where(is_first, logits, 0.0), axis=1)
+        exp_gap = tl.exp(gap)  # gap <= 0
+        tl.store(weights_ptr + 2 * ts, 1 / (1 + exp_gap), mask=inside)
+        tl.store(weights_ptr + 2 * ts + 1, exp_gap / (1 + exp_gap), mask=inside)
+        tl.store(experts_ptr + 2 * ts, first, mask=inside)
+        tl.store(experts_ptr + 2 * ts + 1, second, mask=inside)
+        softmax, logsumexp = _softmax(logits, (es < E)[None, :])
+        squares += tl.where(inside, logsumexp * logsumexp, 0.0)
+        probabilities += tl.sum(tl.where(mask, softmax, 0.0), axis=0)
+        counts += tl.sum(((is_first | is_second) & inside[:, None]).to(tl.int32), axis=0)
+    program = tl.program_id(0)
+    tl.store(squares_ptr + program, tl.sum(squares, axis=0))
+    tl.store(probabilities_ptr + program * E + es, probabilities, mask=es < E)
+    tl.store(counts_ptr + program * E + es, counts, mask=es < E)
+
+
+@triton.jit
+def _route_sums_kernel(
+    squares_ptr, probabilities_ptr, counts_ptr, z_loss_ptr, balance_loss_ptr, counts_E_ptr, T, B,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The sums of all programs, and from them both losses: one program, in a fixed order."""
+    es = tl.arange(0, E_PAD)
+    squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
+    probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
+    counts = tl.zeros((E_PAD,), dtype=tl.int32)
+    for start in range(0, B, BLOCK_B):
+        bs = start + tl.arange(0, BLOCK_B)
+        mask = (bs < B)[:, None] & (es < E)[None, :]
+        squares += tl.load(squares_ptr + bs, mask=bs < B, other=0.0)
+        probabilities += tl.sum(
+            tl.load(probabilities_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0.0), axis=0
+        )
+        counts += tl.sum(tl.load(counts_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0), axis=0)
+    tokens = T.to(tl.float32)
+    tl.store(z_loss_ptr, tl.sum(squares, axis=0) / tokens)
+    fractions = counts.to(tl.float32) / (2 * tokens)
+    tl.store(balance_loss_ptr, E * tl.sum(fractions * (probabilities / tokens), axis=0))
+    tl.store(counts_E_ptr + es, counts.to(tl.int64), mask=es < E)
+
+
+@triton.jit
+def _route_backward_kernel(
+    logits_ptr, experts_ptr, counts_ptr, dweights_ptr, dz_ptr, dbalance_ptr, dlogits_ptr, T,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dlogits through the weights, the z-loss and the balance loss, each token's from its logits alone.
+
+    With p the softmax over all experts, l the logsumexp, w the weights and f the shares of the assignments:
+    w0 w1 (dw0 - dw1) to the first choice and its negative to the second; 2 l p dz / T; E p (f - f.p) dbalance / T.
+    """
+    es = tl.arange(0, E_PAD)
+    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = ts < T
+    mask = inside[:, None] & (es < E)[None, :]
+    tile = ts.to(tl.int64)[:, None] * E + es[None, :]
+    logits = tl.load(logits_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    is_first = es[None, :] == tl.load(experts_ptr + 2 * ts, mask=inside, other=0)[:, None]
+    is_second = es[None, :] == tl.load(experts_ptr + 2 * ts + 1, mask=inside, other=1)[:, None]
+    gap = tl.sum(tl.where(is_second, logits, 0.0), axis=1) - tl.sum(tl.where(is_first, logits, 0.0), axis=1)
+    exp_gap = tl.exp(gap)
+    dgap = tl.load(dweights_ptr + 2 * ts, mask=inside, other=0.0)
+    dgap -= tl.load(dweights_ptr + 2 * ts + 1, mask=inside, other=0.0)
+    dgap *= exp_gap / ((1 + exp_gap) * (1 + exp_gap))
+    softmax, logsumexp = _softmax(logits, (es < E)[None, :])
+    tokens = T.to(tl.float32)
+    fractions = tl.load(counts_ptr + es, mask=es < E, other=0).to(tl.float32) / (2 * tokens)
+    mean = tl.sum(softmax * fractions[None, :], axis=1)
+    dz = tl.load(dz_ptr) * 2 * logsumexp / tokens
+    dbalance = tl.load(dbalance_ptr) * E / tokens
+    dlogits = softmax * (dz[:, None] + dbalance * (fractions[None, :] - mean[:, None]))
+    dlogits += tl.where(is_first, dgap[:, None], 0.0) - tl.where(is_second, dgap[:, None], 0.0)
+    tl.store(dlogits_ptr + tile, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
+    """Programs, blocks a program, and the block sizes: about 2048 logits a block, and at most MAX_PROGRAMS programs."""
+    e_pad = triton.next_power_of_2(E)
+    block_t = min(2048 // e_pad, 256)
+    blocks = triton.next_power_of_2(triton.cdiv(T, block_t * MAX_PROGRAMS))
+    return triton.cdiv(T, block_t * blocks), blocks, dict(E=E, E_PAD=e_pad, BLOCK_T=block_t)
+
+
+@torch.library.custom_op("acceleron_triton::route_top2", mutates_args=())
+def _route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """weights_TK, experts_TK, z_loss, balance_loss and counts_E of `Routing`."""
+    T, E = logits_TE.shape
+    fp32, int32 = (dict(dtype=dtype, device=logits_TE.device) for dtype in (torch.float32, torch.int32))
+    weights_TK, experts_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
+    z_loss, balance_loss = torch.empty((), **fp32), torch.empty((), **fp32)
+    counts_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
+    programs, blocks, sizes = _route_blocks(T, E)
+    squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)
+    counts = torch.empty(programs, E, **int32)
+    with torch.cuda.device_of(logits_TE):
+        _route_kernel[(programs,)](
+            logits_TE, weights_TK, experts_TK, squares, probabilities, counts, T, **sizes, BLOCKS=blocks
+        )
+        _route_sums_kernel[(1,)](
+            squares, probabilities, counts, z_loss, balance_loss, counts_E, T, programs,
+            E=E, E_PAD=sizes["E_PAD"], BLOCK_B=sizes["BLOCK_T"],
+        )  # fmt: skip
+    return weights_TK, experts_TK, z_loss, balance_loss, counts_E
+
+
+@_route.register_fake
+def _(logits_TE):
+    T, E = logits_TE.shape
+    fp32 = logits_TE.new_empty(T, TOP_K, dtype=torch.float32)
+    losses = (logits_TE.new_empty((), dtype=torch.float32) for _ in range(2))
+    return fp32, torch.empty_like(fp32, dtype=torch.int32), *losses, logits_TE.new_empty(E, dtype=torch.int64)
+
+
+@torch.library.custom_op("acceleron_triton::route_top2_backward", mutates_args=())
+def _route_backward(
+    logits_TE: Tensor, experts_TK: Tensor, counts_E: Tensor, dweights_TK: Tensor, dz: Tensor, dbalance: Tensor
+) -> Tensor:
+    """dlogits_TE."""
+    T, E = logits_TE.shape
+    dlogits_TE = torch.empty_like(logits_TE)
+    _, _, sizes = _route_blocks(T, E)
+    with torch.cuda.device_of(logits_TE):
+        _route_backward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
+            logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance, dlogits_TE, T, **sizes
+        )
+    return dlogits_TE
+
+
+@_route_backward.register_fake
+def _(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance):
+    return torch.empty_like(logits_TE)
+
+
+class _RouteTop2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TE):
+        weights_TK, experts_TK, z_loss, balance_loss, counts_E = _route(logits_TE)
+        ctx.mark_non_differentiable(experts_TK, counts_E)
+        ctx.save_for_backward(logits_TE, experts_TK, counts_E)
+        return weights_TK, experts_TK, z_loss, balance_loss, counts_E
+
+    @staticmethod
+    def backward(ctx, dweights_TK, _experts, dz, dbalance, _counts):
+        return _route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance)
+
+
+def route_top2(logits_TE: Tensor) -> Routing:
+    """Top-2 routing of router logits with the router's two losses; formulas and sources are the reference's.
+
+    logits_TE: contiguous [T, E], T >= 1, 2 <= E <= 256, bf16, fp16 or fp32; computed in fp32. Returns `Routing`:
+    weights fp32, experts int32, counts int64. Any logits give two different experts that exist: NaN counts as the
+    largest value, ties go to the lower expert. A row with NaN or inf makes its weights or the losses not finite, as in
+    the reference. Raises ValueError for other dtypes, shapes, devices or strides.
+    """
+    check("route_top2: logits_TE", logits_TE, (None, None))
+    T, E = logits_TE.shape
+    if T < 1 or not TOP_K <= E <= MAX_EXPERTS:
+        raise ValueError(f"route_top2: logits_TE needs a token and 2 to {MAX_EXPERTS} experts, but has shape {(T, E)}")
+    return Routing(*_RouteTop2.apply(logits_TE))
+
+
+@triton.jit
+def _count_kernel(
+    experts_ptr, counts_ptr, N, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """How many of this program's assignments went to each expert."""
+    es = tl.arange(0, E_PAD)
+    counts = tl.zeros((E_PAD,), dtype=tl.int32)
+    for block in range(BLOCKS):
+        ns = (tl.program_id(0) * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        experts = tl.load(experts_ptr + ns, mask=ns < N, other=-1)
+        counts += tl.sum((experts[:, None] == es[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_ptr + tl.program_id(0) * E + es, counts, mask=es < E)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr, counts_ptr, order_ptr, inverse_ptr, offsets_ptr, N, B,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The row of each assignment: after other experts', then earlier programs', then its earlier peers of this one."""
+    program = tl.program_id(0)
+    es = tl.arange(0, E_PAD)
+    total = tl.zeros((E_PAD,), dtype=tl.int32)
+    before = tl.zeros((E_PAD,), dtype=tl.int32)
+    for start in range(0, B, BLOCK_N):
+        bs = start + tl.arange(0, BLOCK_N)
+        mask = (bs < B)[:, None] & (es < E)[None, :]
+        counts = tl.load(counts_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((bs < program)[:, None], counts, 0), axis=0)
+    ends = tl.cumsum(total, axis=0)
+    if program == 0:
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + es, ends, mask=es < E)
+    next_row = ends - total + before
+    for block in range(BLOCKS):
+        ns = (program * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        experts = tl.load(experts_ptr + ns, mask=ns < N, other=-1)
+        mine = experts[:, None] == es[None, :]
+        ranks = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+        rows = tl.sum(tl.where(mine, next_row[None, :] + ranks, 0), axis=1)
+        tl.store(inverse_ptr + ns, rows, mask=ns < N)
+        tl.store(order_ptr + rows, ns, mask=ns < N)
+        next_row += tl.sum(mine.to(tl.int32), axis=0)
+
+
+@torch.library.custom_op("acceleron_triton::dispatch_plan", mutates_args=())
+def _plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order, inverse_TK and offsets of `Plan`."""
+    N, E = experts_TK.numel(), num_experts
+    int32 = dict(dtype=torch.int32, device=experts_TK.device)
+    order, inverse_TK, offsets = (torch.empty(s, **int32) for s in (N, experts_TK.shape, E + 1))
+    if N == 0:
+        return order, inverse_TK, offsets.zero_()
+    e_pad = triton.next_power_of_2(E)
+    block_n = min(4096 // e_pad, 512)
+    blocks = triton.next_power_of_2(triton.cdiv(N, block_n * MAX_PROGRAMS))
+    programs = triton.cdiv(N, block_n * blocks)
+    counts = torch.empty(programs, E, **int32)
+    sizes = dict(E=E, E_PAD=e_pad, BLOCK_N=block_n, BLOCKS=blocks)
+    with torch.cuda.device_of(experts_TK):
+        _count_kernel[(programs,)](experts_TK, counts, N, **sizes)
+        _place_kernel[(programs,)](experts_TK, counts, order, inverse_TK, offsets, N, programs, **sizes)
+    return order, inverse_TK, offsets
+
+
+@_plan.register_fake
+def _(experts_TK, num_experts):
+    shapes = (experts_TK.numel(), experts_TK.shape, num_experts + 1)
+    return tuple(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
+    """The stable expert-sorted order of all assignments, on the device.
+
+    experts_TK: contiguous int32 or int64 [T, 2]; its values must be in 0..num_experts-1, which is not checked, as that
+    would wait for the device. Raises ValueError for other dtypes, shapes, devices, strides or more than 256 experts.
+    """
+    check("dispatch_plan: experts_TK", experts_TK, (None, TOP_K), INTEGERS)
+    if not TOP_K <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"dispatch_plan: num_experts must be 2 to {MAX_EXPERTS}, but is {num_experts}")
+    return Plan(*_plan(experts_TK, num_experts))
+
+
+ROUTING_OPS = frozenset(
+    {torch.ops.acceleron_triton.route_top2.default, torch.ops.acceleron_triton.dispatch_plan.default}
+)

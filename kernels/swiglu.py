@@ -1,0 +1,109 @@
+"""SwiGLU's elementwise part: silu(gate) * up, saving the pre-activation alone.
+
+Legend: N rows (all leading axes), F expert width; a row of 2F values has the gate first, then up.
+"""
+
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check
+
+# 256 columns are a warp of 16-byte bf16 loads, and leave 0-8 % of the lanes idle at the widths of the named sizes where
+# a power of two over the whole width would leave up to half; 8 rows keep 8 KB a program in flight.
+ROWS, COLS, WARPS = 8, 256, 4
+
+
+@triton.jit
+def _tile(N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of this program's tile: the offsets in (N, 2F), those in (N, F), and which of them exist."""
+    column_blocks = tl.cdiv(F, COLS)
+    program = tl.program_id(0)
+    # 64 bits: N * 2F passes 2**31 at 2**20 expert-sorted rows of the large size.
+    row = (program // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = program % column_blocks * COLS + tl.arange(0, COLS)[None, :]
+    return row * (2 * F) + col, row * F + col, (row < N) & (col < F)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
+    wide, narrow, mask = _tile(N, F, ROWS, COLS)
+    gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
+    # Rounded once; torch's narrow silu(gate) * up rounds twice.
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _swiglu_backward_kernel(grad_ptr, gate_up_ptr, grad_gate_up_ptr, N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
+    wide, narrow, mask = _tile(N, F, ROWS, COLS)
+    grad = tl.load(grad_ptr + narrow, mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_up = grad * gate * sigmoid
+    dtype = grad_gate_up_ptr.dtype.element_ty
+    tl.store(grad_gate_up_ptr + wide, grad_gate.to(dtype), mask)
+    tl.store(grad_gate_up_ptr + wide + F, grad_up.to(dtype), mask)
+
+
+def _launch(kernel, gate_up: Tensor, *tensors: Tensor):
+    N, F = prod(gate_up.shape[:-1]), gate_up.shape[-1] // 2
+    if N * F:
+        grid = (triton.cdiv(N, ROWS) * triton.cdiv(F, COLS),)
+        kernel[grid](*tensors, N, F, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
+
+
+@torch.library.custom_op("acceleron_triton::swiglu", mutates_args=())
+def _swiglu(gate_up: Tensor) -> Tensor:
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    _launch(_swiglu_kernel, gate_up, gate_up, out)
+    return out
+
+
+@_swiglu.register_fake
+def _(gate_up):
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.custom_op("acceleron_triton::swiglu_backward", mutates_args=())
+def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    grad_gate_up = gate_up.new_empty(gate_up.shape)
+    _launch(_swiglu_backward_kernel, gate_up, grad.contiguous(), gate_up, grad_gate_up)
+    return grad_gate_up
+
+
+@_swiglu_backward.register_fake
+def _(grad, gate_up):
+    return gate_up.new_empty(gate_up.shape)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _swiglu_backward(grad, *ctx.saved_tensors)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020).
+
+    gate_up_N2F: (..., 2F), contiguous, bf16, fp16 or fp32; computed in fp32. Returns (..., F) in its dtype. Backward
+    keeps gate_up_N2F and nothing else. Raises ValueError for any other dtype, an odd last axis, other strides, and a
+    device that Triton can't run on.
+    """
+    check("gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
+    if gate_up_N2F.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
+        )
+    return _SwiGLU.apply(gate_up_N2F)

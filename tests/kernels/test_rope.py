@@ -1,0 +1,163 @@
+"""The RoPE kernel. Its error against float64 may be FACTOR times that of the reference in the same dtype."""
+
+import pytest
+import torch
+
+from acceleron.kernels import reference
+from acceleron.kernels.rope import rope
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FACTOR = dict.fromkeys(DTYPES, 1.5)
+if DEVICE == "cpu":
+    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
+# The kernel may fuse a multiplication and an addition where torch rounds in between, or the other way round.
+FLOOR = torch.finfo(torch.float32).eps
+
+
+def error(result, truth) -> float:
+    """Relative root mean square. A result of zeros has error 1."""
+    return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def angles(S, C):
+    frequencies = 10000.0 ** (-torch.arange(0, C, 2) / C)
+    both = torch.outer(torch.arange(S) + 100.0, frequencies).repeat(1, 2).to(DEVICE)
+    return both.cos(), both.sin()
+
+
+def split(qkv, H):
+    """q and k as the model makes them: strided views of the one tensor."""
+    G = (qkv.shape[2] - H) // 2
+    return qkv.split([H, G, G], dim=2)[:2]
+
+
+def run(function, qkv, H, cos, sin, grads):
+    leaf = qkv.detach().requires_grad_()
+    out = function(*split(leaf, H), cos.to(qkv) if qkv.dtype == torch.float64 else cos, sin)
+    return *out, *torch.autograd.grad(out, leaf, [grad.to(out[0].dtype) for grad in grads])
+
+
+def inputs(B, S, H, G, C, dtype=torch.float32):
+    qkv = randn(B, S, H + 2 * G, C, dtype=dtype)
+    return qkv, H, *angles(S, C), (randn(B, S, H, C, seed=1, dtype=dtype), randn(B, S, G, C, seed=2, dtype=dtype))
+
+
+# B, S, H, G, C: the named sizes' head_dims (48 and 96 are no powers of two), and positions that no tile divides, in
+# several tiles; one position; heads that are no powers of two; a half of odd width; a single pair.
+CASES = [(2, 19, 16, 4, 32), (1, 9, 16, 4, 48), (2, 5, 16, 4, 64), (1, 5, 16, 4, 96)]
+CASES += [(3, 1, 4, 4, 32), (1, 70, 6, 3, 10), (1, 3, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradient(case, dtype):
+    arguments = inputs(*case, dtype)
+    truths = run(reference.rope, arguments[0].double(), *arguments[1:])
+    plains = run(reference.rope, *arguments)
+    names = ("q", "k", "grad")
+    for name, ours, plain, truth in zip(names, run(rope, *arguments), plains, truths, strict=True):
+        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
+        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+
+
+def test_any_strides_but_the_last():
+    """q and k of (B, H, S, C) tensors, and gradients that attention returns in that order."""
+    q, k = randn(2, 4, 9, 16), randn(2, 2, 9, 16, seed=1)
+    grads = randn(2, 4, 9, 16, seed=2), randn(2, 2, 9, 16, seed=3)
+    cos_sin = angles(9, 16)
+
+    def both(order):
+        leaves = [order(x.transpose(1, 2)).detach().requires_grad_() for x in (q, k)]
+        out = rope(*leaves, *cos_sin)
+        return *out, *torch.autograd.grad(out, leaves, [order(grad.transpose(1, 2)) for grad in grads])
+
+    for strided, contiguous in zip(both(lambda x: x), both(torch.Tensor.contiguous), strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+def test_expanded_gradient():
+    q, k = randn(2, 9, 4, 16).requires_grad_(), randn(2, 9, 2, 16, seed=1).requires_grad_()
+    cos, sin = angles(9, 16)
+    sum(x.sum() for x in rope(q, k, cos, sin)).backward()  # gradients with strides of 0
+    first, second = torch.cat([cos[:, :8] + sin[:, :8], cos[:, :8] - sin[:, :8]], -1).chunk(2, -1)
+    expected = torch.cat([first, second], -1)[:, None]
+    torch.testing.assert_close(q.grad, expected.expand_as(q), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(k.grad, expected.expand_as(k), rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_stay_and_outputs_are_new():
+    qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
+    before = qkv.clone()
+    with torch.no_grad():
+        out = rope(*split(qkv, H), cos, sin)
+    assert torch.equal(qkv, before)
+    assert all(x.is_contiguous() and x.untyped_storage().data_ptr() != qkv.data_ptr() for x in out)
+
+
+def test_one_launch_each_way(monkeypatch):
+    from importlib import import_module
+
+    module, launches = import_module("acceleron.kernels.rope"), []
+    kernel = module._rope_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_rope_kernel", Counted())
+    run(rope, *inputs(1, 9, 4, 2, 16))
+    assert len(launches) == 2
+
+
+def test_no_positions():
+    qkv, H, cos, sin, grads = inputs(2, 0, 4, 2, 16)
+    assert [x.shape[1] for x in run(rope, qkv, H, cos, sin, grads)] == [0, 0, 0]
+
+
+def test_same_bits_every_time():
+    arguments = inputs(2, 19, 16, 4, 32)
+    first, second = (run(rope, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q_BSHC", lambda q: q.double(), "expected bfloat16 or float16 or float32"),
+        ("q_BSHC", lambda q: q[..., :15], "an even head_dim"),
+        ("q_BSHC", lambda q: q[0], "expected shape"),
+        ("q_BSHC", lambda q: q.transpose(2, 3).contiguous().transpose(2, 3), "a last axis of stride 1"),
+        ("k_BSGC", lambda k: k.half(), "expected float32"),
+        ("k_BSGC", lambda k: k[:, 1:], "expected shape"),
+        ("cos_SC", lambda cos: cos.half(), "expected float32"),
+        ("sin_SC", lambda sin: sin[:, :8], "expected shape"),
+        ("sin_SC", lambda sin: sin.t().contiguous().t(), "a contiguous tensor"),
+        ("k_BSGC", lambda k: k.to("meta"), "expected a tensor on"),
+    ],
+)
+def test_refusals_name_the_argument(name, change, message):
+    cos, sin = angles(9, 16)
+    arguments = dict(q_BSHC=randn(2, 9, 4, 16), k_BSGC=randn(2, 9, 2, 16), cos_SC=cos, sin_SC=sin)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        rope(**arguments)
+
+
+def test_custom_op_passes_opcheck():
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
+    qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
+    for inverse in (False, True):
+        torch.library.opcheck(torch.ops.acceleron_triton.rope, (*split(qkv, H), cos, sin, inverse))
+
+
+def test_compiles_without_a_graph_break():
+    arguments = inputs(2, 9, 4, 2, 16)
+    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run(compiled, *arguments), run(rope, *arguments), strict=True):
+        assert torch.equal(ours, eager)
