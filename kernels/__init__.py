@@ -31,16 +31,20 @@ else:
         _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
 
     ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
-    _triton = {} if _missing else {
-        "dispatch_plan": routing.dispatch_plan,
-        "expert_mlp": expert_mlp.expert_mlp,
-        "grouped_gemm": grouped_gemm.grouped_gemm,
-        "linear_cross_entropy": cross_entropy.linear_cross_entropy,
-        "rms_norm": rms_norm.rms_norm,
-        "rope": rope.rope,
-        "route_top2": routing.route_top2,
-        "swiglu": swiglu.swiglu,
-    }
+    _triton = (
+        {}
+        if _missing
+        else {
+            "dispatch_plan": routing.dispatch_plan,
+            "expert_mlp": expert_mlp.expert_mlp,
+            "grouped_gemm": grouped_gemm.grouped_gemm,
+            "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+            "rms_norm": rms_norm.rms_norm,
+            "rope": rope.rope,
+            "route_top2": routing.route_top2,
+            "swiglu": swiglu.swiglu,
+        }
+    )
     _choice = "auto"
 
     def _op(name: str):

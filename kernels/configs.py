@@ -1,6 +1,6 @@
 """Tile sizes of the grouped GEMMs: what tuned.jsonl holds for the device, dtype and sizes, else a rule.
 
-A line of tuned.jsonl: device (its name, or the architecture for any of its kind), op, dtype, sizes (the op's widths and
+A line of tuned.jsonl: arch, device (its name, or "any" of that architecture), op, dtype, sizes (the op's widths and
 experts, below), and the fields of `Config`. `python -m bench tune` writes it. Nothing is ever searched while training.
 
 | op | sizes |
@@ -53,12 +53,12 @@ class Config(NamedTuple):
 
 @cache
 def table() -> dict[tuple, Config]:
-    """(device, op, dtype, sizes) -> Config, from tuned.jsonl. Raises ValueError that names a line that is not one."""
+    """(arch, device, op, dtype, sizes) -> Config, from tuned.jsonl. Raises ValueError that names a broken line."""
     entries = {}
     for number, line in enumerate(TABLE.read_text().splitlines(), 1):
         try:
             entry = json.loads(line)
-            key = (entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
+            key = (entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
             entries[key] = Config(**{name: entry[name] for name in Config._fields})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{TABLE}, line {number}: {error!r}; `python -m bench tune` writes it anew") from error
@@ -67,11 +67,12 @@ def table() -> dict[tuple, Config]:
 
 @cache
 def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
-    """The configuration of an op: the table's for this device's name, then for its architecture, then `rule`'s."""
+    """The configuration of an op: the table's for this device's name, then for any of its kind, then `rule`'s."""
     name = str(dtype).removeprefix("torch.")
-    for key in (device.name, device.arch):
-        if (key, op, name, sizes) in table():
-            return table()[key, op, name, sizes]
+    for device_name in (device.name, "any"):
+        key = (device.arch, device_name, op, name, sizes)
+        if key in table():
+            return table()[key]
     return rule(op, device, dtype, sizes)
 
 
@@ -94,7 +95,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) ->
     if op == "rows":
         return Config(128, 256 if wide else 128, 64, 8, 3, flatten=device.arch == "sm_90")
     # A gathered operand is loaded two stages after its indices are: five stages give three buffers.
-    config = Config(128, 256 if wide else 128, 64, 8, 5)
+    config = Config(128, 256 if wide else 128, 64, 8, 5 if sizes[3] else 3)
     return config._replace(split=_even_split(config, device, *sizes[:3]))
 
 

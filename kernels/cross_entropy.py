@@ -86,10 +86,11 @@ def _linear_cross_entropy(
         chunk = slice(start, start + step)
         x = x_TD[chunk]
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
-        _cross_entropy_kernel[(len(x),)](
-            logits, labels_T[chunk], losses_T[chunk], count, V, ignore_index,
-            BLOCK=min(BLOCK, triton.next_power_of_2(V)), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _cross_entropy_kernel[(len(x),)](
+                logits, labels_T[chunk], losses_T[chunk], count, V, ignore_index,
+                BLOCK=min(BLOCK, triton.next_power_of_2(V)), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
+            )  # fmt: skip
         if need_x:
             torch.mm(logits, weight, out=grad_x[chunk])
         if need_weight:
@@ -131,9 +132,9 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     Labels are not checked, which would be a host sync: one outside 0..V-1 matches no logit, and the loss is then
     meaningless. Raises ValueError for other shapes, dtypes and strides, and for a device that Triton can't run on.
     """
-    check("x_TD", x_TD, (None, None))
+    check("linear_cross_entropy: x_TD", x_TD, (None, None))
     T, D = x_TD.shape
-    check("weight_VD", weight_VD, (None, D), tuple({x_TD.dtype, torch.float32}), like=x_TD)
-    check("labels_T", labels_T, (T,), torch.int64, like=x_TD)
+    check("linear_cross_entropy: weight_VD", weight_VD, (None, D), tuple({x_TD.dtype, torch.float32}), like=x_TD)
+    check("linear_cross_entropy: labels_T", labels_T, (T,), torch.int64, like=x_TD)
     need_x, need_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, weight_VD))
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import find_config
 from .grouped_gemm import (
@@ -35,13 +36,35 @@ PART = 32
 
 
 @triton.jit
+def _gate_up_tile(
+    w, expert, f, d, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The [BLOCK_K, 2 * BLOCK_N] tile of w13[e].T: BLOCK_N gate columns from f on, then their up columns.
+
+    w is a descriptor of [2 * E, F, D] with TMA, where columns past F read as zeros, else a pointer.
+    """
+    if TMA:
+        tile = tl.reshape(w.load([2 * expert, f, d]), (2 * BLOCK_N, BLOCK_K)).T
+    else:
+        column = tl.arange(0, 2 * BLOCK_N)[None, :]
+        fs = f + column % BLOCK_N
+        ds = d + tl.arange(0, BLOCK_K)[:, None]
+        ptrs = w + expert.to(tl.int64) * (2 * F * D) + (column // BLOCK_N * F + fs) * D + ds
+        tile = tl.load(ptrs, mask=(fs < F) & (ds < D), other=0.0)
+    return tile
+
+
+@triton.jit
 def _up_kernel(
     x, order_ptr, offsets_ptr, w, h_ptr, act_ptr,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h[n] = w13[e] @ x[token of n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns."""
+    """h[n] = w13[e] @ x[token of n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns.
+
+    One accumulator holds both: with two, ptxas serialises the wgmmas of the flattened loop (its warning C7515).
+    """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     tiles = tl.max(last_E, axis=0) * column_tiles
@@ -50,12 +73,12 @@ def _up_kernel(
         f = (tile % column_tiles) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_M)
         tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
-        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
         for d in range(0, D, BLOCK_K):
-            a = row_tile(x, tokens, d, D, BLOCK_K)
-            gate = dot(a, weight_tile(w, expert, f, d, 2 * F, D, True, TMA, BLOCK_N, BLOCK_K), gate)
-            up = dot(a, weight_tile(w, expert, F + f, d, 2 * F, D, True, TMA, BLOCK_N, BLOCK_K), up)
+            acc = dot(
+                row_tile(x, tokens, d, D, BLOCK_K), _gate_up_tile(w, expert, f, d, D, F, TMA, BLOCK_N, BLOCK_K), acc
+            )
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         fs = f + tl.arange(0, BLOCK_N)
         mask = (rows < end)[:, None] & (fs < F)[None, :]
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
@@ -218,9 +241,12 @@ def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor) ->
     device = device_of(x_TD)
     config = find_config("up", device, x_TD.dtype, (E, D, F))
     tma = tma_serves(device, config, D, w13_E2FD)
+    w = w13_E2FD
+    if tma:
+        w = TensorDescriptor.from_tensor(w13_E2FD.view(2 * E, F, D), [2, config.block_n, config.block_k])
     with torch.cuda.device_of(x_TD):
         _up_kernel[persistent_grid(device, config, N, E, F)](
-            x_TD, order, offsets, weight_operand(w13_E2FD, tma, config.block_n, config.block_k), h_N2F, act_NF,
+            x_TD, order, offsets, w, h_N2F, act_NF,
             E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
         )  # fmt: skip
     return h_N2F, act_NF

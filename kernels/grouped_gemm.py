@@ -264,7 +264,7 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     x_ND and w_EFD are contiguous and of one dtype, bf16, fp16 or fp32; sums are fp32. Experts without rows are fine.
     Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
-    check("grouped_gemm: x_ND", x_ND, (None, None))
+    check("grouped_gemm: x_ND", x_ND, (plan.order.numel(), None))
     check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
     check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.order, plan.offsets)

@@ -89,10 +89,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rows, block, warps = _blocks(D, FORWARD_TILE)
     if N * D:
-        _rms_norm_kernel[(triton.cdiv(N, rows),)](
-            x, residual, weight, norm, total, rstd, N, D, eps,
-            ROWS=rows, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _rms_norm_kernel[(triton.cdiv(N, rows),)](
+                x, residual, weight, norm, total, rstd, N, D, eps,
+                ROWS=rows, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=warps,
+            )  # fmt: skip
     return norm, total, rstd
 
 
@@ -115,11 +116,12 @@ def _rms_norm_backward(
     partial = x.new_empty(programs, D, dtype=torch.float32)
     if N * D:
         tiles = triton.cdiv(triton.cdiv(N, rows), programs)
-        _rms_norm_backward_kernel[(programs,)](
-            grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x, weight, rstd,
-            grad_x, partial, N, D, tiles,
-            ROWS=rows, BLOCK=block, HAS_RESIDUAL=grad_total is not None, num_warps=warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _rms_norm_backward_kernel[(programs,)](
+                grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x, weight, rstd,
+                grad_x, partial, N, D, tiles,
+                ROWS=rows, BLOCK=block, HAS_RESIDUAL=grad_total is not None, num_warps=warps,
+            )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -151,14 +153,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     its gradient is summed in fp32 and has its own dtype. residual: like x. Backward keeps the (summed) input and 4
     bytes a row. Raises ValueError for anything else, and for a device that Triton can't run on.
     """
-    check("x", x, [None] * max(1, x.dim()))
+    check("rms_norm: x", x, [None] * max(1, x.dim()))
     D = x.shape[-1]
     if D * x.element_size() > MAX_ROW_BYTES:
         raise ValueError(
-            f"x: expected rows of at most {MAX_ROW_BYTES // x.element_size()} values, but got {D}; "
+            f"rms_norm: x: expected rows of at most {MAX_ROW_BYTES // x.element_size()} values, but got {D}; "
             "use the reference kernels"
         )
-    check("weight", weight, (D,), FLOATS, like=x)
+    check("rms_norm: weight", weight, (D,), FLOATS, like=x)
     if residual is not None:
-        check("residual", residual, x.shape, x.dtype, like=x)
+        check("rms_norm: residual", residual, x.shape, x.dtype, like=x)
     return _RMSNorm.apply(x, weight, eps, residual)

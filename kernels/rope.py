@@ -71,11 +71,12 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tupl
     H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
     positions = max(1, PAIRS // (H_P2 * HALF_P2))
     if B * S:
-        _rope_kernel[(B * triton.cdiv(S, positions),)](
-            q, *q.stride()[:3], q_out, k, *k.stride()[:3], k_out, cos, sin, S,
-            H=H, H_P2=H_P2, G=G, G_P2=G_P2, HALF=C // 2, HALF_P2=HALF_P2, POSITIONS=positions, INVERSE=inverse,
-            num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _rope_kernel[(B * triton.cdiv(S, positions),)](
+                q, *q.stride()[:3], q_out, k, *k.stride()[:3], k_out, cos, sin, S,
+                H=H, H_P2=H_P2, G=G, G_P2=G_P2, HALF=C // 2, HALF_P2=HALF_P2, POSITIONS=positions, INVERSE=inverse,
+                num_warps=WARPS,
+            )  # fmt: skip
     return q_out, k_out
 
 
@@ -103,11 +104,11 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     both halves must be alike, as only the first is read, and they get no gradient. Computed in fp32. Returns new
     contiguous tensors. Raises ValueError for anything else, and for a device that Triton can't run on.
     """
-    check("q_BSHC", q_BSHC, (None, None, None, None), contiguous=False)
+    check("rope: q_BSHC", q_BSHC, (None, None, None, None), contiguous=False)
     B, S, _, C = q_BSHC.shape
     if C % 2:
-        raise ValueError(f"q_BSHC: expected an even head_dim, but got {tuple(q_BSHC.shape)}")
-    check("k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, like=q_BSHC, contiguous=False)
-    check("cos_SC", cos_SC, (S, C), torch.float32, like=q_BSHC)
-    check("sin_SC", sin_SC, (S, C), torch.float32, like=q_BSHC)
+        raise ValueError(f"rope: q_BSHC: expected an even head_dim, but got {tuple(q_BSHC.shape)}")
+    check("rope: k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, like=q_BSHC, contiguous=False)
+    check("rope: cos_SC", cos_SC, (S, C), torch.float32, like=q_BSHC)
+    check("rope: sin_SC", sin_SC, (S, C), torch.float32, like=q_BSHC)
     return _Rope.apply(q_BSHC, k_BSGC, cos_SC, sin_SC)

@@ -56,7 +56,8 @@ def _launch(kernel, gate_up: Tensor, *tensors: Tensor):
     N, F = prod(gate_up.shape[:-1]), gate_up.shape[-1] // 2
     if N * F:
         grid = (triton.cdiv(N, ROWS) * triton.cdiv(F, COLS),)
-        kernel[grid](*tensors, N, F, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
+        with torch.cuda.device_of(gate_up):
+            kernel[grid](*tensors, N, F, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
 
 
 @torch.library.custom_op("acceleron_triton::swiglu", mutates_args=())
@@ -101,9 +102,9 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
     keeps gate_up_N2F and nothing else. Raises ValueError for any other dtype, an odd last axis, other strides, and a
     device that Triton can't run on.
     """
-    check("gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
+    check("swiglu: gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
     if gate_up_N2F.shape[-1] % 2:
         raise ValueError(
-            f"gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
+            f"swiglu: gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
         )
     return _SwiGLU.apply(gate_up_N2F)

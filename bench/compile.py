@@ -1,0 +1,249 @@
+"""Compile every kernel at every shipped configuration for GPUs that need not be there, and print what it takes.
+
+The ops run for real on CPU tensors, up to the launch, which compiles instead: what is checked is what is launched. Of
+each kernel: registers a thread, bytes spilled, shared memory, warps and stages, and for Hopper the tensor-core (wgmma)
+and TMA instructions. With --check the exit status is 1 if sm_90 spills or lacks wgmma or TMA where the design has them,
+or if any kernel asks for more shared memory than its device has.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from acceleron import ModelConfig, kernels
+from acceleron.config import PRESETS
+from acceleron.kernels import configs, launch
+from acceleron.kernels.launch import Device
+
+SIZES = ("tiny", "small", "medium", "large")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Tokens of the compiled launches. The number is a kernel's argument, of which only divisibility by 16 is compiled in.
+TOKENS = 256
+GEMMS = ("_up_kernel", "_hidden_grad_kernel", "_rows_kernel", "_weight_grad_kernel")
+
+
+class Target(NamedTuple):
+    triton: GPUTarget
+    processors: int
+    shared_bytes: int  # the most that one program may have
+
+
+# H100 SXM, A100, B200 and MI300X.
+TARGETS = {
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 232448),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 166912),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 232448),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 65536),
+}
+
+
+class Compiled(NamedTuple):
+    """What one kernel takes, in one specialisation."""
+
+    arch: str
+    size: str
+    kernel: str
+    blocks: str
+    warps: int
+    stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int
+    tma: int
+    serialised: bool  # whether ptxas made the wgmmas wait for one another
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, arch: str):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch].triton
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(arch: str, device_name: str = "any"):
+    """In this context launches on CPU tensors compile for `arch` and run nothing; yields the list of their kernels.
+
+    The list has (JITFunction, CompiledKernel, keyword arguments of the launch).
+    """
+    launched = []
+    run, cpu_device = JITFunction.run, launch.cpu_device
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self, kernel, kwargs))
+        return kernel
+
+    JITFunction.run = compile_only
+    launch.cpu_device = Device(device_name, arch, TARGETS[arch].processors)
+    triton.runtime.driver.set_active(_Driver(arch))
+    try:
+        yield launched
+    finally:
+        JITFunction.run, launch.cpu_device = run, cpu_device
+
+
+def describe(arch: str, size: str, function: JITFunction, kernel, arguments: dict) -> Compiled:
+    """The resources of a compiled kernel, as its binary says."""
+    wgmma, tma, serialised = 0, 0, False
+    if arch.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))
+        spilled *= 4
+    else:
+        text = kernel.asm["ptx"]
+        wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
+        usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
+        if wgmma:
+            serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
+        registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    blocks = "x".join(str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS")))
+    metadata = kernel.metadata
+    return Compiled(
+        arch, size, function.__name__, blocks, metadata.num_warps, metadata.num_stages,
+        registers, spilled, metadata.shared, wgmma, tma, serialised,
+    )  # fmt: skip
+
+
+def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
+    """What a tool of Triton's wheel prints about a file of these contents."""
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile() as temporary:
+        temporary.write(file if isinstance(file, bytes) else file.encode())
+        temporary.flush()
+        command = [binary, *arguments, temporary.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+
+def run_ops(config: ModelConfig, dtype: torch.dtype):
+    """Every op of a size, forward and backward, on memory that nobody reads."""
+    T, D, E, F = TOKENS, config.d_model, config.num_experts, config.d_ff
+    H, G, C = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def empty(*shape, dtype=dtype, grad=True) -> Tensor:
+        return torch.empty(shape, dtype=dtype).requires_grad_(grad)
+
+    def both(outputs):
+        outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+    routing = kernels.route_top2(empty(T, E, dtype=torch.float32))
+    both([routing.weights_TK, routing.z_loss, routing.balance_loss])
+    plan = kernels.dispatch_plan(routing.experts_TK, E)
+    weights_TK = empty(T, 2, dtype=torch.float32)
+    w13, w2 = empty(E, 2 * F, D), empty(E, D, F)
+    both(kernels.expert_mlp(empty(T, D), weights_TK, plan, w13, w2, empty(T, D)))
+    both(kernels.grouped_gemm(empty(2 * T, D), w13, plan))
+    for width in (config.d_ff_shared, config.d_ff_dense):
+        both(kernels.swiglu(empty(T, 2 * width)))
+    qkv = empty(1, T, H + 2 * G, C).split([H, G, G], dim=2)
+    both(kernels.rope(*qkv[:2], *(empty(T, C, dtype=torch.float32, grad=False) for _ in range(2))))
+    weight = empty(D, dtype=torch.float32)
+    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
+    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))
+    head = empty(config.vocab_size, D, grad=False)
+    labels = torch.zeros(16, dtype=torch.int64)
+    kernels.linear_cross_entropy(empty(16, D), head, labels)
+    kernels.linear_cross_entropy(empty(16, D, grad=False), head, labels)
+
+
+def compile_size(arch: str, size: str, dtype: str, device_name: str = "any") -> list[Compiled]:
+    """Compile all kernels of a named size. Each distinct kernel is listed once."""
+    kernels.select("reference", torch.device("cpu"))
+    with compiling(arch, device_name) as launched:
+        kernels.select("triton", torch.device("cpu"))
+        run_ops(ModelConfig.preset(size), DTYPES[dtype])
+    distinct = {id(kernel): (function, kernel, kwargs) for function, kernel, kwargs in launched}
+    return [describe(arch, size, *each) for each in distinct.values()]
+
+
+def complaints(row: Compiled, dtype: str) -> list[str]:
+    """What is wrong with a kernel that is to be shipped."""
+    found = []
+    if row.shared_bytes > TARGETS[row.arch].shared_bytes:
+        found.append(f"{row.shared_bytes} bytes of shared memory, of {TARGETS[row.arch].shared_bytes}")
+    if row.arch == "sm_90":
+        if row.spilled_bytes:
+            found.append(f"{row.spilled_bytes} bytes spilled")
+        if dtype != "fp32" and row.kernel in GEMMS and not row.wgmma:
+            found.append("no wgmma")
+        if dtype != "fp32" and row.kernel in GEMMS and not row.tma:
+            found.append("no TMA")
+        if row.serialised:
+            found.append("wgmmas serialised by ptxas")
+    return found
+
+
+def print_table(rows: list[Compiled]):
+    form = "{:7} {:7} {:28} {:14} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>4}"
+    print(
+        form.format(
+            "arch", "size", "kernel", "blocks", "warps", "stages", "registers", "spilled", "shared", "wgmma", "tma"
+        )
+    )
+    for row in rows:
+        print(form.format(*row[:-1]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--size", nargs="+", choices=[*PRESETS], default=list(SIZES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
+    arguments = parser.parse_args()
+    if launch.INTERPRETED:
+        sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
+    tasks = [
+        (arch, size, dtype, name)
+        for arch in arguments.arch
+        for dtype in arguments.dtype
+        for size in arguments.size
+        for name in {"any", *(key[1] for key in configs.table() if key[0] == arch)}
+    ]
+    rows, wrong = [], []
+    # Processes of their own, as a compiler holds the interpreter's lock.
+    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
+        futures = [pool.submit(compile_size, *task) for task in tasks]
+        for task, future in tqdm(zip(tasks, futures, strict=True), "sizes", len(tasks), disable=None):
+            for row in future.result():
+                rows.append(row)
+                wrong += [f"{row.arch} {row.size} {task[2]} {row.kernel}: {text}" for text in complaints(row, task[2])]
+    print(f"triton {triton.__version__}, torch {torch.__version__}")
+    print_table(rows)
+    if arguments.json:
+        Path(arguments.json).write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+    print("\n".join(wrong) or "nothing to complain of")
+    sys.exit(bool(wrong and arguments.check))
+
+
+if __name__ == "__main__":
+    main()

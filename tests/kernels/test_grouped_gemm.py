@@ -1,0 +1,342 @@
+"""The grouped GEMMs. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from acceleron import ModelConfig
+from acceleron.config import PRESETS
+from acceleron.kernels import configs, launch, reference
+from acceleron.kernels.configs import Config
+from acceleron.kernels.reference import dispatch_plan
+
+module = importlib.import_module("acceleron.kernels.grouped_gemm")
+grouped_gemm = module.grouped_gemm
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FACTOR = dict.fromkeys(DTYPES, 1.5)
+if DEVICE == "cpu":
+    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
+NAMES = ("y", "x", "w")
+
+
+def floor(length: int) -> float:
+    """The relative error of a sum of `length` fp32 products, added one after another, where torch's order is better.
+
+    A partial sum of i unit products is sqrt(i) and each rounding's error eps / sqrt(12) of it: sqrt(length / 24) eps.
+    """
+    return max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
+
+
+def error(result, truth) -> float:
+    """Relative root mean square. A result of zeros has error 1."""
+    return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def make_plan(T, E, used=None):
+    """Of random experts among those in use; a token may have one expert twice, which the plan doesn't mind."""
+    pool = torch.tensor(used or range(E))
+    picks = torch.randint(len(pool), (T, 2), generator=torch.Generator().manual_seed(1))
+    return dispatch_plan(pool[picks].to(DEVICE, torch.int32), E)
+
+
+def inputs(T, D, width, E, used, dtype):
+    # Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+    x, w = randn(2 * T, D, dtype=dtype), (randn(E, width, D, seed=2) / D**0.5).to(dtype)
+    return x, w, make_plan(T, E, used), randn(2 * T, width, seed=3, dtype=dtype)
+
+
+def run(function, x, w, plan, grad):
+    leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+    y = function(*leaves, plan)
+    return y, *torch.autograd.grad(y, leaves, grad)
+
+
+def check_errors(x, w, plan, grad):
+    truths = run(reference.grouped_gemm, x.double(), w.double(), plan, grad.double())
+    plains, results = (run(function, x, w, plan, grad) for function in (reference.grouped_gemm, grouped_gemm))
+    for name, ours, plain, truth in zip(NAMES, results, plains, truths, strict=True):
+        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (x.dtype, truth.shape, True)
+        assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + floor(max(*x.shape, *w.shape)), name
+    return results
+
+
+# T, D, F, E and which experts get rows; the interpreter's blocks are 32 x 32 x 32, and its programs three.
+CASES = {
+    "several tiles": (50, 64, 96, 3, None),  # of rows, columns and inner width; whole ones but for the rows
+    "partial tiles": (37, 40, 72, 3, None),  # rows of 16 bytes, but no whole number of inner blocks
+    "odd widths": (50, 33, 17, 5, None),
+    "one token": (1, 64, 32, 4, None),  # more experts than rows
+    "empty experts": (40, 32, 64, 9, (1, 4, 5, 7)),  # the first, the last, some between
+    "hot expert": (48, 32, 32, 4, (2,)),  # with exactly three blocks of rows
+    "last expert": (20, 32, 32, 4, (3,)),
+    "two experts": (33, 32, 40, 2, None),
+    "many experts": (40, 8, 16, 64, None),
+    "narrow": (20, 1, 2, 3, None),
+}
+if DEVICE == "cuda":
+    for size in PRESETS:
+        config = ModelConfig.preset(size)
+        CASES[size] = (8192, config.d_model, 2 * config.d_ff, config.num_experts, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[: 3 if DEVICE == "cuda" else 2], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case, dtype):
+    _, _, _, E, used = CASES[case]
+    _, _, grad_w = check_errors(*inputs(*CASES[case], dtype))
+    for expert in set(range(E)) - set(used or range(E)):
+        assert not grad_w[expert].any()  # exactly 0, though memory is poisoned
+
+
+def test_bfloat16():
+    check_errors(*inputs(*CASES["several tiles"], torch.bfloat16))
+
+
+def test_the_cases_take_both_paths(monkeypatch):
+    """Tensor descriptors for 16-bit rows of 16 bytes and whole inner blocks, pointers for the rest."""
+    served, serves = [], module.tma_serves
+    monkeypatch.setattr(module, "tma_serves", lambda *args: served.append(serves(*args)) or served[-1])
+
+    def paths(case, dtype):
+        served.clear()
+        run(grouped_gemm, *inputs(*CASES[case], dtype))
+        return served
+
+    descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert paths("several tiles", torch.float16) == [descriptors] * 3
+    assert paths("several tiles", torch.float32) == [False] * 3
+    assert paths("odd widths", torch.float16) == [False] * 3
+    # The weight's gradient sums over rows, of which a descriptor reads zeros past the end.
+    assert paths("partial tiles", torch.float16) == [False, False, descriptors]
+
+
+def test_tma_serves_only_what_it_can_address():
+    x = torch.zeros(8, 64, dtype=torch.float16)
+    hopper, config = launch.Device("", "sm_90", 132), Config(64, 64, 32, 4, 2)
+    assert module.tma_serves(hopper, config, 64, x, x)
+    assert not module.tma_serves(hopper, config, 80, x)  # a part of an inner block
+    assert not module.tma_serves(hopper, config, 64, x, x[:, :60].contiguous())  # rows of 120 bytes
+    assert not module.tma_serves(hopper, config, 64, x.flatten()[1:449].view(7, 64))  # begins at an odd address
+    assert not module.tma_serves(hopper, config, 64, x.float())
+    for arch in ("sm_80", "sm_86", "gfx942"):
+        assert not module.tma_serves(launch.Device("", arch, 100), config, 64, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(16, 64, 32, 4, 1, flatten=True, split=1),  # one loop over tiles and inner width
+        Config(64, 16, 16, 4, 1, split=3),  # shares of which some have no rows
+        Config(32, 64, 64, 4, 2, programs=2, flatten=True, split=2),
+        Config(32, 32, 32, 4, 1, programs=100, split=4),  # a program for every tile
+    ],
+    ids=str,
+)
+def test_other_configurations(config, dtype, monkeypatch):
+    monkeypatch.setattr(module, "find_config", lambda *args: config)
+    check_errors(*inputs(50, 64, 96, 5, (0, 2, 4), dtype))
+
+
+def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
+    """1, 31, 32, 33, 64, 65 and 97 rows: shares of whole blocks, the last one short or empty."""
+    counts = [1, 31, 32, 33, 64, 65, 96]
+    experts = torch.arange(7).repeat_interleave(torch.tensor(counts)).to(DEVICE, torch.int32).view(-1, 2)
+    plan = dispatch_plan(experts, 7)
+    x, w, grad = randn(sum(counts), 16), randn(7, 24, 16, seed=2) / 4, randn(sum(counts), 24, seed=3)
+    for split in (1, 2, 3):
+        monkeypatch.setattr(module, "find_config", lambda *args, split=split: Config(32, 32, 32, 4, 1, split=split))
+        truths = run(reference.grouped_gemm, x.double(), w.double(), plan, grad.double())
+        for ours, truth in zip(run(grouped_gemm, x, w, plan, grad), truths, strict=True):
+            for expert in range(7):  # each expert alone, so that a small one's error is not lost among the large
+                rows = slice(*plan.offsets[expert : expert + 2].tolist())
+                part = expert if ours.dim() == 3 else rows
+                assert error(ours[part], truth[part]) <= floor(96), (split, expert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gather", ["a", "b"])
+def test_weight_gradient_of_gathered_rows(gather, dtype):
+    """The operand that `gather` names has a row for each token instead of for each assignment."""
+    plan = make_plan(50, 5, (0, 2, 4))
+    tokens = plan.order // 2
+    a, b = randn(50 if gather == "a" else 100, 40, dtype=dtype), randn(50 if gather == "b" else 100, 72, dtype=dtype)
+    rows = [x[tokens] if gather == name else x for name, x in (("a", a), ("b", b))]
+    plain = reference._grouped_weight_grad(*rows, plan.offsets)
+    truth = reference._grouped_weight_grad(*(x.double() for x in rows), plan.offsets)
+    ours = module.grouped_weight_grad(a, b, plan.offsets, plan.order, gather)
+    assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + floor(100)
+    assert not ours[[1, 3]].any()
+
+
+# TMA's ragged descriptors and the pointers' masks are two ways to stop at an expert's end.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nan_stays_with_its_expert(dtype):
+    x, w, plan, grad = inputs(*CASES["several tiles"], dtype)
+    good = run(grouped_gemm, x, w, plan, grad)
+    begin, end = plan.offsets[1:3].tolist()
+    bad_x, bad_grad, bad_w = x.clone(), grad.clone(), w.clone()
+    bad_x[begin], bad_x[end - 1], bad_grad[begin], bad_w[1] = (torch.nan,) * 4
+    y, grad_x, grad_w = run(grouped_gemm, bad_x, bad_w, plan, bad_grad)
+    others = torch.ones(len(x), dtype=torch.bool, device=DEVICE)
+    others[begin:end] = False
+    assert torch.equal(y[others], good[0][others])
+    assert torch.equal(grad_x[others], good[1][others])
+    assert torch.equal(grad_w[[0, 2]], good[2][[0, 2]])
+    assert all(bad.isnan().all() for bad in (y[begin:end], grad_x[begin:end], grad_w[1]))
+
+
+def test_expanded_gradient():
+    x, w, plan, _ = inputs(*CASES["odd widths"], torch.float32)
+    leaf = x.clone().requires_grad_()
+    grouped_gemm(leaf, w, plan).sum().backward()  # its gradient has strides of 0
+    y_like = torch.ones(len(x), w.shape[1], device=DEVICE)
+    assert torch.equal(leaf.grad, run(grouped_gemm, x, w, plan, y_like)[1])
+
+
+def test_no_rows():
+    y, grad_x, grad_w = run(grouped_gemm, *inputs(0, 16, 24, 3, None, torch.float32))
+    assert (y.shape, grad_x.shape, grad_w.shape) == ((0, 24), (0, 16), (3, 24, 16))
+    assert not grad_w.any()
+
+
+def test_same_bits_every_time():
+    arguments = inputs(*CASES["several tiles"], torch.float16)
+    first, second = (run(grouped_gemm, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x_ND", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
+        ("x_ND", lambda x: x[None], "expected shape"),
+        ("x_ND", lambda x: x[:-1], r"expected shape \(100, any\), but got \(99, 33\)"),  # not the plan's rows
+        ("x_ND", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("w_EFD", lambda w: w.half(), "expected float32, but got float16"),
+        ("w_EFD", lambda w: w[..., 1:].contiguous(), "expected shape"),
+        ("w_EFD", lambda w: w[0], "expected shape"),
+        ("w_EFD", lambda w: w.transpose(1, 2).contiguous().transpose(1, 2), r"call .contiguous\(\)"),
+        ("w_EFD", lambda w: w.to("meta"), "expected a tensor on"),
+        ("plan", lambda plan: plan._replace(order=plan.order.long()), "expected int32, but got int64"),
+        ("plan", lambda plan: plan._replace(offsets=plan.offsets[1:]), "expected shape"),
+        ("plan", lambda plan: plan._replace(inverse_TK=plan.inverse_TK[:-1]), "expected shape"),
+    ],
+)
+def test_refusals_name_the_argument(name, change, message):
+    arguments = dict(zip(("x_ND", "w_EFD", "plan"), inputs(*CASES["odd widths"], torch.float32), strict=False))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=rf"grouped_gemm: {name}.*{message}"):
+        grouped_gemm(**arguments)
+
+
+def test_custom_ops_pass_opcheck():
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
+    ops = torch.ops.acceleron_triton
+    x, w, plan, grad = inputs(5, 8, 12, 3, None, torch.float32)
+    torch.library.opcheck(ops.grouped_rows.default, (x, w, plan.offsets, True))
+    torch.library.opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
+    for a, b, gather in ((grad, x, ""), (grad[:5], x, "a"), (grad, x[:5], "b")):
+        torch.library.opcheck(ops.grouped_weight_grad.default, (a, b, plan.offsets, plan.order, gather))
+
+
+def test_compiles_without_a_graph_break():
+    arguments = inputs(*CASES["odd widths"], torch.float32)
+    compiled = torch.compile(grouped_gemm, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run(compiled, *arguments), run(grouped_gemm, *arguments), strict=True):
+        assert torch.equal(ours, eager)
+
+
+# --- configurations ---
+
+H100 = launch.Device("NVIDIA H100 80GB HBM3", "sm_90", 132)
+ENTRY = dict(op="rows", dtype="bfloat16", sizes=[4, 512, 704, 1], **Config(64, 64, 64, 4, 2)._asdict())
+
+
+@pytest.fixture
+def write_table(tmp_path, monkeypatch):
+    def clear():
+        configs.table.cache_clear()
+        configs.find_config.cache_clear()
+
+    def write(*lines):
+        monkeypatch.setattr(configs, "TABLE", tmp_path / "tuned.jsonl")
+        configs.TABLE.write_text("".join(f"{line}\n" for line in lines))
+        clear()
+
+    yield write
+    clear()
+
+
+def find(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1)):
+    return configs.find_config("rows", device, dtype, sizes)
+
+
+def test_the_devices_name_goes_before_its_architecture_before_the_rule(write_table):
+    write_table(
+        json.dumps(ENTRY | dict(device="sm_90", block_m=32)), json.dumps(ENTRY | dict(device=H100.name, block_m=16))
+    )
+    assert find() == Config(16, 64, 64, 4, 2)
+    assert find(H100._replace(name="NVIDIA H200")) == Config(32, 64, 64, 4, 2)
+    ampere = launch.Device("NVIDIA A100", "sm_80", 108)
+    for other in (dict(device=ampere), dict(dtype=torch.float16), dict(sizes=(4, 512, 704, 0))):
+        arguments = dict(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1)) | other
+        assert find(**arguments) == configs.rule("rows", **arguments)
+
+
+def test_an_empty_table_leaves_the_rule(write_table):
+    write_table()
+    assert find() == configs.rule("rows", H100, torch.bfloat16, (4, 512, 704, 1))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "3", json.dumps(ENTRY), json.dumps({**ENTRY, "device": "sm_90", "sizes": 3}), ""],
+    ids=["broken", "list", "number", "without a device", "sizes", "blank"],
+)
+def test_a_broken_line_is_named(line, write_table):
+    write_table(json.dumps(ENTRY | dict(device="sm_90")), line)
+    with pytest.raises(ValueError, match=r"tuned\.jsonl, line 2: .*python -m bench tune"):
+        find()
+
+
+def test_the_shipped_table_is_one(write_table):
+    configs.table.cache_clear()
+    for (device, op, dtype, sizes), config in configs.table().items():
+        assert device
+        assert op in configs.OPS
+        assert isinstance(getattr(torch, dtype), torch.dtype)
+        assert all(type(size) is int for size in sizes)
+        assert_is_a_tile(config)
+
+
+def assert_is_a_tile(config):
+    for name in ("block_m", "block_n", "block_k", "warps"):
+        value = getattr(config, name)
+        assert value > 0, name
+        assert value & (value - 1) == 0, name
+    assert min(config.block_m, config.block_n, config.block_k) >= 16  # tl.dot's least
+    assert config.stages >= 1
+    assert config.programs >= 1
+    assert config.split >= 1
+    assert type(config.flatten) is bool
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rules_give_powers_of_two(arch, dtype):
+    device = launch.Device("", arch, 108)
+    for E, D, F in [(p.num_experts, p.d_model, p.d_ff) for p in PRESETS.values()] + [(2, 33, 17), (256, 8, 64)]:
+        sizes = {"up": [(E, D, F)], "hidden_grad": [(E, D, F)], "rows": [(E, F, D, 1), (E, 2 * F, D, 0)]}
+        sizes["weight_grad"] = [(E, 2 * F, D, 2), (E, D, F, 1)]
+        assert set(sizes) == set(configs.OPS)
+        for op in configs.OPS:
+            for size in sizes[op]:
+                assert_is_a_tile(configs.rule(op, device, dtype, size))
