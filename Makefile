@@ -1,17 +1,23 @@
-# Two commands: `make demo` trains and samples a small model on this machine; `make test` checks everything.
+# Two commands: `make demo` trains and samples a small model on this machine; `make test` checks everything but what
+# takes long, which `make test-all` checks.
 PYTHON ?= python3
 # Any release from 2.11 on will do: `make setup TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
+# What goes with that torch. A torch for GPUs brings its own, and then this one is not installed.
+TRITON ?= triton==3.7.1
+# The oldest that the kernels must compile with.
+OLD_TRITON := triton==3.6.0
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-all
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -37,3 +43,8 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
+	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
+	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check

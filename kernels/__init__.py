@@ -48,16 +48,13 @@ else:
     _choice = "auto"
 
     def _op(name: str):
-        """The public op of this name: Triton's on a GPU, except in float64; the reference's elsewhere; or as selected."""
+        """The op of this name: Triton's on a GPU, except in float64; the reference's elsewhere; or as selected."""
         plain = getattr(reference, name)
         fused = plain if _missing else _triton[name]
 
         @wraps(plain)
         def op(x, *args, **kwargs):
-            if _choice == "auto":
-                use_triton = x.is_cuda and x.dtype != torch.float64
-            else:
-                use_triton = _choice == "triton"
+            use_triton = _choice == "triton" or (_choice == "auto" and x.is_cuda and x.dtype != torch.float64)
             return (fused if use_triton else plain)(x, *args, **kwargs)
 
         return op

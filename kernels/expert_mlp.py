@@ -286,6 +286,25 @@ def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD):
     return act_NF.new_empty(weights_TK.shape[0], w2_EDF.shape[1])
 
 
+def hidden_grad(
+    dy_TD: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh_N2F; act_NF times its row's routing weight; and dots [N, column tiles], which sum to the weights' gradient."""
+    (E, D, F), N = w2_EDF.shape, order.numel()
+    device = device_of(dy_TD)
+    config = find_config("hidden_grad", device, dy_TD.dtype, (E, D, F))
+    tma = tma_serves(device, config, D, w2_EDF)
+    dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
+    dots = weights_TK.new_empty(N, triton.cdiv(F, config.block_n))
+    with torch.cuda.device_of(dy_TD):
+        _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
+            dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
+            weights_TK, h_N2F, dh_N2F, act_NF, dots,
+            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), PART=PART, **config.blocks(),
+        )  # fmt: skip
+    return dh_N2F, act_NF, dots
+
+
 @torch.library.custom_op("acceleron_triton::expert_mlp_backward", mutates_args=())
 def expert_mlp_backward(
     dy_TD: Tensor,
@@ -299,29 +318,18 @@ def expert_mlp_backward(
     w2_EDF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF."""
-    (E, D, F), (T, N) = w2_EDF.shape, (x_TD.shape[0], order.numel())
+    T, D = x_TD.shape
     dx_TD, dweights_TK = torch.empty_like(x_TD), torch.empty_like(weights_TK)
-    if N == 0:
+    if T == 0:
         return dx_TD, dweights_TK, torch.zeros_like(w13_E2FD), torch.zeros_like(w2_EDF)
-    device = device_of(x_TD)
-    config = find_config("hidden_grad", device, x_TD.dtype, (E, D, F))
-    tma = tma_serves(device, config, D, w2_EDF)
-    dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
-    parts = triton.cdiv(F, config.block_n)
-    dots = weights_TK.new_empty(N, parts)
-    with torch.cuda.device_of(x_TD):
-        _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
-            dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
-            weights_TK, h_N2F, dh_N2F, act_NF, dots,
-            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), PART=PART, **config.blocks(),
-        )  # fmt: skip
+    dh_N2F, act_NF, dots = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
     dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")
     del act_NF
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
     dw13_E2FD = grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b")
     grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(x_TD):
-        _token_grad_kernel[grid](rows_ND, inverse_TK, dots, dx_TD, dweights_TK, T, D=D, PARTS=parts, **blocks)
+        _token_grad_kernel[grid](rows_ND, inverse_TK, dots, dx_TD, dweights_TK, T, D=D, PARTS=dots.shape[1], **blocks)
     return dx_TD, dweights_TK, dw13_E2FD, dw2_EDF
 
 

@@ -111,29 +111,28 @@ def _rows_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    a, b, out_ptr, offsets_ptr, order_ptr,
+    a, b, out_ptr, offsets_ptr, order_ptr, split,
     E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in SPLIT shares whose sums are kept apart.
+    """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
 
     GATHER says which operand is indexed by token instead of by row: "a", "b" or neither. The other one comes through a
     ragged TMA descriptor, which reads zeros past the expert's last row; without TMA both are masked.
     """
     row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), E * SPLIT * row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), E * split * row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         part = tile // (row_tiles * column_tiles)
-        expert = part // SPLIT
+        expert = part // split
         m = (tile // column_tiles % row_tiles) * BLOCK_M
         n = (tile % column_tiles) * BLOCK_N
         ms = m + tl.arange(0, BLOCK_M)
         ns = n + tl.arange(0, BLOCK_N)
         begin = tl.load(offsets_ptr + expert)
         end = tl.load(offsets_ptr + expert + 1)
-        share = (end - begin + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
-        begin += part % SPLIT * share
+        share = (end - begin + split * BLOCK_K - 1) // (split * BLOCK_K) * BLOCK_K
+        begin += part % split * share
         end = tl.minimum(begin + share, end)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for row in range(begin, end, BLOCK_K):
@@ -153,7 +152,7 @@ def _weight_grad_kernel(
                 b_tile = tl.load(b + b_rows * N + ns[None, :], mask=inside[:, None] & (ns < N)[None, :], other=0.0)
             acc = dot(a_tile.T, b_tile, acc)
         # The shares of one expert are E * M * N apart, so that their sum is one over the leading axis.
-        out = out_ptr + ((part % SPLIT) * E + expert).to(tl.int64) * (M * N)
+        out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (M * N)
         out_ptrs = out + ms.to(tl.int64)[:, None] * N + ns[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
 
@@ -227,8 +226,8 @@ def grouped_weight_grad(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, ga
     tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     with torch.cuda.device_of(a):
         _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            operand(a, "a", config.block_m), operand(b, "b", config.block_n), out, offsets, order,
-            E=E, M=M, N=N, TOP_K=TOP_K, GATHER=gather, TMA=tma, SPLIT=split, **config.blocks(),
+            operand(a, "a", config.block_m), operand(b, "b", config.block_n), out, offsets, order, split,
+            E=E, M=M, N=N, TOP_K=TOP_K, GATHER=gather, TMA=tma, **config.blocks(),
         )  # fmt: skip
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 

@@ -21,7 +21,9 @@ FLOOR = 4 * torch.finfo(torch.float32).eps
 LOSSES = ("weights", "z_loss", "balance_loss")
 
 # The interpreter is numpy, which warns of the very infinities that some tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero|All-NaN slice) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow|divide by zero|All-NaN slice) encountered:RuntimeWarning"
+)
 
 
 def error(result, truth) -> float:
@@ -327,9 +329,7 @@ def test_custom_ops_pass_opcheck():
     routing = route_top2(logits)
     torch.library.opcheck(ops.route_top2.default, (logits,))
     gradients = (randn(9, 2), torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
-    torch.library.opcheck(
-        ops.route_top2_backward.default, (logits, routing.experts_TK, routing.counts_E, *gradients)
-    )
+    torch.library.opcheck(ops.route_top2_backward.default, (logits, routing.experts_TK, routing.counts_E, *gradients))
     torch.library.opcheck(ops.dispatch_plan.default, (routing.experts_TK, 5))
     torch.library.opcheck(ops.dispatch_plan.default, (routing.experts_TK[:0], 5))
 

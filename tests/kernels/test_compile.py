@@ -1,0 +1,63 @@
+"""Offline compilation for GPUs that need not be there: a representative part; `make test-all` does the whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compile import GEMMS, TARGETS, Compiled, complaints
+
+ROOT = Path(__file__).parents[2]
+OTHERS = ["_route_kernel", "_route_sums_kernel", "_route_backward_kernel", "_count_kernel", "_place_kernel", "_combine_kernel", "_token_grad_kernel", "_swiglu_kernel", "_swiglu_backward_kernel", "_rope_kernel", "_rms_norm_kernel", "_rms_norm_backward_kernel", "_cross_entropy_kernel"]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    # A process of its own: kernels that were decorated under the interpreter can't be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [("sm_90", "small"), ("sm_80", "tiny"), ("sm_100", "tiny"), ("gfx942", "tiny")]
+)
+def test_every_kernel_compiles_and_fits(arch, size, tmp_path):
+    process = bench("compile", "--check", "--arch", arch, "--size", size, "--json", str(tmp_path / "rows"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [Compiled(**json.loads(line)) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row.kernel for row in rows} == {*GEMMS, *OTHERS}
+    assert all(0 < row.registers <= 512 and row.shared_bytes <= TARGETS[arch].shared_bytes for row in rows)
+    if arch == "sm_90":
+        assert not any(row.spilled_bytes or row.serialised for row in rows)
+        assert all(row.wgmma > 0 and row.tma > 0 for row in rows if row.kernel in GEMMS)
+        assert not any(row.wgmma for row in rows if row.kernel in OTHERS)
+
+
+GOOD = Compiled("sm_90", "tiny", "_up_kernel", "128x128x64", 8, 3, 255, 0, 180248, 4, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(spilled_bytes=8), "8 bytes spilled"),
+        (dict(shared_bytes=232449), "232449 bytes of shared memory"),
+        (dict(wgmma=0), "no wgmma"),
+        (dict(tma=0), "no TMA"),
+        (dict(serialised=True), "serialised"),
+    ],
+)
+def test_what_is_not_fit_to_ship_is_complained_of(change, complaint):
+    assert complaints(GOOD, "bf16") == []
+    (text,) = complaints(GOOD._replace(**change), "bf16")
+    assert complaint in text
+
+
+def test_compiling_under_the_interpreter_says_so():
+    command = [sys.executable, "-m", "bench", "compile"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr.strip().endswith("unset it")

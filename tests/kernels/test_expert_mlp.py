@@ -1,0 +1,297 @@
+"""The experts' kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
+
+import importlib
+
+import pytest
+import torch
+
+from acceleron import ModelConfig
+from acceleron.config import PRESETS
+from acceleron.kernels import reference
+from acceleron.kernels.configs import Config
+from acceleron.kernels.routing import dispatch_plan, route_top2
+
+module = importlib.import_module("acceleron.kernels.expert_mlp")
+gemms = importlib.import_module("acceleron.kernels.grouped_gemm")
+expert_mlp = module.expert_mlp
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FACTOR = dict.fromkeys(DTYPES, 1.5)
+if DEVICE == "cpu":
+    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
+NAMES = ("x", "weights", "w13", "w2", "shared")
+
+
+def floor(length: int) -> float:
+    """The relative error of a sum of `length` fp32 products, added one after another, where torch's order is better.
+
+    A partial sum of i unit products is sqrt(i) and each rounding's error eps / sqrt(12) of it: sqrt(length / 24) eps.
+    """
+    return max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
+
+
+def error(result, truth) -> float:
+    """Relative root mean square. A result of zeros has error 1."""
+    return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def inputs(T, D, width, E, used=None, dtype=torch.float32, shared=True):
+    """The op's arguments, routed by the logits of a random router, of which some experts may be out of use."""
+    logits = randn(T, E, seed=1)
+    if used:
+        logits[:, [e for e in range(E) if e not in used]] -= 100
+    routing = route_top2(logits)
+    # Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+    w13, w2 = randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5
+    tensors = [randn(T, D, dtype=dtype), routing.weights_TK, w13.to(dtype), w2.to(dtype)]
+    return tensors + [randn(T, D, seed=4, dtype=dtype) if shared else None], dispatch_plan(routing.experts_TK, E)
+
+
+def run(function, tensors, plan, grad):
+    leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
+    y = function(*leaves[:2], plan, *leaves[2:])
+    return y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad.to(y.dtype))
+
+
+def check_errors(tensors, plan):
+    x = tensors[0]
+    grad = randn(*x.shape, seed=5, dtype=x.dtype)
+    truths = run(reference.expert_mlp, [t if t is None else t.double() for t in tensors], plan, grad)
+    plains, results = (run(function, tensors, plan, grad) for function in (reference.expert_mlp, expert_mlp))
+    dtypes = [x.dtype, *(t.dtype for t in tensors if t is not None)]
+    allowed = floor(max(*x.shape, *tensors[2].shape))
+    for name, dtype, ours, plain, truth in zip(("y", *NAMES), dtypes, results, plains, truths, strict=False):
+        assert (ours.dtype, ours.shape) == (dtype, truth.shape)
+        # Of a few values the reference's may be right by luck: then half a rounding of what they are computed from.
+        few = torch.finfo(x.dtype).eps / 2 if ours.numel() < 10 else 0
+        assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + allowed + few, name
+    return results
+
+
+# T, D, F, E and which experts are in use; the interpreter's blocks are 32 x 32 x 32, and its programs three. First each
+# model's experts and about its ratio of D to F.
+SIZES = {
+    "nano": (60, 64, 64, 8, None),
+    "tiny": (60, 32, 88, 4, None),
+    "small": (40, 40, 48, 8, None),
+    "medium": (40, 32, 56, 8, None),
+    "large": (40, 48, 64, 8, None),
+}
+CASES = SIZES | {
+    "one token": (1, 32, 64, 4, None),
+    "empty experts": (37, 32, 32, 8, (1, 5, 6)),  # the first and the last among them
+    "hot experts": (40, 64, 32, 8, (6, 2)),  # all tokens on the same two, whose rows are two tiles each
+    "two experts": (33, 32, 32, 2, None),
+    "many experts": (40, 8, 8, 64, None),
+    "odd widths": (33, 33, 17, 5, None),  # pointers instead of descriptors, and partial tiles of everything
+    "wide rows": (20, 264, 8, 3, None),  # two programs a token in the kernels that sum its two rows
+}
+BOTH = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.float16)]
+if DEVICE == "cuda":
+    for size in PRESETS:
+        config = ModelConfig.preset(size)
+        CASES[f"{size} itself"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
+    BOTH = [(case, dtype) for case in CASES for dtype in DTYPES]
+else:  # the slow ones in fp16 alone, which takes bf16's path
+    BOTH = [(case, dtype) for case, dtype in BOTH if dtype == torch.float16 or case not in (*SIZES, "many experts")]
+
+
+@pytest.mark.parametrize(("case", "dtype"), BOTH, ids=str)
+def test_output_and_every_gradient(case, dtype):
+    _, _, _, E, used = CASES[case]
+    _, _, _, grad_w13, grad_w2, _ = check_errors(*inputs(*CASES[case], dtype=dtype))
+    for expert in set(range(E)) - set(used or range(E)):
+        assert not grad_w13[expert].any()  # exactly 0, though memory is poisoned
+        assert not grad_w2[expert].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_without_a_shared_expert(dtype):
+    check_errors(*inputs(*CASES["odd widths"], dtype=dtype, shared=False))
+
+
+def test_bfloat16():
+    check_errors(*inputs(*CASES["tiny"], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(16, 64, 32, 4, 1, flatten=True),  # two parts in the hidden gradient's epilogue
+        Config(64, 16, 16, 4, 2, programs=2, split=3),
+        Config(32, 128, 64, 4, 1, split=2),  # four parts, two of them past the width
+    ],
+    ids=str,
+)
+def test_other_configurations(config, dtype, monkeypatch):
+    for user in (module, gemms):
+        monkeypatch.setattr(user, "find_config", lambda *args: config)
+    check_errors(*inputs(40, 64, 72, 3, dtype=dtype))
+
+
+def test_the_cases_take_both_paths(monkeypatch):
+    """Tensor descriptors for 16-bit rows of 16 bytes and whole inner blocks, pointers for the rest."""
+    served, serves = [], gemms.tma_serves
+    for user in (module, gemms):
+        monkeypatch.setattr(user, "tma_serves", lambda *args: served.append(serves(*args)) or served[-1])
+
+    def paths(case, dtype):
+        served.clear()
+        tensors, plan = inputs(*CASES[case], dtype=dtype)
+        run(expert_mlp, tensors, plan, tensors[0])
+        return served
+
+    descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    # Up, down; the hidden gradient, and dW2, dX's rows, dW13.
+    assert paths("hot experts", torch.float16) == [descriptors] * 6
+    assert paths("hot experts", torch.float32) == [False] * 6
+    assert paths("odd widths", torch.float16) == [False] * 6
+
+
+def test_each_gradient_alone():
+    """As each is asked for alone, the others' absence changes no bit."""
+    tensors, plan = inputs(9, 17, 5, 3)
+    grad = randn(*tensors[0].shape, seed=5)
+    _, *together = run(expert_mlp, tensors, plan, grad)
+    for index, (name, expected) in enumerate(zip(NAMES, together, strict=True)):
+        leaves = [x.detach().requires_grad_(i == index) for i, x in enumerate(tensors)]
+        y = expert_mlp(*leaves[:2], plan, *leaves[2:])
+        assert torch.equal(torch.autograd.grad(y, leaves[index], grad)[0], expected), name
+
+
+def test_expanded_gradient():
+    tensors, plan = inputs(*CASES["odd widths"])
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    expert_mlp(*leaves[:2], plan, *leaves[2:]).sum().backward()  # its gradient has strides of 0
+    _, *expected = run(expert_mlp, tensors, plan, torch.ones_like(tensors[0]))
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
+
+
+def test_no_tokens():
+    experts = torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
+    tensors, _ = inputs(5, 16, 8, 3)
+    tensors = [x[:0] if i in (0, 1, 4) else x for i, x in enumerate(tensors)]
+    y, *grads = run(expert_mlp, tensors, dispatch_plan(experts, 3), tensors[0])
+    assert y.shape == (0, 16)
+    assert [grad.shape for grad in grads] == [x.shape for x in tensors]
+    assert not grads[2].any()
+    assert not grads[3].any()
+
+
+def test_same_bits_every_time_and_without_gradients():
+    tensors, plan = inputs(*CASES["tiny"], dtype=torch.float16)
+    first, second = (run(expert_mlp, tensors, plan, randn(60, 32, seed=5)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        assert torch.equal(expert_mlp(*tensors[:2], plan, *tensors[2:]), first[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_tokens_output_does_not_depend_on_its_batch(dtype):
+    """Neither on who else is in its tile, nor on its row there: a row's sums run over the inner width alone."""
+    (x, weights, w13, w2, shared), plan = inputs(*CASES["tiny"], dtype=dtype)
+    whole = expert_mlp(x, weights, plan, w13, w2, shared)
+    experts = torch.searchsorted(plan.offsets[1:], plan.inverse_TK, right=True).to(torch.int32)
+    some = slice(17, 40)
+    part = expert_mlp(
+        x[some], weights[some], dispatch_plan(experts[some].contiguous(), 4), w13, w2, shared[some].contiguous()
+    )
+    assert torch.equal(part, whole[some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nan_stays_with_its_token_and_its_experts(dtype):
+    tensors, plan = inputs(30, 32, 32, 4, dtype=dtype)
+    grad = randn(30, 32, seed=5)
+    good = run(expert_mlp, tensors, plan, grad)
+    x = tensors[0].clone()
+    x[7] = torch.nan
+    bad = run(expert_mlp, [x, *tensors[1:]], plan, grad)
+    others = torch.arange(30, device=DEVICE) != 7
+    for name, ours, expected in zip(("y", "x", "weights"), bad, good, strict=False):
+        assert torch.equal(ours[others], expected[others]), name
+        assert ours[7].isnan().all(), name
+    its = torch.searchsorted(plan.offsets[1:], plan.inverse_TK[7], right=True).tolist()
+    for ours, expected in zip(bad[3:5], good[3:5], strict=True):
+        for expert in range(4):
+            assert ours[expert].isnan().any() if expert in its else torch.equal(ours[expert], expected[expert])
+
+
+def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
+    """2 D + 8 F bytes a token in 16 bits, and 24 of weights and plan: see SonicMoE's "minimal activation memory"."""
+    T, D, width, E = CASES["small"][:4]
+    (x, _, w13, w2, shared), _ = inputs(*CASES["small"], dtype=torch.float16)
+    leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2, shared)]
+    x, logits, w13, w2, shared = leaves
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+        routing = route_top2(logits)
+        plan = dispatch_plan(routing.experts_TK, E)
+        expert_mlp(x, routing.weights_TK, plan, w13, w2, shared)
+    known = {t.data_ptr() for t in (logits, w13, w2, *routing, *plan)}
+    rest = {pointer: t for pointer, t in saved.items() if pointer not in known}
+    assert rest.pop(x.data_ptr()).shape == (T, D)
+    assert [t.shape for t in rest.values()] == [(2 * T, 2 * width)]
+    total = sum(t.untyped_storage().nbytes() for t in (x, *rest.values()))
+    assert 0.98 * T * (2 * D + 8 * width) <= total <= 1.02 * T * (2 * D + 8 * width)
+    small = [t for t in (routing.weights_TK, *plan) if t.data_ptr() in saved]
+    assert sum(t.untyped_storage().nbytes() for t in small) == 24 * T + 4 * (E + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x_TD", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
+        ("x_TD", lambda x: x[None], "expected shape"),
+        ("x_TD", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("weights_TK", lambda weights: weights.half(), "expected float32, but got float16"),
+        ("weights_TK", lambda weights: weights[1:], "expected shape"),
+        ("weights_TK", lambda weights: weights.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("w13_E2FD", lambda w13: w13.half(), "expected float32, but got float16"),
+        ("w13_E2FD", lambda w13: w13[:, 1:].contiguous(), r"expected shape \(5, 34, 33\)"),  # not w2's F
+        ("w13_E2FD", lambda w13: w13[1:], "expected shape"),  # not w2's E
+        ("w2_EDF", lambda w2: w2.half(), "expected float32, but got float16"),
+        ("w2_EDF", lambda w2: w2[:, 1:].contiguous(), "expected shape"),
+        ("w2_EDF", lambda w2: w2.transpose(1, 2).contiguous().transpose(1, 2), r"call .contiguous\(\)"),
+        ("w2_EDF", lambda w2: w2.to("meta"), "expected a tensor on"),
+        ("shared_TD", lambda shared: shared[1:], "expected shape"),
+        ("shared_TD", lambda shared: shared.half(), "expected float32, but got float16"),
+        ("plan", lambda plan: dispatch_plan(torch.zeros(9, 2, dtype=torch.int32, device=DEVICE), 5), "expected shape"),
+        ("plan", lambda plan: plan._replace(offsets=plan.offsets[1:]), r"expected shape \(6\)"),
+        ("plan", lambda plan: plan._replace(order=plan.order.long()), "expected int32, but got int64"),
+        ("plan", lambda plan: plan._replace(inverse_TK=plan.inverse_TK.flatten()), "expected shape"),
+    ],
+)
+def test_refusals_name_the_argument(name, change, message):
+    tensors, plan = inputs(*CASES["odd widths"])
+    names = ("x_TD", "weights_TK", "w13_E2FD", "w2_EDF", "shared_TD")
+    arguments = dict(zip(names, tensors, strict=True)) | dict(plan=plan)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=rf"expert_mlp: {name}.*{message}"):
+        expert_mlp(**arguments)
+
+
+def test_custom_ops_pass_opcheck():
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
+    ops = torch.ops.acceleron_triton
+    (x, weights, w13, w2, shared), (order, inverse_TK, offsets) = inputs(5, 8, 12, 3)
+    h, act = module.expert_up(x, w13, order, offsets)
+    torch.library.opcheck(ops.expert_up.default, (x, w13, order, offsets))
+    for added in (shared, None):
+        torch.library.opcheck(ops.expert_down.default, (act, w2, weights, inverse_TK, offsets, added))
+    arguments = (randn(5, 8, seed=5), x, h, weights, order, inverse_TK, offsets, w13, w2)
+    torch.library.opcheck(ops.expert_mlp_backward.default, arguments)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "alone"])
+def test_compiles_without_a_graph_break(shared):
+    tensors, plan = inputs(*CASES["odd widths"], shared=shared)
+    grad = randn(33, 33, seed=5)
+    compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run(compiled, tensors, plan, grad), run(expert_mlp, tensors, plan, grad), strict=True):
+        assert torch.equal(ours, eager)

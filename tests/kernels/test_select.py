@@ -1,0 +1,193 @@
+"""Who serves the ops: what `select` says and does, and what is left without Triton."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from acceleron import kernels
+from acceleron.kernels import launch, reference
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
+interpreted = pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def selection_restored(monkeypatch):
+    monkeypatch.setattr(kernels, "_choice", "auto")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the custom ops that run."""
+    names = []
+
+    class Ops(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    with Ops():
+        yield names
+
+
+def test_the_reference_can_be_asked_for(calls):
+    assert kernels.select("reference", CPU) == "reference (asked for)"
+    x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
+    kernels.swiglu(x)
+    kernels.route_top2(x)
+    assert "acceleron_triton" not in calls
+    assert "acceleron" in calls
+
+
+@interpreted
+def test_triton_under_the_interpreter(calls):
+    line = kernels.select("triton", CPU)
+    assert line.startswith("Triton 3.")
+    assert line.endswith(", interpreted")
+    kernels.swiglu(torch.ones(3, 4))
+    kernels.route_top2(torch.ones(3, 4))
+    assert calls.count("acceleron_triton") == 2
+    assert "acceleron" not in calls
+
+
+@interpreted
+def test_after_triton_was_asked_for_what_it_lacks_is_refused():
+    kernels.select("triton", CPU)
+    experts = torch.zeros(3, 2, dtype=torch.int32)
+    plan = kernels.dispatch_plan(experts, 2)
+    x, w = torch.ones(3, 4, dtype=torch.float64), torch.ones(2, 4, 4, dtype=torch.float64)
+    cases = {
+        "gate_up_N2F": lambda: kernels.swiglu(x),
+        "logits_TE": lambda: kernels.route_top2(x),
+        "x_TD": lambda: kernels.expert_mlp(x, torch.ones(3, 2), plan, w, w[:, :, :2]),
+        "x_ND": lambda: kernels.grouped_gemm(x.repeat(2, 1), w, plan),
+        "x": lambda: kernels.rms_norm(x, x[0], 1e-6),
+    }
+    for name, call in cases.items():
+        with pytest.raises(ValueError, match=rf"\b{name}: expected bfloat16 or float16 or float32, but got float64"):
+            call()
+
+
+@interpreted
+def test_auto_leaves_a_cpus_tensors_to_the_reference_even_under_the_interpreter(calls):
+    assert kernels.select("auto", CPU) == "reference (the interpreter is for --kernels triton alone)"
+    for dtype in (torch.float32, torch.float64):
+        x = torch.ones(3, 4, dtype=dtype)
+        assert kernels.swiglu(x).dtype == dtype
+        assert kernels.route_top2(x).weights_TK.dtype == dtype
+    assert "acceleron_triton" not in calls
+
+
+def test_who_never_selects_has_auto(calls):
+    x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
+    kernels.route_top2(x)
+    kernels.route_top2(x.double())
+    assert calls.count("acceleron_triton") == GPU
+    assert calls.count("acceleron") == 2 - GPU
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_gpu_has_triton(calls):
+    for choice in ("auto", "triton"):
+        assert kernels.select(choice, torch.device("cuda")) == f"Triton {launch.triton.__version__}"
+        kernels.swiglu(torch.ones(3, 4, device="cuda"))
+    assert calls.count("acceleron_triton") == 2
+
+
+def test_a_cpu_without_the_interpreter(monkeypatch, calls):
+    monkeypatch.setattr(launch, "cpu_device", None)
+    with pytest.raises(
+        ValueError, match=r"^--kernels triton: Triton needs a GPU, and this is a cpu .*TRITON_INTERPRET"
+    ):
+        kernels.select("triton", CPU)
+    line = kernels.select("auto", CPU)
+    assert line.startswith("reference (Triton needs a GPU, and this is a cpu")
+    kernels.route_top2(torch.ones(3, 4))
+    assert "acceleron" in calls
+    assert "acceleron_triton" not in calls
+
+
+def test_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"triton: Tesla T4 is older than compute capability 8\.0"):
+        kernels.select("triton", device)
+    assert kernels.select("auto", device) == "reference (Tesla T4 is older than compute capability 8.0)"
+    assert kernels._choice == "reference"  # for the tensors on that GPU, too
+
+
+def test_triton_missing(monkeypatch):
+    monkeypatch.setattr(kernels, "_missing", "Triton 3.6 or later can't be imported (why)")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(
+            ValueError, match=r"^--kernels triton: Triton 3\.6 or later can't be imported \(why\); or use"
+        ):
+            kernels.select("triton", torch.device(device))
+        assert kernels.select("auto", torch.device(device)).startswith("reference (Triton 3.6 or later can't")
+
+
+@pytest.mark.parametrize("choice", ["cuda", "", "Triton"])
+def test_an_unknown_name(choice):
+    with pytest.raises(ValueError, match=f"^--kernels {choice}: expected auto, triton or reference"):
+        kernels.select(choice, CPU)
+
+
+def test_a_refusal_changes_nothing(monkeypatch):
+    monkeypatch.setattr(launch, "cpu_device", None)
+    kernels.select("reference", CPU)
+    for choice in ("triton", "nonsense"):
+        with pytest.raises(ValueError, match=r"^--kernels"):
+            kernels.select(choice, CPU)
+    assert kernels._choice == "reference"
+
+
+def test_the_ops_have_the_references_names_and_documentation():
+    for name in ("route_top2", "dispatch_plan", "expert_mlp", "grouped_gemm", "swiglu", "rope", "rms_norm"):
+        op = getattr(kernels, name)
+        assert callable(op), name  # not the module of that name
+        assert op.__doc__ == getattr(reference, name).__doc__
+
+
+WITHOUT = """
+import sys
+sys.modules[{module!r}] = None  # as if it were not installed
+import torch
+from acceleron import ModelConfig, MoE, kernels
+
+cpu = torch.device("cpu")
+line = kernels.select("auto", cpu)
+assert line.startswith("reference (Triton 3.6 or later can't be imported"), line
+try:
+    kernels.select("triton", cpu)
+except ValueError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError
+assert kernels.ROUTING_OPS == kernels.reference.ROUTING_OPS
+x = torch.randn(5, 32, requires_grad=True)
+y, stats = MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(x)
+(y.sum() + stats.z_loss + stats.balance_loss).backward()
+assert x.grad.isfinite().all() and y.shape == x.shape
+for name in set(kernels.__all__) - {{"ROUTING_OPS"}}:
+    assert callable(getattr(kernels, name)), name
+"""
+
+
+def test_without_triton_or_with_an_older_one():
+    """None at all; and one that lacks a module of 3.6, where the import fails after the first kernels."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WITHOUT.format(module=module)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for module in ("triton", "triton.tools.ragged_tma")
+    ]
+    for process in started:
+        stderr = process.communicate()[1]
+        assert process.returncode == 0, stderr[-2000:]
