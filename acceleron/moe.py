@@ -50,8 +50,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE = F.linear(x_TD.to(self.router.dtype), self.router)  # fp32: bf16 logits would tie
-        routing = kernels.route_top2(logits_TE)
+        routing = kernels.route_top2(kernels.router_logits(x_TD, self.router))
         plan = kernels.dispatch_plan(routing.experts_TK, self.router.shape[0])
         w13, w2 = self.w13_E2FD.to(x.dtype), self.w2_EDF.to(x.dtype)
         y_TD = kernels.expert_mlp(x_TD, routing.weights_TK, plan, w13, w2, self.shared(x_TD))

@@ -154,6 +154,7 @@ def run_ops(config: ModelConfig, dtype: torch.dtype):
         outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
+    both(kernels.router_logits(empty(T, D), empty(E, D, dtype=torch.float32)))
     routing = kernels.route_top2(empty(T, E, dtype=torch.float32))
     both([routing.weights_TK, routing.z_loss, routing.balance_loss])
     plan = kernels.dispatch_plan(routing.experts_TK, E)

@@ -3,8 +3,8 @@
 floor: the larger of FLOPs / 798 TFLOP/s and least bytes / 3.0 TB/s, both rates measured on an H100 SXM. The least bytes
 are every input read once and every output written once, where an op's intermediate results (act, the rows before they
 are combined) stay on the chip. design: the same with the bytes that the kernels as they are move through HBM, kernel
-by kernel. tile loads: what the tiles of the chosen configuration read from L2, which serves about 5.5 TB/s. idle: the
-share of the processors that the last wave of tiles leaves without work.
+by kernel. tile loads: what the tiles of the chosen configuration read, most of it from L2. idle: the share of the
+processors' time that is lost because the last wave of tiles is not full.
 
 These are bounds and not predictions: no kernel reaches both rates at once.
 """
@@ -91,16 +91,16 @@ def expert_kernels(config: ModelConfig, tokens: int) -> tuple[list[Work], list[W
 
 
 def routing_kernels(config: ModelConfig, tokens: int) -> tuple[list[Work], list[Work]]:
-    """The router's GEMM, in fp32 as the model has it, routing and plan, forward and backward."""
+    """The router's GEMM, routing and plan, forward and backward."""
     T, D, E = tokens, config.d_model, config.num_experts
     logits, choices, x = FP32 * T * E, 2 * FP32 * T, BF16 * T * D
-    # moved: x is cast to fp32, written, and read again.
-    router = Work("router GEMM", 2 * T * D * E, x + logits, x + 2 * FP32 * T * D + logits)
+    router = Work("router logits", 2 * T * D * E, x + logits, x + logits)
     route = Work("route", 0, logits + 2 * choices, logits + 2 * choices)
     plan = Work("plan", 0, 3 * choices, 4 * choices)
     backward = Work("route backward", 0, 2 * logits + 2 * choices, 2 * logits + 2 * choices)
-    gradients = Work("router gradients", 4 * T * D * E, 2 * x + logits, 3 * FP32 * T * D + x + 2 * logits)
-    return [router, route, plan], [backward, gradients]
+    gradients = Work("router gradients", 4 * T * D * E, 2 * x + logits, 2 * x + 2 * logits)
+    # x's gradients through the router, the routed and the shared experts are added, by one kernel where compiled.
+    return [router, route, plan], [backward, gradients, Work("sum of the dx", 0, 0, 4 * x)]
 
 
 def swiglu_mlp_kernels(name: str, config: ModelConfig, width: int, tokens: int) -> tuple[list[Work], list[Work]]:

@@ -24,7 +24,7 @@ else:
 
     try:
         # The modules first: a function below that has a module's name must be the one that remains.
-        from . import cross_entropy, expert_mlp, grouped_gemm, launch, rms_norm, rope, routing, swiglu
+        from . import cross_entropy, expert_mlp, grouped_gemm, launch, rms_norm, rope, router, routing, swiglu
 
         _missing = None
     except (ImportError, AttributeError) as error:  # an older Triton lacks names that the kernels use
@@ -42,6 +42,7 @@ else:
             "rms_norm": rms_norm.rms_norm,
             "rope": rope.rope,
             "route_top2": routing.route_top2,
+            "router_logits": router.router_logits,
             "swiglu": swiglu.swiglu,
         }
     )
@@ -66,6 +67,7 @@ else:
     rms_norm = _op("rms_norm")
     rope = _op("rope")
     route_top2 = _op("route_top2")
+    router_logits = _op("router_logits")
     swiglu = _op("swiglu")
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "route_top2",
+    "router_logits",
     "select",
     "swiglu",
 ]

@@ -101,6 +101,11 @@ class _ChosenLogits(torch.autograd.Function):
         return first + second, None
 
 
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """logits_TE = x @ weight.T in the weight's dtype, fp32 (or fp64), whatever x's: bf16 logits would tie."""
+    return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
+
+
 def route_top2(logits_TE: Tensor) -> Routing:
     """Top-2 routing of router logits, with the router's two losses.
 

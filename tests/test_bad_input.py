@@ -19,6 +19,7 @@ import generate
 import train
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import run_command
+from acceleron.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 # 300 entries, so nano's vocabulary is 384. With 4 rows of data, the first 3 train.
@@ -130,7 +131,6 @@ def trap(here):
         ("--device hpu", "--device hpu"),
         ("--batch_size 100000000000000000000", "--batch_size"),
         ("--vocab_size 100000000000", "vocab_size"),
-        ("--kernels triton", "--kernels triton"),  # on a CPU
         ("--resume nowhere.pt", "nowhere.pt"),
         ("--resume data", "data"),
         ("--resume good.pt", "good.pt is at step 1"),
@@ -142,6 +142,11 @@ def trap(here):
 )
 def test_flags_of_train(refusal, flags, culprit):
     assert_error(refusal(train, *TRAIN, *flags.split()), culprit)
+
+
+def test_triton_on_a_cpu(refusal, monkeypatch):
+    monkeypatch.setattr(launch, "cpu_device", None)  # conftest.py's interpreter would serve it
+    assert_error(refusal(train, *TRAIN, "--kernels", "triton"), "--kernels triton")
 
 
 @pytest.mark.parametrize("flags", ["--model_size huge", "--batch_size two", "--bathc_size 2", "--dtype fp64"])

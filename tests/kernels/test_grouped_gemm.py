@@ -77,7 +77,7 @@ CASES = {
     "hot expert": (48, 32, 32, 4, (2,)),  # with exactly three blocks of rows
     "last expert": (20, 32, 32, 4, (3,)),
     "two experts": (33, 32, 40, 2, None),
-    "many experts": (40, 8, 16, 64, None),
+    "many experts": (20, 8, 16, 64, None),
     "narrow": (20, 1, 2, 3, None),
 }
 if DEVICE == "cuda":
@@ -85,9 +85,13 @@ if DEVICE == "cuda":
         config = ModelConfig.preset(size)
         CASES[size] = (8192, config.d_model, 2 * config.d_ff, config.num_experts, None)
 
+    RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
+else:  # all in fp16, which takes bf16's path, and some in fp32: the interpreter is slow
+    RUNS = [(case, torch.float16) for case in CASES]
+    RUNS += [(case, torch.float32) for case in ("several tiles", "partial tiles", "odd widths", "empty experts")]
 
-@pytest.mark.parametrize("dtype", DTYPES[: 3 if DEVICE == "cuda" else 2], ids=str)
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 def test_output_and_gradients(case, dtype):
     _, _, _, E, used = CASES[case]
     _, _, grad_w = check_errors(*inputs(*CASES[case], dtype))
@@ -96,7 +100,7 @@ def test_output_and_gradients(case, dtype):
 
 
 def test_bfloat16():
-    check_errors(*inputs(*CASES["several tiles"], torch.bfloat16))
+    check_errors(*inputs(*CASES["two experts"], torch.bfloat16))
 
 
 def test_the_cases_take_both_paths(monkeypatch):
@@ -104,17 +108,17 @@ def test_the_cases_take_both_paths(monkeypatch):
     served, serves = [], module.tma_serves
     monkeypatch.setattr(module, "tma_serves", lambda *args: served.append(serves(*args)) or served[-1])
 
-    def paths(case, dtype):
+    def paths(D, width, dtype):
         served.clear()
-        run(grouped_gemm, *inputs(*CASES[case], dtype))
+        run(grouped_gemm, *inputs(3, D, width, 2, None, dtype))
         return served
 
     descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    assert paths("several tiles", torch.float16) == [descriptors] * 3
-    assert paths("several tiles", torch.float32) == [False] * 3
-    assert paths("odd widths", torch.float16) == [False] * 3
+    assert paths(64, 96, torch.float16) == [descriptors] * 3
+    assert paths(64, 96, torch.float32) == [False] * 3
+    assert paths(33, 17, torch.float16) == [False] * 3
     # The weight's gradient sums over rows, of which a descriptor reads zeros past the end.
-    assert paths("partial tiles", torch.float16) == [False, False, descriptors]
+    assert paths(40, 72, torch.float16) == [False, False, descriptors]
 
 
 def test_tma_serves_only_what_it_can_address():
@@ -129,20 +133,20 @@ def test_tma_serves_only_what_it_can_address():
         assert not module.tma_serves(launch.Device("", arch, 100), config, 64, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "config",
+    ("dtype", "config"),
     [
-        Config(16, 64, 32, 4, 1, flatten=True, split=1),  # one loop over tiles and inner width
-        Config(64, 16, 16, 4, 1, split=3),  # shares of which some have no rows
-        Config(32, 64, 64, 4, 2, programs=2, flatten=True, split=2),
-        Config(32, 32, 32, 4, 1, programs=100, split=4),  # a program for every tile
+        (torch.float16, Config(16, 64, 32, 4, 1, flatten=True, split=1)),  # one loop over tiles and inner width
+        (torch.float32, Config(64, 32, 16, 4, 1, flatten=True, split=1)),
+        (torch.float16, Config(64, 16, 16, 4, 1, split=3)),  # shares of which some have no rows
+        (torch.float16, Config(32, 64, 64, 4, 2, programs=2, flatten=True, split=2)),
+        (torch.float32, Config(32, 32, 32, 4, 1, programs=100, split=4)),  # a program for every tile
     ],
     ids=str,
 )
 def test_other_configurations(config, dtype, monkeypatch):
     monkeypatch.setattr(module, "find_config", lambda *args: config)
-    check_errors(*inputs(50, 64, 96, 5, (0, 2, 4), dtype))
+    check_errors(*inputs(40, 64, 96, 5, (0, 2, 4), dtype))
 
 
 def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
@@ -176,10 +180,21 @@ def test_weight_gradient_of_gathered_rows(gather, dtype):
     assert not ours[[1, 3]].any()
 
 
-# TMA's ragged descriptors and the pointers' masks are two ways to stop at an expert's end.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nan_stays_with_its_expert(dtype):
-    x, w, plan, grad = inputs(*CASES["several tiles"], dtype)
+def test_shares_are_summed_in_fp32(monkeypatch):
+    """All but exactly the rounded truth, from which shares rounded to 16 bits are 1.4 times as far."""
+    monkeypatch.setattr(module, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=4))
+    _, _, plan, grad = inputs(64, 1, 40, 2, None, torch.float16)
+    x = randn(128, 40, dtype=torch.float16)
+    truth = reference._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
+    ours = module.grouped_weight_grad(grad, x, plan.offsets, plan.order, "")
+    assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
+
+
+# TMA's ragged descriptors and the pointers' masks are two ways to stop at an expert's end; at an odd width, a load past
+# a row's end would meet the next row's NaN.
+@pytest.mark.parametrize(("case", "dtype"), [("several tiles", torch.float16), ("odd widths", torch.float32)], ids=str)
+def test_nan_stays_with_its_expert(case, dtype):
+    x, w, plan, grad = inputs(*CASES[case], dtype)
     good = run(grouped_gemm, x, w, plan, grad)
     begin, end = plan.offsets[1:3].tolist()
     bad_x, bad_grad, bad_w = x.clone(), grad.clone(), w.clone()
@@ -189,7 +204,8 @@ def test_nan_stays_with_its_expert(dtype):
     others[begin:end] = False
     assert torch.equal(y[others], good[0][others])
     assert torch.equal(grad_x[others], good[1][others])
-    assert torch.equal(grad_w[[0, 2]], good[2][[0, 2]])
+    others = torch.arange(len(w), device=DEVICE) != 1
+    assert torch.equal(grad_w[others], good[2][others])
     assert all(bad.isnan().all() for bad in (y[begin:end], grad_x[begin:end], grad_w[1]))
 
 
@@ -208,7 +224,8 @@ def test_no_rows():
 
 
 def test_same_bits_every_time():
-    arguments = inputs(*CASES["several tiles"], torch.float16)
+    # Where programs run at once, of a size at which the order of their ends can differ.
+    arguments = inputs(*(CASES["tiny"] if DEVICE == "cuda" else (20, 32, 40, 2, None)), torch.float16)
     first, second = (run(grouped_gemm, *arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -240,10 +257,10 @@ def test_refusals_name_the_argument(name, change, message):
 def test_custom_ops_pass_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     ops = torch.ops.acceleron_triton
-    x, w, plan, grad = inputs(5, 8, 12, 3, None, torch.float32)
+    x, w, plan, grad = inputs(3, 8, 12, 2, None, torch.float32)
     torch.library.opcheck(ops.grouped_rows.default, (x, w, plan.offsets, True))
     torch.library.opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
-    for a, b, gather in ((grad, x, ""), (grad[:5], x, "a"), (grad, x[:5], "b")):
+    for a, b, gather in ((grad, x, ""), (grad[:3], x, "a"), (grad, x[:3], "b")):
         torch.library.opcheck(ops.grouped_weight_grad.default, (a, b, plan.offsets, plan.order, gather))
 
 

@@ -45,8 +45,8 @@ def three_programs(monkeypatch):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
 
 
-# A block has 256 tokens up to 8 experts, 32 at 64 and 8 at 256. T and E: one token; E = K; a T that no block divides, in
-# three programs, with an odd E; half a block of many experts; 10 programs, whose sums take two blocks of the second
+# A block has 256 tokens up to 8 experts, 32 at 64 and 8 at 256. T and E: one token; E = K; a T that no block divides,
+# in three programs, with an odd E; half a block of many experts; 10 programs, whose sums take two blocks of the second
 # kernel, with the most experts; the same with an E that is padded by 51; and exactly one block.
 SHAPES = [(1, 8), (300, 2), (600, 5), (16, 64), (75, 256), (75, 205), (256, 8)]
 if DEVICE == "cuda":  # more tokens than 256 programs take in one block each, and the shapes of the named sizes
@@ -163,10 +163,15 @@ def check_gradient(logits, through=LOSSES):
     assert error(ours, truth) <= FACTOR * error(plain, truth) + floor
 
 
-@pytest.mark.parametrize("through", [*((name,) for name in LOSSES), LOSSES], ids="+".join)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient(shape, through):
-    check_gradient(randn(*shape), through)
+def test_gradient(shape):
+    check_gradient(randn(*shape))
+
+
+@pytest.mark.parametrize("through", LOSSES)
+@pytest.mark.parametrize("shape", [(1, 8), (300, 5), (16, 64)], ids=str)
+def test_gradient_through_one_result_alone(shape, through):
+    check_gradient(randn(*shape), (through,))
 
 
 # bf16: the interpreter cuts off where a GPU rounds.
@@ -212,7 +217,7 @@ def check_plan(experts, num_experts):
 
 @st.composite
 def assignments(draw):
-    """Experts of up to 60 tokens, of which only some are in use; any experts, as the plan doesn't need two different."""
+    """Experts of up to 60 tokens, of which only some are in use; any experts: the plan doesn't need two different."""
     E = draw(st.sampled_from([2, 3, 8, 64, 255, 256]))
     used = draw(st.lists(st.integers(0, E - 1), min_size=1, max_size=8))
     experts = draw(st.lists(st.tuples(*[st.sampled_from(used)] * 2), max_size=60))

@@ -149,7 +149,8 @@ def test_a_refusal_changes_nothing(monkeypatch):
 
 
 def test_the_ops_have_the_references_names_and_documentation():
-    for name in ("route_top2", "dispatch_plan", "expert_mlp", "grouped_gemm", "swiglu", "rope", "rms_norm"):
+    assert len(kernels._triton) >= 8
+    for name in kernels._triton:
         op = getattr(kernels, name)
         assert callable(op), name  # not the module of that name
         assert op.__doc__ == getattr(reference, name).__doc__

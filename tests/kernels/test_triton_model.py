@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     d_ff=24,
     d_ff_shared=20,
     max_seq_len=32,
-    z_loss_coef=0.1,  # a hundred and ten times the default: the router's losses count in every gradient
+    z_loss_coef=0.1,  # 100 and 10 times the defaults: the router's losses count in every gradient
     balance_loss_coef=0.1,
 )
 
@@ -125,7 +125,7 @@ def test_checkpointing_routes_once(monkeypatch):
 
 
 def test_training_follows_the_reference(monkeypatch, tmp_path):
-    """Twenty steps of train(). Rounding differs, and the steps amplify it to 1e-6: a tenth of what is allowed."""
+    """Twenty steps of train(). Roundings differ, which the steps amplify to 4e-7 of the losses; 1e-5 is allowed."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=1))
     data = tmp_path / "data"
     data.mkdir()
@@ -141,7 +141,6 @@ def test_training_follows_the_reference(monkeypatch, tmp_path):
         train(TrainOptions(data_dir=str(data), save_dir=str(tmp_path / choice), **settings))
         records = [json.loads(line) for line in (tmp_path / choice / "metrics.jsonl").read_text().splitlines()]
         losses[choice] = np.array([[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records])
-    print(losses["triton"][:, 0], abs(losses["triton"] / losses["reference"] - 1).max(0))
-    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-5)
     assert not np.array_equal(losses["triton"], losses["reference"])  # so it was not the reference that ran
     assert losses["triton"][-1, 0] < losses["triton"][0, 0] - 0.5

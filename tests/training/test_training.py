@@ -121,7 +121,7 @@ def test_golden_losses(data_dir, tmp_path):
     if golden["machine"] == machine:
         assert losses == golden["losses"]
     else:
-        # Other hardware rounds differently, which twenty steps amplify: by 0.4 % from AVX2 to AVX-512, from the 13th on.
+        # Other hardware rounds differently, which twenty steps amplify: to 0.4 % between AVX2 and AVX-512.
         assert np.array(losses[:10]) == pytest.approx(np.array(golden["losses"][:10]), rel=1e-3)
         assert np.array(losses) == pytest.approx(np.array(golden["losses"]), rel=1e-2)
 

@@ -1,0 +1,151 @@
+"""The router's logits: a skinny GEMM in fp32 that reads x in its own dtype; a cast would write and read it in fp32.
+
+Legend: T tokens, D model width, E experts. x is read once in either pass; at the named sizes nothing else is of weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check, device_of
+
+# Experts of a tile: enough for the models we train; more are taken tile by tile.
+MAX_BLOCK_E = 32
+BLOCK_T, BLOCK_D, WARPS, STAGES = 64, 64, 4, 3
+# Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
+WEIGHT_GRAD_PROGRAMS = 512
+
+
+@triton.jit
+def _tile(ptr, rows, columns, N, M):
+    """The rows and columns of a contiguous [N, M] in fp32, and 0 outside."""
+    mask = (rows < N)[:, None] & (columns < M)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * M + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _logits_kernel(
+    x_ptr, w_ptr, logits_ptr, T,
+    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """logits[t, e] = x[t] . w[e]."""
+    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    es = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        ds = d + tl.arange(0, BLOCK_D)
+        acc = tl.dot(_tile(x_ptr, ts, ds, T, D), _tile(w_ptr, es, ds, E, D).T, acc, input_precision=PRECISION)
+    mask = (ts < T)[:, None] & (es < E)[None, :]
+    tl.store(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _input_grad_kernel(
+    dlogits_ptr, w_ptr, dx_ptr, T,
+    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx[t] = the sum over e of dlogits[t, e] w[e]."""
+    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for e in range(0, E, BLOCK_E):
+        es = e + tl.arange(0, BLOCK_E)
+        dx = tl.dot(_tile(dlogits_ptr, ts, es, T, E), _tile(w_ptr, es, ds, E, D), dx, input_precision=PRECISION)
+    mask = (ts < T)[:, None] & (ds < D)[None, :]
+    tl.store(dx_ptr + ts.to(tl.int64)[:, None] * D + ds[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _router_grad_kernel(
+    dlogits_ptr, x_ptr, partial_ptr, T, blocks,
+    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """partial[p, e] = the sum of dlogits[t, e] x[t] over the p-th share of the tokens, of `blocks` blocks."""
+    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    es = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    for block in range(blocks):
+        ts = (tl.program_id(0) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        acc = tl.dot(_tile(dlogits_ptr, ts, es, T, E).T, _tile(x_ptr, ts, ds, T, D), acc, input_precision=PRECISION)
+    partial_ptr += tl.program_id(0).to(tl.int64) * (E * D)
+    tl.store(partial_ptr + es[:, None] * D + ds[None, :], acc, mask=(es < E)[:, None] & (ds < D)[None, :])
+
+
+def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
+    """Tiles over T, E and D, and the kernels' keyword arguments.
+
+    A 16-bit x is a TF32 number, so that three TF32 products with the two halves of w are fp32's to the last bits; an
+    fp32 x is multiplied as fp32, without tensor cores.
+    """
+    T, D = x_TD.shape
+    block_e = min(MAX_BLOCK_E, max(16, triton.next_power_of_2(E)))
+    split = x_TD.element_size() == 2 and device_of(x_TD).arch.startswith("sm_")
+    arguments = dict(
+        D=D, E=E, PRECISION="tf32x3" if split else "ieee", BLOCK_T=BLOCK_T, BLOCK_E=block_e, BLOCK_D=BLOCK_D,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return triton.cdiv(T, BLOCK_T), triton.cdiv(E, block_e), triton.cdiv(D, BLOCK_D), arguments
+
+
+@torch.library.custom_op("acceleron_triton::router_logits", mutates_args=())
+def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    T, E = x_TD.shape[0], weight_ED.shape[0]
+    logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
+    t_tiles, e_tiles, _, arguments = _sizes(x_TD, E)
+    if T:
+        with torch.cuda.device_of(x_TD):
+            _logits_kernel[(t_tiles, e_tiles)](x_TD, weight_ED, logits_TE, T, **arguments)
+    return logits_TE
+
+
+@_router_logits.register_fake
+def _(x_TD, weight_ED):
+    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("acceleron_triton::router_logits_backward", mutates_args=())
+def _router_logits_backward(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """dx_TD and dweight_ED."""
+    T, (E, D) = x_TD.shape[0], weight_ED.shape
+    dx_TD = torch.empty_like(x_TD)
+    if T == 0:
+        return dx_TD, torch.zeros_like(weight_ED)
+    t_tiles, e_tiles, d_tiles, arguments = _sizes(x_TD, E)
+    blocks = triton.cdiv(t_tiles * d_tiles, WEIGHT_GRAD_PROGRAMS)
+    shares = triton.cdiv(t_tiles, blocks)
+    partial = weight_ED.new_empty(shares, E, D)
+    with torch.cuda.device_of(x_TD):
+        _input_grad_kernel[(t_tiles, d_tiles)](dlogits_TE, weight_ED, dx_TD, T, **arguments)
+        _router_grad_kernel[(shares, d_tiles, e_tiles)](dlogits_TE, x_TD, partial, T, blocks, **arguments)
+    return dx_TD, partial.sum(dim=0)
+
+
+@_router_logits_backward.register_fake
+def _(dlogits_TE, x_TD, weight_ED):
+    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED):
+        ctx.save_for_backward(x_TD, weight_ED)
+        return _router_logits(x_TD, weight_ED)
+
+    @staticmethod
+    def backward(ctx, dlogits_TE):
+        return _router_logits_backward(dlogits_TE.contiguous(), *ctx.saved_tensors)
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """logits_TE = x @ weight.T in fp32, of an x in any dtype: bf16 logits would tie.
+
+    x_TD: bf16, fp16 or fp32; weight_ED: fp32; both contiguous. Deterministic. Raises ValueError for other dtypes,
+    shapes, devices or strides, and names the argument.
+    """
+    check("router_logits: x_TD", x_TD, (None, None))
+    check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), torch.float32, x_TD)
+    return _RouterLogits.apply(x_TD, weight_ED)
