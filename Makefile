@@ -45,6 +45,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check

@@ -16,6 +16,7 @@ if __name__ == "kernels":
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
     from functools import wraps
+    from inspect import signature
 
     import torch
 
@@ -53,10 +54,13 @@ else:
         plain = getattr(reference, name)
         fused = plain if _missing else _triton[name]
 
+        first = next(iter(signature(plain).parameters))
+
         @wraps(plain)
-        def op(x, *args, **kwargs):
+        def op(*args, **kwargs):
+            x = args[0] if args else kwargs[first]
             use_triton = _choice == "triton" or (_choice == "auto" and x.is_cuda and x.dtype != torch.float64)
-            return (fused if use_triton else plain)(x, *args, **kwargs)
+            return (fused if use_triton else plain)(*args, **kwargs)
 
         return op
 

@@ -1,7 +1,8 @@
 """Tile sizes of the grouped GEMMs: what tuned.jsonl holds for the device, dtype and sizes, else a rule.
 
 A line of tuned.jsonl: arch, device (its name, or "any" of that architecture), op, dtype, sizes (the op's widths and
-experts, below), and the fields of `Config`. `python -m bench tune` writes it. Nothing is ever searched while training.
+experts, below), the fields of `Config`, and the median time (null: chosen by compilation and tile counts, never timed).
+`python -m bench tune` writes it. Nothing is ever searched while training.
 
 | op | sizes |
 | --- | --- |

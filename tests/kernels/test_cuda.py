@@ -55,5 +55,6 @@ def test_a_training_step_in_a_cuda_graph_follows_the_data():
         assert F.mse_loss(replayed[1], router_grad).sqrt() < 1e-2 * router_grad.square().mean().sqrt()
 
 
-def test_auto_is_triton_on_a_gpu():
-    assert kernels.select("auto", DEVICE).startswith("Triton")
+def test_auto_and_triton_are_triton_on_a_gpu():
+    for choice in ("triton", "auto"):
+        assert kernels.select(choice, DEVICE).startswith("Triton 3")

@@ -142,7 +142,7 @@ def test_refusals_name_the_argument(name, change, message):
         zip(("x", "weight", "residual"), inputs((9, 24), torch.float32, torch.float32, True), strict=False)
     )
     arguments[name] = change(arguments[name])
-    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+    with pytest.raises(ValueError, match=f"^rms_norm: {name}: .*{message}"):
         rms_norm(**arguments, eps=EPS)
 
 

@@ -91,14 +91,6 @@ def test_who_never_selects_has_auto(calls):
     assert calls.count("acceleron") == 2 - GPU
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_a_gpu_has_triton(calls):
-    for choice in ("auto", "triton"):
-        assert kernels.select(choice, torch.device("cuda")) == f"Triton {launch.triton.__version__}"
-        kernels.swiglu(torch.ones(3, 4, device="cuda"))
-    assert calls.count("acceleron_triton") == 2
-
-
 def test_a_cpu_without_the_interpreter(monkeypatch, calls):
     monkeypatch.setattr(launch, "cpu_device", None)
     with pytest.raises(

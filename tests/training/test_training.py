@@ -238,6 +238,7 @@ def test_expert_health():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL_DATA / "wikitext2-valid.txt").exists(), reason="the real text is not here")
 def test_real_text_is_learnt_beyond_its_unigrams(tmp_path):
     """wikitext with the 50,000-entry tokenizer: the validation loss falls well below the unigram entropy."""
