@@ -33,8 +33,6 @@ from acceleron.kernels.launch import Device
 
 SIZES = ("tiny", "small", "medium", "large")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Tokens of the compiled launches. The number is a kernel's argument, of which only divisibility by 16 is compiled in.
-TOKENS = 256
 GEMMS = ("_up_kernel", "_hidden_grad_kernel", "_rows_kernel", "_weight_grad_kernel")
 
 
@@ -142,9 +140,9 @@ def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
         return done.stdout + done.stderr
 
 
-def run_ops(config: ModelConfig, dtype: torch.dtype):
+def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     """Every op of a size, forward and backward, on memory that nobody reads."""
-    T, D, E, F = TOKENS, config.d_model, config.num_experts, config.d_ff
+    T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     H, G, C = config.num_heads, config.num_kv_heads, config.head_dim
 
     def empty(*shape, dtype=dtype, grad=True) -> Tensor:
@@ -170,17 +168,18 @@ def run_ops(config: ModelConfig, dtype: torch.dtype):
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))
     head = empty(config.vocab_size, D, grad=False)
-    labels = torch.zeros(16, dtype=torch.int64)
-    kernels.linear_cross_entropy(empty(16, D), head, labels)
-    kernels.linear_cross_entropy(empty(16, D, grad=False), head, labels)
+    rows = min(T, 16)  # as this one's GEMMs do run
+    labels = torch.zeros(rows, dtype=torch.int64)
+    kernels.linear_cross_entropy(empty(rows, D), head, labels)
+    kernels.linear_cross_entropy(empty(rows, D, grad=False), head, labels)
 
 
-def compile_size(arch: str, size: str, dtype: str, device_name: str = "any") -> list[Compiled]:
+def compile_size(arch: str, size: str, dtype: str, tokens: int, device_name: str) -> list[Compiled]:
     """Compile all kernels of a named size. Each distinct kernel is listed once."""
     kernels.select("reference", torch.device("cpu"))
     with compiling(arch, device_name) as launched:
         kernels.select("triton", torch.device("cpu"))
-        run_ops(ModelConfig.preset(size), DTYPES[dtype])
+        run_ops(ModelConfig.preset(size), tokens, DTYPES[dtype])
     distinct = {id(kernel): (function, kernel, kwargs) for function, kernel, kwargs in launched}
     return [describe(arch, size, *each) for each in distinct.values()]
 
@@ -218,13 +217,14 @@ def main():
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], default=list(SIZES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--tokens", type=int, default=256, help="compiled in are only: 1, a multiple of 16, or another")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
     arguments = parser.parse_args()
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
     tasks = [
-        (arch, size, dtype, name)
+        (arch, size, dtype, arguments.tokens, name)
         for arch in arguments.arch
         for dtype in arguments.dtype
         for size in arguments.size

@@ -89,7 +89,7 @@ def _route_sums_kernel(
             tl.load(probabilities_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0.0), axis=0
         )
         counts += tl.sum(tl.load(counts_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0), axis=0)
-    tokens = T.to(tl.float32)
+    tokens = 1.0 * T  # a T of 1 is a constant, which has no .to
     tl.store(z_loss_ptr, tl.sum(squares, axis=0) / tokens)
     fractions = counts.to(tl.float32) / (2 * tokens)
     tl.store(balance_loss_ptr, E * tl.sum(fractions * (probabilities / tokens), axis=0))
@@ -120,7 +120,7 @@ def _route_backward_kernel(
     dgap -= tl.load(dweights_ptr + 2 * ts + 1, mask=inside, other=0.0)
     dgap *= exp_gap / ((1 + exp_gap) * (1 + exp_gap))
     softmax, logsumexp = _softmax(logits, (es < E)[None, :])
-    tokens = T.to(tl.float32)
+    tokens = 1.0 * T  # a T of 1 is a constant, which has no .to
     fractions = tl.load(counts_ptr + es, mask=es < E, other=0).to(tl.float32) / (2 * tokens)
     mean = tl.sum(softmax * fractions[None, :], axis=1)
     dz = tl.load(dz_ptr) * 2 * logsumexp / tokens

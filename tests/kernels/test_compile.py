@@ -26,11 +26,20 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+# One token: Triton makes a constant of an argument that is 1.
 @pytest.mark.parametrize(
-    ("arch", "size"), [("sm_90", "small"), ("sm_80", "tiny"), ("sm_100", "tiny"), ("gfx942", "tiny")]
+    ("arch", "size", "tokens"),
+    [
+        ("sm_90", "small", "256"),
+        ("sm_90", "tiny", "1"),
+        ("sm_80", "tiny", "17"),
+        ("sm_100", "tiny", "256"),
+        ("gfx942", "tiny", "256"),
+    ],
 )
-def test_every_kernel_compiles_and_fits(arch, size, tmp_path):
-    process = bench("compile", "--check", "--arch", arch, "--size", size, "--json", str(tmp_path / "rows"))
+def test_every_kernel_compiles_and_fits(arch, size, tokens, tmp_path):
+    flags = ["--arch", arch, "--size", size, "--tokens", tokens, "--json", str(tmp_path / "rows")]
+    process = bench("compile", "--check", *flags)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = [Compiled(**json.loads(line)) for line in (tmp_path / "rows").read_text().splitlines()]
     assert {row.kernel for row in rows} == {*GEMMS, *OTHERS}
