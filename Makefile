@@ -49,4 +49,4 @@ test-all: setup
 	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
-	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check
+	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32

@@ -53,8 +53,8 @@ class ModelConfig:
             raise InputError(
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
-        if self.num_experts < 2:
-            raise InputError(f"config: num_experts {self.num_experts} must be at least 2, as routing is top-2")
+        if not 2 <= self.num_experts <= 256:
+            raise InputError(f"config: num_experts {self.num_experts} must be 2, as routing is top-2, to 256")
 
     @property
     def head_dim(self) -> int:

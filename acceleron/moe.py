@@ -49,7 +49,7 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
-        x_TD = x.reshape(-1, x.shape[-1])
+        x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         routing = kernels.route_top2(kernels.router_logits(x_TD, self.router))
         plan = kernels.dispatch_plan(routing.experts_TK, self.router.shape[0])
         w13, w2 = self.w13_E2FD.to(x.dtype), self.w2_EDF.to(x.dtype)

@@ -82,7 +82,7 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
         return (reference._grouped_weight_grad(a, b, offsets),)
 
     return [
-        Case("up", (E, D, F), lambda x, w: expert_up(x, w, order, offsets), plain_up, (x_TD, w13)),
+        Case("up", (E, D, F), lambda x, w: expert_up(x, w, order, offsets, True), plain_up, (x_TD, w13)),
         Case(
             "rows", (E, F, D, 1), lambda x, w: (grouped_rows(x, w, offsets, True),),
             lambda x, w: (reference.grouped_gemm(x, w, plan),), (act_NF, w2),
@@ -176,6 +176,8 @@ def seconds(case: Case, flush: Tensor) -> float:
     """Of one launch, with nothing of it in the L2."""
     flush.zero_()
     if flush.is_cuda:
+        # The device waits for a millisecond or so: by then the host has queued all that is timed.
+        torch.cuda._sleep(2_000_000)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         case.ours(*case.tensors)
@@ -211,8 +213,7 @@ def fastest(case: Case, key: tuple, fit: list[Config], rounds: int, flush: Tenso
 def write_table(found: dict[tuple, tuple[Config, float]]):
     """Replace these entries of tuned.jsonl and keep the others."""
     lines = {}
-    for line in configs.TABLE.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in configs.read_table():
         lines[entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"])] = entry
     for key, (config, median) in found.items():
         named = dict(zip(("arch", "device", "op", "dtype", "sizes"), key, strict=True))
@@ -231,6 +232,8 @@ def main():
     parser.add_argument("--dry_run", action="store_true", help="compile and list; needs no GPU")
     parser.add_argument("--arch", choices=TARGETS, help="of a dry run; default: the GPU's, else sm_90")
     arguments = parser.parse_args()
+    if arguments.arch and not arguments.dry_run:
+        parser.error("--arch is for a --dry_run: what is timed runs on the GPU that is there")
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
     if not arguments.dry_run and not torch.cuda.is_available():

@@ -24,12 +24,13 @@ else:
     from .reference import Plan, Routing, expert_mlp_token
 
     try:
+        from triton.tools.ragged_tma import load_ragged  # noqa: F401 - older ones lack it
+    except ImportError as error:
+        _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
+    else:
+        _missing = None
         # The modules first: a function below that has a module's name must be the one that remains.
         from . import cross_entropy, expert_mlp, grouped_gemm, launch, rms_norm, rope, router, routing, swiglu
-
-        _missing = None
-    except (ImportError, AttributeError) as error:  # an older Triton lacks names that the kernels use
-        _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
 
     ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
     _triton = (
@@ -48,6 +49,8 @@ else:
         }
     )
     _choice = "auto"
+    # Under the interpreter kernels are for the CPU, and for who asks.
+    _auto_on_gpu = not (_missing or launch.INTERPRETED)
 
     def _op(name: str):
         """The op of this name: Triton's on a GPU, except in float64; the reference's elsewhere; or as selected."""
@@ -59,7 +62,8 @@ else:
         @wraps(plain)
         def op(*args, **kwargs):
             x = args[0] if args else kwargs[first]
-            use_triton = _choice == "triton" or (_choice == "auto" and x.is_cuda and x.dtype != torch.float64)
+            auto = _auto_on_gpu and x.is_cuda and x.dtype != torch.float64
+            use_triton = auto if _choice == "auto" else _choice == "triton"
             return (fused if use_triton else plain)(*args, **kwargs)
 
         return op

@@ -52,18 +52,32 @@ class Config(NamedTuple):
         )
 
 
+def read_table() -> list[dict]:
+    """The lines of tuned.jsonl. Raises ValueError that names one that is not a configuration."""
+    entries = []
+    for number, line in enumerate(TABLE.read_text().splitlines() if TABLE.exists() else (), 1):
+        try:
+            entry = json.loads(line)
+            (entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
+            for name in Config._fields:
+                value = entry[name]
+                if not isinstance(value, int) or value < (name != "flatten"):
+                    raise ValueError(f"{name} is {value!r}")
+                if name in ("block_m", "block_n", "block_k", "warps") and value & (value - 1):
+                    raise ValueError(f"{name} is {value}, which is not a power of two")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{TABLE}, line {number}: {error!r}; remove the line, or tune again without it") from error
+        entries.append(entry)
+    return entries
+
+
 @cache
 def table() -> dict[tuple, Config]:
     """(arch, device, op, dtype, sizes) -> Config, from tuned.jsonl. Raises ValueError that names a broken line."""
-    entries = {}
-    for number, line in enumerate(TABLE.read_text().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            key = (entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
-            entries[key] = Config(**{name: entry[name] for name in Config._fields})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{TABLE}, line {number}: {error!r}; `python -m bench tune` writes it anew") from error
-    return entries
+    return {
+        (e["arch"], e["device"], e["op"], e["dtype"], tuple(e["sizes"])): Config(*(e[name] for name in Config._fields))
+        for e in read_table()
+    }
 
 
 @cache
@@ -87,6 +101,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) ->
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
+    if any(size % 64 for size in sizes[1:3]):  # by pointers, whose masks take the registers of a larger tile
+        return Config(64, 32 if op == "up" else 64, 32, 4, 3)
     if op == "up":
         return Config(128, 128, 64, 8, 3, flatten=device.arch == "sm_90")
     if op == "hidden_grad":

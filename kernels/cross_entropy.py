@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import check
 
@@ -79,8 +80,9 @@ def _linear_cross_entropy(
     # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
     grad_weight = weight_VD.new_zeros(weight_VD.shape if need_weight else 0, dtype=torch.float32)
     # As many chunks as the limit asks for, all of about the same size: a short last one would waste its GEMM's tiles.
-    chunks = triton.cdiv(T, max(1, LOGITS_PER_CHUNK // V))
-    step = triton.cdiv(T, max(1, chunks))
+    # Two at the least, so that all logits never exist.
+    chunks = max(2, triton.cdiv(T, max(1, LOGITS_PER_CHUNK // V)))
+    step = triton.cdiv(T, chunks)
     buffer = x_TD.new_empty(step, V)
     for start in range(0, T, max(1, step)):
         chunk = slice(start, start + step)
@@ -115,6 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None

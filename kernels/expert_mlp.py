@@ -58,7 +58,7 @@ def _gate_up_tile(
 def _up_kernel(
     x, order_ptr, offsets_ptr, w, h_ptr, act_ptr,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
-    E_PAD: tl.constexpr,
+    E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """h[n] = w13[e] @ x[token of n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns.
@@ -84,8 +84,9 @@ def _up_kernel(
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
         gate = gate.to(h_ptr.dtype.element_ty)
         up = up.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptrs, gate, mask=mask)
-        tl.store(h_ptrs + F, up, mask=mask)
+        if WITH_H:
+            tl.store(h_ptrs, gate, mask=mask)
+            tl.store(h_ptrs + F, up, mask=mask)
         # From the rounded h, so that backward, which has nothing else, recomputes these very values.
         gate = gate.to(tl.float32)
         act = gate * tl.sigmoid(gate) * up.to(tl.float32)
@@ -231,11 +232,11 @@ def _token_blocks(T: int, D: int) -> tuple[tuple[int, int], dict]:
 
 
 @torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
-def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The pre-activation h_N2F and act_NF = silu(gate) * up of each expert-sorted row."""
+def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor, with_h: bool) -> tuple[Tensor, Tensor]:
+    """The pre-activation h_N2F (empty unless asked for) and act_NF = silu(gate) * up of each expert-sorted row."""
     (E, F2, D), N = w13_E2FD.shape, order.numel()
     F = F2 // 2
-    h_N2F, act_NF = x_TD.new_empty(N, F2), x_TD.new_empty(N, F)
+    h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
     if N == 0:
         return h_N2F, act_NF
     device = device_of(x_TD)
@@ -247,15 +248,15 @@ def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor) ->
     with torch.cuda.device_of(x_TD):
         _up_kernel[persistent_grid(device, config, N, E, F)](
             x_TD, order, offsets, w, h_N2F, act_NF,
-            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
+            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, **config.blocks(),
         )  # fmt: skip
     return h_N2F, act_NF
 
 
 @expert_up.register_fake
-def _(x_TD, w13_E2FD, order, offsets):
+def _(x_TD, w13_E2FD, order, offsets, with_h):
     N, F2 = order.shape[0], w13_E2FD.shape[1]
-    return x_TD.new_empty(N, F2), x_TD.new_empty(N, F2 // 2)
+    return x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F2 // 2)
 
 
 @torch.library.custom_op("acceleron_triton::expert_down", mutates_args=())
@@ -316,17 +317,24 @@ def expert_mlp_backward(
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
+    need_w13: bool,
+    need_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF."""
+    """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF; the last two are empty unless needed."""
     T, D = x_TD.shape
     dx_TD, dweights_TK = torch.empty_like(x_TD), torch.empty_like(weights_TK)
+    dw13_E2FD, dw2_EDF = (w.new_zeros(w.shape if T == 0 and need else 0) for w, need in (
+        (w13_E2FD, need_w13), (w2_EDF, need_w2),
+    ))  # fmt: skip
     if T == 0:
-        return dx_TD, dweights_TK, torch.zeros_like(w13_E2FD), torch.zeros_like(w2_EDF)
+        return dx_TD, dweights_TK, dw13_E2FD, dw2_EDF
     dh_N2F, act_NF, dots = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
-    dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")
+    if need_w2:
+        dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")
     del act_NF
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
-    dw13_E2FD = grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b")
+    if need_w13:
+        dw13_E2FD = grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b")
     grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(x_TD):
         _token_grad_kernel[grid](rows_ND, inverse_TK, dots, dx_TD, dweights_TK, T, D=D, PARTS=dots.shape[1], **blocks)
@@ -334,22 +342,30 @@ def expert_mlp_backward(
 
 
 @expert_mlp_backward.register_fake
-def _(dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF):
-    return tuple(torch.empty_like(x) for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
+def _(dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, need_w13, need_w2):
+    weights = (w.new_empty(w.shape if need else 0) for w, need in ((w13_E2FD, need_w13), (w2_EDF, need_w2)))
+    return torch.empty_like(x_TD), torch.empty_like(weights_TK), *weights
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD):
-        h_N2F, act_NF = expert_up(x_TD, w13_E2FD, order, offsets)
-        ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF)
+    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD, with_h):
+        h_N2F, act_NF = expert_up(x_TD, w13_E2FD, order, offsets, with_h)
+        if with_h:
+            ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF)
         return expert_down(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD)
 
     @staticmethod
     def backward(ctx, dy_TD):
-        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(dy_TD.contiguous(), *ctx.saved_tensors)
         dshared_TD = dy_TD if ctx.needs_input_grad[7] else None
-        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, dshared_TD
+        if not ctx.saved_tensors:  # only shared_TD needs a gradient
+            return None, None, None, None, None, None, None, dshared_TD, None
+        need_w13, need_w2 = ctx.needs_input_grad[5:7]
+        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(
+            dy_TD.contiguous(), *ctx.saved_tensors, need_w13, need_w2
+        )
+        dw13_E2FD, dw2_EDF = dw13_E2FD if need_w13 else None, dw2_EDF if need_w2 else None
+        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, dshared_TD, None
 
 
 def expert_mlp(
@@ -375,4 +391,7 @@ def expert_mlp(
     if shared_TD is not None:
         check("expert_mlp: shared_TD", shared_TD, (T, D), x_TD.dtype, x_TD)
     check_plan("expert_mlp", plan, T, E, x_TD)
-    return _ExpertMLP.apply(x_TD, weights_TK, plan.order, plan.inverse_TK, plan.offsets, w13_E2FD, w2_EDF, shared_TD)
+    # What backward alone reads is not written for an evaluation.
+    with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
+    order, inverse_TK, offsets = plan
+    return _ExpertMLP.apply(x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD, with_h)

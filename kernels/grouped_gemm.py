@@ -16,7 +16,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config, find_config
-from .launch import INTERPRETED, Device, check, device_of
+from .launch import INTERPRETED, MAX_EXPERTS, Device, check, device_of
 from .reference import TOP_K, Plan
 
 # The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
@@ -252,7 +252,9 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
-    """Raise a ValueError unless the plan is one of these numbers of tokens and experts."""
+    """Raise a ValueError unless the plan is one of these numbers of tokens and experts, and the experts 2 to 256."""
+    if not TOP_K <= experts <= MAX_EXPERTS:
+        raise ValueError(f"{op}: the weights must be of 2 to {MAX_EXPERTS} experts, but are of {experts}")
     for name, shape in (("order", (tokens * TOP_K,)), ("inverse_TK", (tokens, TOP_K)), ("offsets", (experts + 1,))):
         check(f"{op}: plan.{name}", getattr(plan, name), shape, torch.int32, like)
 

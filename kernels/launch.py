@@ -6,12 +6,17 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-# With TRITON_INTERPRET=1, which counts only if it is set before triton is imported, kernels run on CPU tensors.
+# With TRITON_INTERPRET=1 kernels run on CPU tensors, if it is set before triton is imported: triton's own functions are
+# interpreted or not from then on, and ours must be as they are.
 INTERPRETED = triton.knobs.runtime.interpret
+_SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
+MAX_EXPERTS = 256
 
 
 class Device(NamedTuple):
@@ -24,7 +29,7 @@ class Device(NamedTuple):
 
 # Whom CPU tensors are for: nobody, unless the interpreter runs. Three programs: in a test of a few tiles, a persistent
 # program then runs through more than one. `python -m bench compile` puts a GPU here, and compiles without running.
-cpu_device = Device("interpreter", "interpreter", 3) if INTERPRETED else None
+cpu_device = Device("interpreter", "interpreter", 3) if INTERPRETED and not _SET_LATE else None
 
 
 @cache
@@ -43,6 +48,10 @@ def device_of(x: Tensor) -> Device:
 
 def unavailable(device: torch.device) -> str | None:
     """Why Triton kernels can't run on tensors of this device, or None if they can."""
+    if _SET_LATE:
+        return "TRITON_INTERPRET was changed after triton was imported: set it before"
+    if device.type == "cuda" and INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, under which kernels are for the CPU: unset it"
     if device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return None
@@ -69,6 +78,8 @@ def check(
     if x.dim() != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
+    if x.dim() > 1 and x.shape[-1] == 0:
+        raise ValueError(f"{argument}: expected a last axis that is not empty, but got {tuple(x.shape)}")
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{argument}: expected {names}, but got {str(x.dtype).removeprefix('torch.')}")

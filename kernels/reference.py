@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TOP_K = 2
 # Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU.
@@ -379,6 +380,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
         return grad_x, grad_weight, None, None

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check
+from .launch import FLOATS, check
 
 # Pairs of q in a program's tile, 8 KB of bf16: 8 positions at the tiny size, 2 at the large one.
 PAIRS, WARPS = 2048, 4
@@ -27,8 +27,8 @@ def _rotate(
     mask = (s < S) & (head < HEADS) & (col < HALF)
     # The heads of a position read the same angles: all but the first from L1.
     angle = s * (2 * HALF) + col
-    cos = tl.load(cos_ptr + angle, mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask, other=0.0)
+    cos = tl.load(cos_ptr + angle, mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
     x_ptr += b * stride_b + s.to(tl.int64) * stride_s + head * stride_h + col
@@ -100,15 +100,18 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
 
     q_BSHC, k_BSGC: one dtype of bf16, fp16 and fp32, an even head_dim C, last axis contiguous, other strides as they
-    come: views of one qkv tensor are read in place. cos_SC, sin_SC: fp32, contiguous, the angles of the S positions;
-    both halves must be alike, as only the first is read, and they get no gradient. Computed in fp32. Returns new
-    contiguous tensors. Raises ValueError for anything else, and for a device that Triton can't run on.
+    come: views of one qkv tensor are read in place. cos_SC, sin_SC: one dtype, fp32 for its precision, contiguous, the
+    angles of the S positions; both halves must be alike, as only the first is read, and they get no gradient. Computed
+    in fp32. Returns new contiguous tensors. Raises ValueError for anything else, and for a device that Triton can't
+    run on.
     """
     check("rope: q_BSHC", q_BSHC, (None, None, None, None), contiguous=False)
     B, S, _, C = q_BSHC.shape
     if C % 2:
         raise ValueError(f"rope: q_BSHC: expected an even head_dim, but got {tuple(q_BSHC.shape)}")
     check("rope: k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, like=q_BSHC, contiguous=False)
-    check("rope: cos_SC", cos_SC, (S, C), torch.float32, like=q_BSHC)
-    check("rope: sin_SC", sin_SC, (S, C), torch.float32, like=q_BSHC)
+    if not q_BSHC.shape[2] or not k_BSGC.shape[2]:
+        raise ValueError(f"rope: expected heads, but got {tuple(q_BSHC.shape)} and {tuple(k_BSGC.shape)}")
+    check("rope: cos_SC", cos_SC, (S, C), FLOATS, like=q_BSHC)
+    check("rope: sin_SC", sin_SC, (S, C), cos_SC.dtype, like=q_BSHC)
     return _Rope.apply(q_BSHC, k_BSGC, cos_SC, sin_SC)

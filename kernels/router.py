@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check, device_of
+from .launch import FLOATS, check, device_of
 
 # Experts of a tile: enough for the models we train; more are taken tile by tile.
 MAX_BLOCK_E = 32
-BLOCK_T, BLOCK_D, WARPS, STAGES = 64, 64, 4, 3
+BLOCK_D, WARPS, STAGES = 64, 4, 3
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512
 
@@ -84,11 +84,12 @@ def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
     T, D = x_TD.shape
     block_e = min(MAX_BLOCK_E, max(16, triton.next_power_of_2(E)))
     split = x_TD.element_size() == 2 and device_of(x_TD).arch.startswith("sm_")
+    block_t = 64 if split else 32
     arguments = dict(
-        D=D, E=E, PRECISION="tf32x3" if split else "ieee", BLOCK_T=BLOCK_T, BLOCK_E=block_e, BLOCK_D=BLOCK_D,
+        D=D, E=E, PRECISION="tf32x3" if split else "ieee", BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=BLOCK_D,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    return triton.cdiv(T, BLOCK_T), triton.cdiv(E, block_e), triton.cdiv(D, BLOCK_D), arguments
+    return triton.cdiv(T, block_t), triton.cdiv(E, block_e), triton.cdiv(D, BLOCK_D), arguments
 
 
 @torch.library.custom_op("acceleron_triton::router_logits", mutates_args=())
@@ -117,11 +118,11 @@ def _router_logits_backward(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor)
     t_tiles, e_tiles, d_tiles, arguments = _sizes(x_TD, E)
     blocks = triton.cdiv(t_tiles * d_tiles, WEIGHT_GRAD_PROGRAMS)
     shares = triton.cdiv(t_tiles, blocks)
-    partial = weight_ED.new_empty(shares, E, D)
+    partial = weight_ED.new_empty((shares, E, D), dtype=torch.float32)
     with torch.cuda.device_of(x_TD):
         _input_grad_kernel[(t_tiles, d_tiles)](dlogits_TE, weight_ED, dx_TD, T, **arguments)
         _router_grad_kernel[(shares, d_tiles, e_tiles)](dlogits_TE, x_TD, partial, T, blocks, **arguments)
-    return dx_TD, partial.sum(dim=0)
+    return dx_TD, partial.sum(dim=0).to(weight_ED.dtype)
 
 
 @_router_logits_backward.register_fake
@@ -143,9 +144,9 @@ class _RouterLogits(torch.autograd.Function):
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x @ weight.T in fp32, of an x in any dtype: bf16 logits would tie.
 
-    x_TD: bf16, fp16 or fp32; weight_ED: fp32; both contiguous. Deterministic. Raises ValueError for other dtypes,
-    shapes, devices or strides, and names the argument.
+    x_TD, weight_ED: each bf16, fp16 or fp32, the weight fp32 for its precision; contiguous. Deterministic. Raises
+    ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
     check("router_logits: x_TD", x_TD, (None, None))
-    check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), torch.float32, x_TD)
+    check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), FLOATS, x_TD)
     return _RouterLogits.apply(x_TD, weight_ED)

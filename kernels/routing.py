@@ -7,15 +7,16 @@ second kernel adds the programs' sums in a fixed order. The plan is a stable cou
 assignments of each expert, and then places them after those of the programs before it.
 """
 
+from math import nan
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTEGERS, check
+from .launch import INTEGERS, MAX_EXPERTS, check
 from .reference import TOP_K, Plan, Routing
 
-MAX_EXPERTS = 256
 # At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
 MAX_PROGRAMS = 256
 
@@ -146,6 +147,8 @@ def _route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights_TK, experts_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
     z_loss, balance_loss = torch.empty((), **fp32), torch.empty((), **fp32)
     counts_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
+    if T == 0:  # means of nothing
+        return weights_TK, experts_TK, z_loss.fill_(nan), balance_loss.fill_(nan), counts_E.zero_()
     programs, blocks, sizes = _route_blocks(T, E)
     squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)
     counts = torch.empty(programs, E, **int32)
@@ -175,6 +178,8 @@ def _route_backward(
     """dlogits_TE."""
     T, E = logits_TE.shape
     dlogits_TE = torch.empty_like(logits_TE)
+    if T == 0:
+        return dlogits_TE
     _, _, sizes = _route_blocks(T, E)
     with torch.cuda.device_of(logits_TE):
         _route_backward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
@@ -204,15 +209,15 @@ class _RouteTop2(torch.autograd.Function):
 def route_top2(logits_TE: Tensor) -> Routing:
     """Top-2 routing of router logits with the router's two losses; formulas and sources are the reference's.
 
-    logits_TE: contiguous [T, E], T >= 1, 2 <= E <= 256, bf16, fp16 or fp32; computed in fp32. Returns `Routing`:
+    logits_TE: contiguous [T, E], 2 <= E <= 256, bf16, fp16 or fp32; computed in fp32. Returns `Routing`:
     weights fp32, experts int32, counts int64. Any logits give two different experts that exist: NaN counts as the
     largest value, ties go to the lower expert. A row with NaN or inf makes its weights or the losses not finite, as in
     the reference. Raises ValueError for other dtypes, shapes, devices or strides.
     """
     check("route_top2: logits_TE", logits_TE, (None, None))
     T, E = logits_TE.shape
-    if T < 1 or not TOP_K <= E <= MAX_EXPERTS:
-        raise ValueError(f"route_top2: logits_TE needs a token and 2 to {MAX_EXPERTS} experts, but has shape {(T, E)}")
+    if not TOP_K <= E <= MAX_EXPERTS:
+        raise ValueError(f"route_top2: logits_TE needs 2 to {MAX_EXPERTS} experts, but has shape {(T, E)}")
     return Routing(*_RouteTop2.apply(logits_TE))
 
 

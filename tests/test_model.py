@@ -80,7 +80,8 @@ def test_sequences_longer_than_the_model_are_refused():
     [
         ({"d_model": 100}, "d_model 100"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),
-        ({"num_experts": 1}, "at least 2"),
+        ({"num_experts": 1}, "num_experts 1 must be 2"),
+        ({"num_experts": 257}, "num_experts 257 must be 2"),
         ({"d_ff": 0}, "d_ff"),
     ],
 )

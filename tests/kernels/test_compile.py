@@ -34,6 +34,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
         ("sm_90", "tiny", "1"),
         ("sm_80", "tiny", "17"),
         ("sm_100", "tiny", "256"),
+        ("sm_90", "odd", "17"),
         ("gfx942", "tiny", "256"),
     ],
 )
@@ -46,7 +47,7 @@ def test_every_kernel_compiles_and_fits(arch, size, tokens, tmp_path):
     assert all(0 < row.registers <= 512 and row.shared_bytes <= TARGETS[arch].shared_bytes for row in rows)
     if arch == "sm_90":
         assert not any(row.spilled_bytes or row.serialised for row in rows)
-        assert all(row.wgmma > 0 and row.tma > 0 for row in rows if row.kernel in GEMMS)
+        assert all(row.wgmma > 0 and (row.tma > 0 or size == "odd") for row in rows if row.kernel in GEMMS)
 
 
 GOOD = Compiled("sm_90", "tiny", "_up_kernel", "128x128x64", 8, 3, 255, 0, 180248, 4, 3, False)

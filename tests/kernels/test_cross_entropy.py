@@ -119,22 +119,24 @@ def test_fp32_sum_of_the_weights_gradient(monkeypatch):
 
 def test_without_gradients_only_the_loss_is_formed(monkeypatch):
     """One GEMM a chunk and no second sweep; with a frozen weight or input, that one's gradient is left out."""
-    gemms, flags, mm, kernel = [], [], torch.mm, module._cross_entropy_kernel
+    gemms, flags, rows, mm, kernel = [], [], [], torch.mm, module._cross_entropy_kernel
 
     class Recorded:
         def __getitem__(self, grid):
+            rows.append(grid[0])
             return lambda *args, **kwargs: flags.append(kwargs["WITH_GRADIENT"]) or kernel[grid](*args, **kwargs)
 
     monkeypatch.setattr(module, "_cross_entropy_kernel", Recorded())
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: gemms.append(1) or mm(*args, **kwargs))
     x, weight, labels = inputs(9, 150, 16)
     loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), labels)
-    assert (len(gemms), flags) == (3, [True])
+    assert (len(gemms), flags) == (6, [True] * 2)
+    assert rows == [5, 4]  # never the logits of all nine tokens
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x, weight, labels), loss)
-    assert (len(gemms), flags) == (4, [True, False])
+    assert (len(gemms), flags) == (8, [True] * 2 + [False] * 2)
     x_alone = linear_cross_entropy(x, weight.detach(), labels)
-    assert (len(gemms), flags) == (6, [True, False, True])
+    assert (len(gemms), flags) == (12, [True] * 2 + [False] * 2 + [True] * 2)
     assert torch.equal(torch.autograd.grad(x_alone, x)[0], torch.autograd.grad(loss, x)[0])
 
 
@@ -204,3 +206,12 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(run(compiled, *arguments), run(linear_cross_entropy, *arguments), strict=True):
         assert torch.equal(ours, eager)
+
+
+def test_a_second_derivative_is_refused_as_the_first_is_formed_in_forward():
+    x, weight, labels = inputs(9, 20, 8)
+    for op in (linear_cross_entropy, reference.linear_cross_entropy):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(op(x, weight, labels), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice\|does not require grad"):
+            grad.sum().backward()

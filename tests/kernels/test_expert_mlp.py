@@ -202,7 +202,7 @@ for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, t
     order, inverse, offsets = map(guarded, routing._plan(experts, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
-    h, act = map(guarded, mlp.expert_up(x, w13, order, offsets))
+    h, act = map(guarded, mlp.expert_up(x, w13, order, offsets, True))
     mlp.expert_down(act, w2, weights, inverse, offsets, shared)
     dh, act, dots = map(guarded, mlp.hidden_grad(dy, w2, h, weights, order, offsets))
     gemms.grouped_rows(dh, w13, offsets, False)
@@ -229,6 +229,31 @@ def test_each_gradient_alone():
         leaves = [x.detach().requires_grad_(i == index) for i, x in enumerate(tensors)]
         y = expert_mlp(*leaves[:2], plan, *leaves[2:])
         assert torch.equal(torch.autograd.grad(y, leaves[index], grad)[0], expected), name
+
+
+def test_nothing_is_computed_for_backward_that_it_does_not_need(monkeypatch):
+    """Frozen experts cost no GEMM, an evaluation no pre-activation; and what remains is the same."""
+    tensors, plan = inputs(9, 17, 5, 3)
+    grad = randn(*tensors[0].shape, seed=5)
+    y, dx, *_ = run(expert_mlp, tensors, plan, grad)
+    calls = []
+    plain = module.grouped_weight_grad
+    monkeypatch.setattr(module, "grouped_weight_grad", lambda *arguments: calls.append(1) or plain(*arguments))
+    x = tensors[0].detach().requires_grad_()
+    frozen = expert_mlp(x, tensors[1], plan, *tensors[2:])
+    frozen.backward(grad)
+    assert torch.equal(frozen, y)
+    assert torch.equal(x.grad, dx)
+    assert not calls
+    heights = []
+    up = module.expert_up
+    monkeypatch.setattr(module, "expert_up", lambda *arguments: heights.append(up(*arguments)[0]) or up(*arguments))
+    with torch.no_grad():
+        assert torch.equal(expert_mlp(*tensors[:2], plan, *tensors[2:]), y)
+    assert heights[0].numel() == 0
+    shared = tensors[4].detach().requires_grad_()
+    expert_mlp(*tensors[:2], plan, *tensors[2:4], shared).backward(grad)
+    assert torch.equal(shared.grad, grad)
 
 
 def test_expanded_gradient():
@@ -338,6 +363,7 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
         ("plan", lambda plan: plan._replace(offsets=plan.offsets[1:]), r"expected shape \(6\)"),
         ("plan", lambda plan: plan._replace(order=plan.order.long()), "expected int32, but got int64"),
         ("plan", lambda plan: plan._replace(inverse_TK=plan.inverse_TK.flatten()), "expected shape"),
+        ("x_TD", lambda x: x[:, :0], "a last axis that is not empty"),
     ],
 )
 def test_refusals_name_the_argument(name, change, message):
@@ -353,12 +379,14 @@ def test_custom_ops_pass_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     ops = torch.ops.acceleron_triton
     (x, weights, w13, w2, shared), (order, inverse_TK, offsets) = inputs(3, 8, 12, 2)
-    h, act = module.expert_up(x, w13, order, offsets)
-    torch.library.opcheck(ops.expert_up.default, (x, w13, order, offsets))
+    h, act = module.expert_up(x, w13, order, offsets, True)
+    for with_h in (True, False):
+        torch.library.opcheck(ops.expert_up.default, (x, w13, order, offsets, with_h))
     for added in (shared, None):
         torch.library.opcheck(ops.expert_down.default, (act, w2, weights, inverse_TK, offsets, added))
     arguments = (randn(3, 8, seed=5), x, h, weights, order, inverse_TK, offsets, w13, w2)
-    torch.library.opcheck(ops.expert_mlp_backward.default, arguments)
+    for needs in ((True, True), (False, True), (False, False)):
+        torch.library.opcheck(ops.expert_mlp_backward.default, (*arguments, *needs))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "alone"])

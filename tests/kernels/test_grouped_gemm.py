@@ -321,12 +321,18 @@ def test_an_empty_table_leaves_the_rule(write_table):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", "3", '{"arch": "sm_90"}', json.dumps(ENTRY | dict(sizes=3)), ""],
-    ids=["broken", "list", "number", "short", "sizes", "blank"],
+    [
+        *("{", "[]", "3", '{"arch": "sm_90"}', ""),
+        *(
+            json.dumps(ENTRY | change)
+            for change in (dict(sizes=3), dict(block_m="128"), dict(block_n=100), dict(split=0))
+        ),
+    ],
+    ids=["broken", "list", "number", "short", "blank", "sizes", "text", "100", "0"],
 )
 def test_a_broken_line_is_named(line, write_table):
     write_table(json.dumps(ENTRY), line)
-    with pytest.raises(ValueError, match=r"tuned\.jsonl, line 2: .*python -m bench tune"):
+    with pytest.raises(ValueError, match=r"tuned\.jsonl, line 2: .*remove the line"):
         find()
 
 

@@ -79,7 +79,7 @@ def test_expanded_gradient():
     ("x", "weight", "message"),
     [
         (randn(4, 8).double(), randn(2, 8), "x_TD: expected bfloat16 or float16 or float32, but got float64"),
-        (randn(4, 8), randn(2, 8).half(), "weight_ED: expected float32, but got float16"),
+        (randn(4, 8), randn(2, 8).double(), "weight_ED: expected bfloat16 or float16 or float32, but got float64"),
         (randn(4, 8), randn(2, 9), r"weight_ED: expected shape \(any, 8\), but got \(2, 9\)"),
         (randn(2, 4, 8), randn(2, 8), "x_TD: expected shape"),
         (randn(8, 4).t(), randn(2, 8), "x_TD: expected a contiguous tensor"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acceleron import kernels
+from acceleron import ModelConfig, MoE, kernels
 from acceleron.kernels import launch, reference
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +105,7 @@ def test_a_cpu_without_the_interpreter(monkeypatch, calls):
 
 
 def test_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -184,3 +185,44 @@ def test_without_triton_or_with_an_older_one():
     for process in started:
         stderr = process.communicate()[1]
         assert process.returncode == 0, stderr[-2000:]
+
+
+@interpreted
+def test_the_interpreter_never_serves_a_gpu(monkeypatch):
+    """Unasked, and slowly: on a machine with a GPU TRITON_INTERPRET=1 leaves auto to the reference."""
+    assert "TRITON_INTERPRET=1 is set" in launch.unavailable(torch.device("cuda"))
+    with pytest.raises(ValueError, match="unset it"):
+        kernels.select("triton", torch.device("cuda"))
+    assert kernels.select("auto", torch.device("cuda")).startswith("reference (TRITON_INTERPRET=1 is set")
+    assert not kernels._auto_on_gpu
+
+
+def test_an_interpreter_chosen_too_late_is_said_so():
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None); import triton; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import torch; from acceleron import kernels\n"
+        "print(kernels.select('auto', torch.device('cpu')))\n"
+        "kernels.swiglu(torch.ones(2, 4))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.startswith("reference (TRITON_INTERPRET was changed after triton was imported")
+
+
+@interpreted
+def test_what_the_reference_takes_a_layer_takes_with_triton_too():
+    """No tokens, bf16 parameters, and a view: what a user of the layer may pass."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=32, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=24, d_ff_shared=16, vocab_size=128
+    )
+    layer, x = MoE(config), torch.randn(3, 5, 64)
+    expected = layer(x[..., :32])[0]
+    kernels.select("triton", CPU)
+    torch.testing.assert_close(layer(x[..., :32])[0], expected, rtol=1e-5, atol=1e-6)
+    y, stats = layer(x[:0, :, :32].requires_grad_())
+    y.sum().backward()
+    assert y.shape == (0, 5, 32)
+    assert stats.counts_E.tolist() == [0, 0, 0, 0]
+    assert layer.router.grad.eq(0).all()
+    y = layer.to(torch.bfloat16)(x[..., :32].bfloat16())[0]
+    assert (y - expected).norm() < 0.05 * expected.norm()
