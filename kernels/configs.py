@@ -103,6 +103,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) ->
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
     if any(size % 64 for size in sizes[1:3]):  # by pointers, whose masks take the registers of a larger tile
         return Config(64, 32 if op == "up" else 64, 32, 4, 3)
+    if op == "up" and dtype == torch.float16:
+        return Config(128, 64, 64, 8, 4, flatten=device.arch == "sm_90")  # wider, ptxas serialises it without h
     if op == "up":
         return Config(128, 128, 64, 8, 3, flatten=device.arch == "sm_90")
     if op == "hidden_grad":

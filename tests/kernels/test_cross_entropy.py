@@ -213,5 +213,5 @@ def test_a_second_derivative_is_refused_as_the_first_is_formed_in_forward():
     for op in (linear_cross_entropy, reference.linear_cross_entropy):
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(op(x, weight, labels), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice\|does not require grad"):
+        with pytest.raises(RuntimeError, match="does not require grad"):
             grad.sum().backward()
