@@ -358,12 +358,11 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TD):
         dshared_TD = dy_TD if ctx.needs_input_grad[7] else None
-        if not ctx.saved_tensors:  # only shared_TD needs a gradient
+        saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
+        if not saved:  # only shared_TD needs a gradient
             return None, None, None, None, None, None, None, dshared_TD, None
         need_w13, need_w2 = ctx.needs_input_grad[5:7]
-        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(
-            dy_TD.contiguous(), *ctx.saved_tensors, need_w13, need_w2
-        )
+        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(dy_TD.contiguous(), *saved, need_w13, need_w2)
         dw13_E2FD, dw2_EDF = dw13_E2FD if need_w13 else None, dw2_EDF if need_w2 else None
         return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, dshared_TD, None
 
