@@ -58,7 +58,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if device.type == "cpu" and cpu_device:
         return None
-    return f"Triton needs a GPU, and this is a {device.type} (TRITON_INTERPRET=1 interprets the kernels on it, slowly)"
+    return f"Triton needs a GPU, and this is a {device.type}; TRITON_INTERPRET=1 interprets the kernels on it, slowly"
 
 
 def check(
