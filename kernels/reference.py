@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TOP_K = 2
-# Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU.
+# Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
+# bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24
+CHUNKS_IN_ONE_OF_16_BITS = 4
 
 
 class Routing(NamedTuple):
@@ -346,7 +348,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
         grad_weight = torch.empty_like(weight_VD, dtype=wide) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=x_TD.device)
-        step = min(T, max(1, LOGITS_PER_CHUNK // V))
+        # As many chunks as the limit asks for, all of about the same size.
+        limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
+        chunks = max(1, -(-T // max(1, limit // V)))
+        step = max(1, -(-T // chunks))
         # One buffer for all chunks: a fresh one each time costs its page faults, a fifth of the GEMM's time on a CPU.
         logits_buffer = x_TD.new_empty(step, V)
         wide_buffer = logits_buffer if x_TD.dtype == wide else x_TD.new_empty(step, V, dtype=wide)
@@ -392,6 +397,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     x_TD: compute dtype. weight_VD: fp32 or the compute dtype; it is cast to x's dtype for the GEMMs, and its
     gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
     token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). Returns an
-    fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time.
+    fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time,
+    four times as many in 16 bits.
     """
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

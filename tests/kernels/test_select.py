@@ -93,9 +93,7 @@ def test_who_never_selects_has_auto(calls):
 
 def test_a_cpu_without_the_interpreter(monkeypatch, calls):
     monkeypatch.setattr(launch, "cpu_device", None)
-    with pytest.raises(
-        ValueError, match=r"^--kernels triton: Triton needs a GPU, and this is a cpu; TRITON_INTERPRET"
-    ):
+    with pytest.raises(ValueError, match=r"^--kernels triton: Triton needs a GPU, and this is a cpu; TRITON_INTERPRET"):
         kernels.select("triton", CPU)
     line = kernels.select("auto", CPU)
     assert line.startswith("reference (Triton needs a GPU, and this is a cpu")
