@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 
 from .errors import InputError
+from .kernels.reference import MAX_EXPERTS
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24
@@ -53,8 +54,8 @@ class ModelConfig:
             raise InputError(
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
-        if not 2 <= self.num_experts <= 256:
-            raise InputError(f"config: num_experts {self.num_experts} must be 2, as routing is top-2, to 256")
+        if not 2 <= self.num_experts <= MAX_EXPERTS:
+            raise InputError(f"config: num_experts {self.num_experts} must be 2, as routing is top-2, to {MAX_EXPERTS}")
 
     @property
     def head_dim(self) -> int:

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
+from acceleron.device import DTYPES as TRAINING_DTYPES
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
@@ -36,7 +37,7 @@ SIZES = ("tiny", "small", "medium", "large")
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 GEMMS = ("_up_kernel", "_hidden_grad_kernel", "_rows_kernel", "_weight_grad_kernel")
 
 
@@ -182,7 +183,6 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
 
 def compile_size(arch: str, size: str, dtype: str, tokens: int, device_name: str) -> list[Compiled]:
     """Compile all kernels of a named size. Each distinct kernel is listed once."""
-    kernels.select("reference", torch.device("cpu"))
     with compiling(arch, device_name) as launched:
         kernels.select("triton", torch.device("cpu"))
         run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
@@ -227,8 +227,13 @@ def main():
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
     arguments = parser.parse_args()
-    if arguments.json:
-        open(arguments.json, "w").close()  # now: a path that can't be written should not cost the compilation
+    if arguments.tokens < 1:
+        parser.error(f"--tokens {arguments.tokens}: expected at least 1")
+    try:
+        if arguments.json:  # now, and keeping what is there: a wrong path should not cost the compilation
+            open(arguments.json, "a").close()
+    except OSError as error:
+        parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
     tasks = [
@@ -236,7 +241,7 @@ def main():
         for arch in arguments.arch
         for dtype in arguments.dtype
         for size in arguments.size
-        for name in {"any", *(key[1] for key in configs.table() if key[0] == arch)}
+        for name in sorted({"any", *(key[1] for key in configs.table() if key[0] == arch)})
     ]
     rows, wrong = [], []
     # Processes of their own, as a compiler holds the interpreter's lock.

@@ -25,6 +25,8 @@ from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
 from acceleron.kernels import configs, launch, reference
 from acceleron.kernels.configs import Config
+from acceleron.kernels.expert_mlp import expert_up, hidden_grad
+from acceleron.kernels.grouped_gemm import grouped_rows, grouped_weight_grad
 
 from .compile import DTYPES, SIZES, TARGETS, compiling, complaints, describe
 
@@ -46,9 +48,6 @@ class Case(NamedTuple):
 
 def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
     """The six grouped GEMMs of a training step, on unit-scale data and a random router's choices."""
-    from acceleron.kernels.expert_mlp import expert_up, hidden_grad
-    from acceleron.kernels.grouped_gemm import grouped_rows, grouped_weight_grad
-
     T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     generator = torch.Generator(device).manual_seed(0)
 
@@ -163,10 +162,9 @@ def error(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]
     return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(results, truth, strict=True)]
 
 
-def check(case: Case) -> str | None:
-    """What is wrong with our result under the configuration in use, or None."""
-    truth = case.plain(*(x.float() for x in case.tensors))
-    allowed, got = error(case.plain(*case.tensors), truth), error(case.ours(*case.tensors), truth)
+def check(case: Case, truth: tuple[Tensor, ...], allowed: list[float]) -> str | None:
+    """What is wrong with our result under the configuration in use, or None. `allowed`: the reference's errors."""
+    got = error(case.ours(*case.tensors), truth)
     if all(ours <= FACTOR * plain for ours, plain in zip(got, allowed, strict=True)):
         return None
     return f"errors {got}, where the reference has {allowed}"
@@ -191,10 +189,12 @@ def seconds(case: Case, flush: Tensor) -> float:
 
 def fastest(case: Case, key: tuple, fit: list[Config], rounds: int, flush: Tensor) -> tuple[Config, float] | None:
     """The fastest candidate with a right result, and its median seconds; None if there is none."""
+    truth = case.plain(*(x.float() for x in case.tensors))
+    allowed = error(case.plain(*case.tensors), truth)
     times = {}
     for candidate in fit:
         use(key, candidate)
-        wrong = check(case)
+        wrong = check(case, truth, allowed)
         if wrong:
             print(f"{case.op} {case.sizes} {candidate}: {wrong}", file=sys.stderr)
         else:
@@ -212,11 +212,9 @@ def fastest(case: Case, key: tuple, fit: list[Config], rounds: int, flush: Tenso
 
 def write_table(found: dict[tuple, tuple[Config, float]]):
     """Replace these entries of tuned.jsonl and keep the others."""
-    lines = {}
-    for entry in configs.read_table():
-        lines[entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"])] = entry
+    lines = configs.read_table()
     for key, (config, median) in found.items():
-        named = dict(zip(("arch", "device", "op", "dtype", "sizes"), key, strict=True))
+        named = dict(zip(configs.KEY, key, strict=True))
         lines[key] = named | config._asdict() | {"microseconds": round(median * 1e6, 1)}
     temporary = configs.TABLE.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(lines[key]) + "\n" for key in sorted(lines)))
@@ -232,6 +230,8 @@ def main():
     parser.add_argument("--dry_run", action="store_true", help="compile and list; needs no GPU")
     parser.add_argument("--arch", choices=TARGETS, help="of a dry run; default: the GPU's, else sm_90")
     arguments = parser.parse_args()
+    if arguments.tokens < 1 or arguments.rounds < 1:
+        parser.error("--tokens and --rounds: expected at least 1")
     if arguments.arch and not arguments.dry_run:
         parser.error("--arch is for a --dry_run: what is timed runs on the GPU that is there")
     if launch.INTERPRETED:

@@ -22,6 +22,7 @@ from .launch import Device
 
 TABLE = Path(__file__).parent / "tuned.jsonl"
 OPS = ("up", "hidden_grad", "rows", "weight_grad")
+KEY = ("arch", "device", "op", "dtype", "sizes")
 
 
 class Config(NamedTuple):
@@ -52,13 +53,13 @@ class Config(NamedTuple):
         )
 
 
-def read_table() -> list[dict]:
-    """The lines of tuned.jsonl. Raises ValueError that names one that is not a configuration."""
-    entries = []
+def read_table() -> dict[tuple, dict]:
+    """The lines of tuned.jsonl by their KEY. Raises ValueError that names one that is not a configuration."""
+    entries = {}
     for number, line in enumerate(TABLE.read_text().splitlines() if TABLE.exists() else (), 1):
         try:
             entry = json.loads(line)
-            (entry["arch"], entry["device"], entry["op"], entry["dtype"], tuple(entry["sizes"]))
+            key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             for name in Config._fields:
                 value = entry[name]
                 if not isinstance(value, int) or value < (name != "flatten"):
@@ -67,17 +68,14 @@ def read_table() -> list[dict]:
                     raise ValueError(f"{name} is {value}, which is not a power of two")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{TABLE}, line {number}: {error!r}; remove the line, or tune again without it") from error
-        entries.append(entry)
+        entries[key] = entry
     return entries
 
 
 @cache
 def table() -> dict[tuple, Config]:
-    """(arch, device, op, dtype, sizes) -> Config, from tuned.jsonl. Raises ValueError that names a broken line."""
-    return {
-        (e["arch"], e["device"], e["op"], e["dtype"], tuple(e["sizes"])): Config(*(e[name] for name in Config._fields))
-        for e in read_table()
-    }
+    """KEY -> Config, from tuned.jsonl. Raises ValueError that names a broken line."""
+    return {key: Config(*(entry[name] for name in Config._fields)) for key, entry in read_table().items()}
 
 
 @cache

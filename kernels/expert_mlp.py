@@ -130,6 +130,7 @@ def _load_parts(ptr, row, f, end, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def _hidden_grad_part(r, gate, up, row, f, end, scale, dh_ptr, act_ptr, F: tl.constexpr):
+    """`_hidden_grad_epilogue` of PART columns."""
     BLOCK_M: tl.constexpr = r.shape[0]
     BLOCK_N: tl.constexpr = r.shape[1]
     rows = tl.arange(0, BLOCK_M)
@@ -323,11 +324,10 @@ def expert_mlp_backward(
     """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF; the last two are empty unless needed."""
     T, D = x_TD.shape
     dx_TD, dweights_TK = torch.empty_like(x_TD), torch.empty_like(weights_TK)
-    dw13_E2FD, dw2_EDF = (w.new_zeros(w.shape if T == 0 and need else 0) for w, need in (
-        (w13_E2FD, need_w13), (w2_EDF, need_w2),
-    ))  # fmt: skip
+    dw13_E2FD, dw2_EDF = x_TD.new_empty(0), x_TD.new_empty(0)
     if T == 0:
-        return dx_TD, dweights_TK, dw13_E2FD, dw2_EDF
+        weights = ((w13_E2FD, need_w13), (w2_EDF, need_w2))
+        return dx_TD, dweights_TK, *(w.new_zeros(w.shape if need else 0) for w, need in weights)
     dh_N2F, act_NF, dots = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
     if need_w2:
         dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")

@@ -16,8 +16,8 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config, find_config
-from .launch import INTERPRETED, MAX_EXPERTS, Device, check, device_of
-from .reference import TOP_K, Plan
+from .launch import INTERPRETED, Device, check, device_of
+from .reference import MAX_EXPERTS, TOP_K, Plan
 
 # The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
 _WIDEN = tl.constexpr(INTERPRETED)
@@ -191,7 +191,7 @@ def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> T
     with torch.cuda.device_of(x_NI):
         _rows_kernel[persistent_grid(device, config, N, E, O)](
             x, weight_operand(w, tma, *block), y_NO, offsets,
-            E=E, I=I, O=O, OUT_FIRST=out_first, TMA=tma, E_PAD=max(2, triton.next_power_of_2(E)), **config.blocks(),
+            E=E, I=I, O=O, OUT_FIRST=out_first, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
         )  # fmt: skip
     return y_NO
 

@@ -16,7 +16,6 @@ INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
-MAX_EXPERTS = 256
 
 
 class Device(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TOP_K = 2
+MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
 # Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
 # bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTEGERS, MAX_EXPERTS, check
-from .reference import TOP_K, Plan, Routing
+from .launch import INTEGERS, check
+from .reference import MAX_EXPERTS, TOP_K, Plan, Routing
 
 # At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
 MAX_PROGRAMS = 256

@@ -5,28 +5,15 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron.kernels import reference
 from acceleron.kernels.cross_entropy import linear_cross_entropy
 
 module = importlib.import_module("acceleron.kernels.cross_entropy")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FACTOR = dict.fromkeys(DTYPES, 1.5)
-if DEVICE == "cpu":
-    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
 # A GPU's exp, log and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
 IGNORED = -100
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def inputs(T, V, D, dtype=torch.float32, weight_dtype=None):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
@@ -19,11 +20,6 @@ module = importlib.import_module("acceleron.kernels.expert_mlp")
 gemms = importlib.import_module("acceleron.kernels.grouped_gemm")
 expert_mlp = module.expert_mlp
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FACTOR = dict.fromkeys(DTYPES, 1.5)
-if DEVICE == "cpu":
-    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
 NAMES = ("x", "weights", "w13", "w2", "shared")
 
 
@@ -33,15 +29,6 @@ def floor(length: int) -> float:
     A partial sum of i unit products is sqrt(i) and each rounding's error eps / sqrt(12) of it: sqrt(length / 24) eps.
     """
     return max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def inputs(T, D, width, E, used=None, dtype=torch.float32, shared=True):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
@@ -14,11 +15,6 @@ from acceleron.kernels.reference import dispatch_plan
 
 module = importlib.import_module("acceleron.kernels.grouped_gemm")
 grouped_gemm = module.grouped_gemm
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FACTOR = dict.fromkeys(DTYPES, 1.5)
-if DEVICE == "cpu":
-    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
 NAMES = ("y", "x", "w")
 
 
@@ -28,15 +24,6 @@ def floor(length: int) -> float:
     A partial sum of i unit products is sqrt(i) and each rounding's error eps / sqrt(12) of it: sqrt(length / 24) eps.
     """
     return max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def make_plan(T, E, used=None):

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +18,6 @@ from acceleron.kernels import reference
 
 FACTOR = 1.5
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -2,28 +2,16 @@
 
 import pytest
 import torch
+from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron.kernels import reference
 from acceleron.kernels.rms_norm import rms_norm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FACTOR = dict.fromkeys(DTYPES, 1.5)
-if DEVICE == "cpu":
-    # The interpreter cuts bf16 off where a GPU rounds: twice the error, and of the same sign in three casts in a row.
-    FACTOR[torch.bfloat16] *= 4
+# The interpreter cuts bf16 off three times in a row, with errors of the same sign.
+FACTOR = FACTOR | {torch.bfloat16: FACTOR[torch.bfloat16] * (2 if DEVICE == "cpu" else 1)}
 # A GPU's rsqrt is approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
 EPS = 1e-6
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def run(function, x, weight, residual, grads):

@@ -2,24 +2,15 @@
 
 import pytest
 import torch
+from compare import DEVICE, error, randn
 
 from acceleron.kernels import reference, router
 from acceleron.kernels.router import router_logits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 1.5
 # Three TF32 products on a GPU stand for one of fp32, to within a few of its last bits.
 LOGITS_FACTOR = {"cuda": 8, "cpu": FACTOR}[DEVICE]
 NAMES = ("logits", "x.grad", "weight.grad")
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
 
 
 def run(op, x, weight, grad):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from compare import DEVICE, error, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from acceleron.kernels import reference
 from acceleron.kernels.routing import dispatch_plan, route_top2
 
 module = importlib.import_module("acceleron.kernels.routing")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 1.5
 # A GPU's exp, log and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
@@ -24,15 +24,6 @@ LOSSES = ("weights", "z_loss", "balance_loss")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow|divide by zero|All-NaN slice) encountered:RuntimeWarning"
 )
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def tensor(values, dtype=torch.float32):

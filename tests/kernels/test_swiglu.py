@@ -2,26 +2,13 @@
 
 import pytest
 import torch
+from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron.kernels import reference
 from acceleron.kernels.swiglu import swiglu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FACTOR = dict.fromkeys(DTYPES, 1.5)
-if DEVICE == "cpu":
-    FACTOR[torch.bfloat16] *= 2  # the interpreter cuts off where a GPU rounds, and tests the rest of the path
 # A GPU's exp and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def run(function, gate_up, grad):

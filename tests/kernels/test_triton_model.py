@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from compare import error
 
 from acceleron import Acceleron, ModelConfig, kernels
 from acceleron.config import PRESETS
@@ -33,11 +34,6 @@ CONFIG = ModelConfig(
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
     monkeypatch.setattr(kernels, "_choice", kernels._choice)
-
-
-def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
-    return ((result.double() - truth).norm() / truth.norm()).item()
 
 
 def build(dtype=torch.float32):

@@ -121,9 +121,12 @@ def test_golden_losses(data_dir, tmp_path):
     if golden["machine"] == machine:
         assert losses == golden["losses"]
     else:
-        # Other hardware rounds differently, which twenty steps amplify: to 0.4 % between AVX2 and AVX-512.
-        assert np.array(losses[:10]) == pytest.approx(np.array(golden["losses"][:10]), rel=1e-3)
-        assert np.array(losses) == pytest.approx(np.array(golden["losses"]), rel=1e-2)
+        # Other hardware rounds differently, which twenty steps amplify: between AVX2 and AVX-512 from 3e-5 up to the
+        # ninth step to 3e-4 of the cross-entropy and 4e-3 of the rest.
+        losses, golden = np.array(losses), np.array(golden["losses"])
+        assert losses[:9] == pytest.approx(golden[:9], rel=1e-4)
+        assert losses[:, 0] == pytest.approx(golden[:, 0], rel=1e-3)
+        assert losses == pytest.approx(golden, rel=1e-2)
 
 
 def _cpuinfo() -> list[str]:
