@@ -1,17 +1,25 @@
-"""python -m bench compile | roofline | tune: what each does, and its flags, with --help."""
+"""python -m bench throughput | quality | memory | ops | report | peers | decoding | loader | compile | roofline | tune
+
+What each does, and its flags, with --help.
+"""
 
 import importlib
 import sys
 
-COMMANDS = ("compile", "roofline", "tune")
+from acceleron.errors import run_command
+
+COMMANDS = (
+    "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "compile", "roofline", "tune",
+)  # fmt: skip
 
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(__doc__)
+        sys.exit(__doc__.rstrip())
     command = sys.argv.pop(1)
     sys.argv[0] = f"python -m bench {command}"
-    importlib.import_module(f"bench.{command}").main()
+    sys.exit(run_command(importlib.import_module(f"bench.{command}").main))
 
 
-main()
+if __name__ == "__main__":
+    main()
