@@ -1,10 +1,13 @@
 """What a device is and can: its resolution from a flag, dtype, compiler, peak rate and memory."""
 
 import os
+import re
 import resource
 import shutil
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -81,8 +84,20 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most ever allocated, elsewhere the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device):
+    """Let `peak_memory` count from now on; for a CPU that is possible on Linux alone, and elsewhere does nothing."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def total_memory(device: torch.device) -> int:

@@ -53,15 +53,6 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     config = model_config(options, tokenizer)
     if options.seq_len > config.max_seq_len:
         raise InputError(f"--seq_len {options.seq_len} is longer than the model's {config.max_seq_len}")
-    loader = Loader(
-        shards,
-        seq_len=options.seq_len,
-        batch_size=options.batch_size,
-        vocab_size=config.vocab_size,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        pin_memory=device.type == "cuda",
-    )
     save_dir = Path(options.save_dir)
     continued = options.resume and Path(options.resume).resolve().parent == save_dir.resolve()
     if not continued and not options.memory_test and any(save_dir.glob("checkpoint_*.pt")):
@@ -73,10 +64,8 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     if tokenizer_path and tokenizer_copy.is_file() and tokenizer_copy.read_bytes() != tokenizer_path.read_bytes():
         raise InputError(f"{tokenizer_copy} is another tokenizer than {tokenizer_path}: name another --save_dir")
 
-    torch.manual_seed(options.seed)
-    model = Acceleron(config, compute_dtype=dtype).to(device)
-    model.gradient_checkpointing = not options.no_gradient_checkpointing
-    optimizer = build_optimizer(model, options.weight_decay)
+    run = Run(options, config, shards, device, dtype)
+    model, optimizer, loader = run.model, run.optimizer, run.loader
     step = tokens = 0
     if options.resume:
         checkpoint = load_checkpoint(options.resume)
@@ -89,8 +78,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
             raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
 
     say = _announce(options, config, model, device, dtype, provider, loader)
-    first_batch = next(loader)  # bad data ends here, with nothing written
-    run = _Run(options, model, optimizer, loader, first_batch, device)
+    run.read_ahead()  # bad data ends here, with nothing written
     if options.memory_test:
         run.memory_test(step)
         return
@@ -158,13 +146,31 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     metrics.close()
 
 
-class _Run:
-    """One optimizer step after another; statistics stay on the device until they are read."""
+class Run:
+    """One optimizer step after another; statistics stay on the device until they are read.
 
-    def __init__(self, options, model, optimizer, loader, first_batch, device):
-        self.options, self.model, self.optimizer, self.loader, self.device = options, model, optimizer, loader, device
-        self._waiting = first_batch
+    `context` is to be entered around the steps. Raises InputError for a seq_len that does not suit the shards.
+    """
+
+    def __init__(
+        self, options: TrainOptions, config: ModelConfig, shards: Shards, device: torch.device, dtype: torch.dtype
+    ):
+        self.options, self.device = options, device
+        self.loader = Loader(
+            shards,
+            seq_len=options.seq_len,
+            batch_size=options.batch_size,
+            vocab_size=config.vocab_size,
+            seed=options.seed,
+            num_workers=options.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        torch.manual_seed(options.seed)
+        self.model = Acceleron(config, compute_dtype=dtype).to(device)
+        self.model.gradient_checkpointing = not options.no_gradient_checkpointing
+        self.optimizer = build_optimizer(self.model, options.weight_decay)
         self.context = best_sdpa() if device.type == "cuda" else nullcontext()
+        self._waiting = None
         self._reset_statistics()
 
     def _reset_statistics(self):
@@ -172,6 +178,11 @@ class _Run:
         self._micro_batches = 0
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._counts_LE = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=self.device)
+
+    def read_ahead(self) -> torch.Tensor:
+        """The first batch, which the first step will take."""
+        self._waiting = next(self.loader)
+        return self._waiting
 
     def _next_batch(self) -> torch.Tensor:
         batch, self._waiting = (next(self.loader) if self._waiting is None else self._waiting), None

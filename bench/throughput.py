@@ -1,0 +1,179 @@
+"""Training tokens/s end to end: forward, backward, optimizer and the real data loader, for the MoE and its dense twin.
+
+Each size is trained as MoE and as dense twin, by the Triton kernels where they can run and by the reference, in modes:
+  compiled            torch.compile, all activations kept
+  eager               without torch.compile
+  checkpointed        compiled, with gradient checkpointing
+  eager-checkpointed  both
+  balanced            compiled, and the MoE's router is made to choose all experts alike
+  predecessor         batch 32, accumulation 4, compiled, with gradient checkpointing: the predecessor's own command
+
+All that is trained in one mode of one size is measured in turns, round by round, each in a process of its own, so that
+what slows the machine for a while slows all, and ratios are taken round by round. The text is the source of Python's
+library. Before its timing each process takes the gradients of one batch, which are compared with those of an fp32 run
+of the plain reference: the error may be twice that of the plain reference in the same dtype. Utilisation (MFU) is of
+the FLOPs of the active parameters; recomputation does not count.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from acceleron import kernels
+from acceleron.config import PRESETS
+from acceleron.device import DTYPES, peak_flops, resolve_device, resolve_dtype
+from acceleron.errors import InputError
+from acceleron.training.options import TrainOptions
+
+from .corpus import write_corpus
+from .results import Results
+from .timing import spread
+from .worker import NANO_VOCAB, Case, Truths, Worker
+
+
+class Mode(NamedTuple):
+    compiled: bool
+    checkpointing: bool
+    balanced: bool = False
+
+
+MODES = {
+    "compiled": Mode(True, False),
+    "eager": Mode(False, False),
+    "checkpointed": Mode(True, True),
+    "eager-checkpointed": Mode(False, True),
+    "balanced": Mode(True, False, True),
+    "predecessor": Mode(True, True),
+}
+# Sequences a micro-batch, and their length.
+GPU_BATCH, GPU_SEQ_LEN = {"nano": 64, "tiny": 32, "small": 16, "medium": 8, "large": 4}, 2048
+CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
+CORPUS_CHARACTERS = 4_000_000
+
+
+def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
+    """MoE and dense twin by Triton where it can run, and by the reference; with Triton, one dense twin is enough."""
+    compiled, checkpointing, balanced = MODES[mode]
+    on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
+    batch_size = arguments.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)[size]
+    options = TrainOptions(
+        data_dir=data_dir,
+        model_size=size,
+        batch_size=32 if predecessor else batch_size,
+        grad_accum=4 if predecessor else arguments.grad_accum,
+        seq_len=arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN),
+        dtype=arguments.dtype,
+        device=str(device),
+        no_compile=not compiled,
+        no_gradient_checkpointing=not checkpointing,
+        num_workers=2 if on_gpu else 0,
+    )
+    try:
+        kernels.select("triton", device)
+        served = [("triton", False), ("triton", True), ("reference", False)]
+    except ValueError:
+        served = [("reference", False), ("reference", True)]
+    return [Case(dataclasses.replace(options, dense=dense, kernels=by), balanced) for by, dense in served]
+
+
+def measure(cases: list[Case], truths: Truths, rounds: int, seconds: float) -> Iterator[tuple[Case, dict]]:
+    """Train the cases in turns; each one's figures, or the reason why there are none."""
+    workers = []
+    for case in cases:
+        path, made = truths[case]
+        if "failed" in made:
+            yield case, {"failed": f"the plain reference: {made['failed']}"}
+        else:
+            workers.append(Worker(case, path))
+    for count in range(rounds):
+        for worker in workers[:: -1 if count % 2 else 1]:  # back and forth, lest one always follow the same other
+            worker.round(seconds)
+    for worker in workers:
+        worker.finish()
+        yield worker.case, worker.row | {"rounds": worker.rounds}
+
+
+def row_of(case: Case, mode: str, dtype: str, figures: dict, peak: float) -> dict:
+    """A row of throughput.jsonl."""
+    options = case.options
+    row = {
+        "size": options.model_size,
+        "model": "dense" if options.dense else "moe",
+        "kernels": options.kernels,
+        "mode": mode,
+        "compiled": not options.no_compile,
+        "checkpointing": not options.no_gradient_checkpointing,
+        "batch_size": options.batch_size,
+        "grad_accum": options.grad_accum,
+        "seq_len": options.seq_len,
+        "dtype": dtype,
+        "routing": None if options.dense else "balanced" if case.balanced else "learned",
+        "group": f"{options.model_size} {mode} {dtype} {options.batch_size}x{options.grad_accum}x{options.seq_len}",
+        **figures,
+    }
+    if "failed" not in figures:
+        median, low, high = spread(figures["rounds"])
+        row |= {"tokens_per_second": median, "tokens_per_second_p20": low, "tokens_per_second_p80": high}
+        row |= {"mfu": median * figures["flops_per_token"] / peak, "peak_flops": peak}
+    return row
+
+
+def print_rows(rows: list[dict]):
+    """Of one group: tokens/s, and the MoE's ratio to the dense twin, taken round by round."""
+    twins = [row for row in rows if row["model"] == "dense" and "failed" not in row]
+    for row in rows:
+        name = f"{row['group']:44} {row['model']:5} {row['kernels']:9}"
+        if "failed" in row:
+            tqdm.write(f"{name} FAILED: {row['failed']}")
+            continue
+        ratio = ""
+        if twins and row["model"] == "moe":
+            ratios = [a / b for a, b in zip(row["rounds"], twins[0]["rounds"], strict=True)]
+            ratio = "  MoE / dense twin {:.3f} ({:.3f} .. {:.3f})".format(*spread(ratios))
+        tqdm.write(
+            f"{name} {row['tokens_per_second']:>11,.0f} tokens/s ({row['tokens_per_second_p20']:,.0f} .. "
+            f"{row['tokens_per_second_p80']:,.0f})  MFU {row['mfu']:.1%}  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+            + ratio
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all on a GPU, all but predecessor on a CPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
+    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of training a round, in whole steps")
+    parser.add_argument("--output", metavar="DIR", help="for throughput.jsonl (default: bench/results/<date>-<device>)")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or not 0 < arguments.seconds < float("inf"):
+        raise InputError("--rounds and --seconds: expected at least one round of some seconds")
+    device = resolve_device(arguments.device)
+    on_gpu = device.type == "cuda"
+    sizes = arguments.size or ([*GPU_BATCH][1:] if on_gpu else ["nano", "tiny"])
+    modes = arguments.mode or [mode for mode in MODES if on_gpu or mode != "predecessor"]
+    dtype = resolve_dtype(arguments.dtype, device)
+    results = Results(arguments.output, "throughput", device)
+    peak, source = peak_flops(device, dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS))
+        print(f"utilisation is against {peak / 1e12:.3g} TFLOP/s, {source}")
+        truths = Truths(directory)
+        groups = [(size, mode) for size in sizes for mode in modes]
+        for size, mode in tqdm(groups, "sizes and modes", dynamic_ncols=True, disable=None):
+            cases = make_cases(size, mode, device, f"{directory}/data", arguments)
+            found = list(measure(cases, truths, arguments.rounds, arguments.seconds))
+            rows = [row_of(case, mode, str(dtype).removeprefix("torch."), figures, peak) for case, figures in found]
+            for row in rows:
+                results.write(row)
+            print_rows(rows)
+    print(f"wrote {results.path}")

@@ -1,0 +1,232 @@
+"""Trainings that are measured in turns, each in a process of its own: a crash ends but one, and memory is its own."""
+
+import math
+import time
+import traceback
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from acceleron import ModelConfig, kernels
+from acceleron.data import Shards
+from acceleron.device import missing_compiler, peak_memory, reset_peak_memory, resolve_dtype, synchronize
+from acceleron.training.loop import Run
+from acceleron.training.metrics import flops_per_token
+from acceleron.training.options import TrainOptions
+
+from .op_shares import op_shares
+
+CONTEXT = get_context("spawn")
+NANO_VOCAB = 2048
+LEARNING_RATE = 3e-4
+# The error that a gradient may have: FLOOR and this multiple of the plain reference's in the same dtype.
+FACTOR, FLOOR = 2.0, 1e-4
+
+
+class Case(NamedTuple):
+    """What one process trains. `balanced`: its router is made to choose all experts alike."""
+
+    options: TrainOptions
+    balanced: bool = False
+
+    @property
+    def truth_key(self) -> tuple:
+        """Equal for cases whose gradients should be."""
+        o = self.options
+        return o.model_size, o.dense, o.batch_size, o.seq_len, o.dtype, self.balanced and not o.dense
+
+    @property
+    def name(self) -> str:
+        return f"{'dense' if self.options.dense else 'MoE'}, {self.options.kernels}"
+
+
+def build(case: Case, plain_dtype: torch.dtype | None = None) -> Run:
+    """The run of a case. With `plain_dtype`: as the plain reference, eager and checkpointed, in this dtype."""
+    options = case.options
+    device = torch.device(options.device)
+    dtype = plain_dtype or resolve_dtype(options.dtype, device)
+    kernels.select("reference" if plain_dtype else options.kernels, device)
+    overrides = {"vocab_size": NANO_VOCAB} if options.model_size == "nano" else {}
+    config = ModelConfig.preset(options.model_size, dense=options.dense, **overrides)
+    run = Run(options, config, Shards(options.data_dir), device, dtype)
+    if plain_dtype:
+        run.model.gradient_checkpointing = True
+    elif not options.no_compile:
+        if missing_compiler(device):
+            raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
+        run.model.compile_blocks()
+    return run
+
+
+def gradients(run: Run) -> dict[str, Tensor]:
+    """Of the first micro-batch, on the CPU. The run still begins with that batch."""
+    input_ids = run.read_ahead().to(run.device)
+    with run.context:
+        run.model(input_ids, labels=input_ids).loss.backward()
+    found = {name: weight.grad.cpu() for name, weight in run.model.named_parameters()}
+    run.model.zero_grad(set_to_none=True)
+    return found
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    """Relative root mean square."""
+    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@contextmanager
+def balanced_routing(on: bool):
+    """The logits of two experts a token are raised by 4, where a fresh router's have a spread of 0.5: all get alike."""
+    router_logits = kernels.router_logits
+
+    def balanced(x_TD, weight_ED):
+        logits_TE = router_logits(x_TD, weight_ED)
+        T, E = logits_TE.shape
+        turns = torch.arange(T, device=x_TD.device)[:, None] - torch.arange(E, device=x_TD.device)
+        return logits_TE + 4.0 * (turns.remainder(E) < 2)
+
+    if on:
+        kernels.router_logits = balanced
+    try:
+        yield
+    finally:
+        kernels.router_logits = router_logits
+
+
+def write_truth(case: Case, path: str):
+    """Save the gradients of fp32 by the plain reference, and its errors in the case's own dtype."""
+    truth = gradients(build(case, torch.float32))
+    dtype = resolve_dtype(case.options.dtype, torch.device(case.options.device))
+    allowed = dict.fromkeys(truth, FLOOR)
+    if dtype != torch.float32:
+        plain = gradients(build(case, dtype))
+        allowed = {name: FLOOR + FACTOR * error(plain[name], truth[name]) for name in truth}
+    torch.save({"truth": truth, "allowed": allowed}, path)
+
+
+def check(run: Run, path: str) -> dict:
+    """The fields of the check: the gradient that is worst in comparison with what is allowed."""
+    saved = torch.load(path, mmap=True)
+    found = gradients(run)
+    errors = {name: error(found[name], truth) for name, truth in saved["truth"].items()}
+    worst = max(errors, key=lambda name: errors[name] / saved["allowed"][name] if errors[name] >= 0 else math.inf)
+    return {
+        "check": f"gradient of {worst} (the worst) against fp32 by the plain reference",
+        "check_error": errors[worst],
+        "check_allowed": saved["allowed"][worst],
+    }
+
+
+class Training:
+    """A case in training, in a process of its own."""
+
+    def __init__(self, case: Case, truth: str):
+        self.case, self.run = case, build(case)
+        self.about = check(self.run, truth)
+        reset_peak_memory(self.run.device)
+        with self.run.context:
+            self.run.step(LEARNING_RATE)  # the optimizer's state is made
+            self.about["step_seconds"] = self.round(1)["seconds"]
+
+    def round(self, steps: int) -> dict:
+        """Seconds of this many steps."""
+        device = self.run.device
+        with self.run.context:
+            if device.type == "cuda":
+                self.run.step(LEARNING_RATE)  # fills the allocator's cache, which was emptied for the others
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.run.step(LEARNING_RATE)
+            synchronize(device)
+            seconds = time.perf_counter() - began
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {"seconds": seconds}
+
+    def finish(self) -> dict:
+        """What is known at the end."""
+        run, options = self.run, self.case.options
+        found = {"peak_memory_bytes": peak_memory(run.device)}
+        statistics = run.read_statistics()
+        names = ("loss", "expert_least_share", "expert_most_share")
+        found |= {name: statistics[name] for name in names if name in statistics}
+        found["flops_per_token"] = flops_per_token(run.model.config, run.model.num_parameters()[1], options.seq_len)
+        with run.context:
+            found["op_shares"] = op_shares(lambda: run.step(LEARNING_RATE), run.device)
+        return found
+
+
+def serve(connection, case: Case, truth: str, make_truth: bool):
+    """A process: makes the truth, or trains and answers until it is told to finish."""
+    try:
+        with balanced_routing(case.balanced):
+            if make_truth:
+                write_truth(case, truth)
+                connection.send({})
+                return
+            training = Training(case, truth)
+            connection.send(training.about)
+            while steps := connection.recv():
+                connection.send(training.round(steps))
+            connection.send(training.finish())
+    except Exception as error:
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        connection.send({"failed": f"{type(error).__name__}: {reason}"})
+
+
+class Worker:
+    """The parent's end of a process that trains a case. `row` has its figures, or `failed`."""
+
+    def __init__(self, case: Case, truth: str, make_truth: bool = False):
+        self.case, self.rounds = case, []
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=serve, args=(theirs, case, truth, make_truth))
+        self.process.start()
+        theirs.close()
+        self.row = self._receive()
+
+    def _receive(self) -> dict:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return {"failed": f"the process ended with status {self.process.exitcode}"}
+
+    def round(self, seconds: float):
+        """Train for about this long, in whole steps, and note the tokens/s."""
+        if "failed" in self.row:
+            return
+        steps = max(1, round(seconds / self.row["step_seconds"]))
+        self.connection.send(steps)
+        answer = self._receive()
+        if "failed" in answer:
+            self.row = answer
+        else:
+            self.rounds.append(steps * self.case.options.tokens_per_step / answer["seconds"])
+
+    def finish(self):
+        if "failed" not in self.row:
+            self.connection.send(0)
+            self.row |= self._receive()
+        self.process.join()
+
+
+class Truths:
+    """The file of true gradients of each case, made once for all that should have the same."""
+
+    def __init__(self, directory: str):
+        self.directory, self.made = directory, {}
+
+    def __getitem__(self, case: Case) -> tuple[str, dict]:
+        """The path, and what its making found: `failed`, or nothing."""
+        key = case.truth_key
+        if key not in self.made:
+            path = f"{self.directory}/{len(self.made)}.pt"
+            maker = Worker(case, path, make_truth=True)
+            maker.process.join()
+            self.made[key] = path, maker.row
+        return self.made[key]
