@@ -1,8 +1,8 @@
 """Is the MoE worth it? Trains it and its dense twin on the same tokens in the same order, with several seeds.
 
-First both are tuned alike: each with the same learning rates, one seed of its own, and a share of the tokens; the best
-rate of each serves in its final runs. These are, for every seed, the dense twin and the MoE on the whole budget, and the
-MoE on smaller budgets, each a run of train.py with its full schedule. From them come
+First both are tuned alike: each with the same learning rates, one seed of its own, and a share of the tokens; the
+best rate of each serves in its final runs. These are, for every seed, the dense twin and the MoE on the whole budget,
+and the MoE on smaller budgets, each a run of train.py with its full schedule. From them come
   - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval (t);
   - the wall clock after which the MoE reaches the dense twin's final loss, as a share of the dense twin's own. A
     seed's MoE runs give its loss as a line in log(tokens) between neighbouring budgets; that line meets the dense
@@ -10,12 +10,13 @@ MoE on smaller budgets, each a run of train.py with its full schedule. From them
 A run's seconds are its tokens over the median of its logged tokens/s, which leaves out compilation and validation. On a
 CPU two runs at a time have a core each, the MoE beside its dense twin, so that what slows the machine slows both.
 
-The text is the source of Python's library, or for the GPU preset of all installed packages; the whole held-out part of
-it is scored at the end, by torch's cross_entropy on logits in fp32, which has to agree with train.py's own figure on the
+The text is the source of Python's library, or for the GPU preset of all installed packages. All of its held-out part
+is scored at the end, by torch's cross_entropy on logits in fp32, which has to agree with train.py's own figure on the
 batches that this one took.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -222,12 +223,12 @@ def paired_difference(rows: list[dict]) -> dict | None:
 
 
 def tokens_to_reach(loss: float, runs: list[dict]) -> float:
-    """Where the line of loss over log(tokens) through two neighbouring runs meets this loss; outside all, the outer two.
+    """Where the line of loss over log(tokens) through two neighbouring runs, or the outer two, meets this loss.
 
     runs: by rising tokens, two or more, with a loss that falls.
     """
     points = [(math.log(run["tokens"]), run["val_loss"]) for run in runs]
-    pairs = list(zip(points, points[1:], strict=False))
+    pairs = list(itertools.pairwise(points))
     (x0, y0), (x1, y1) = next((pair for pair in pairs if loss >= pair[1][1]), pairs[-1])
     return math.exp(x0 + (x1 - x0) * (loss - y0) / (y1 - y0)) if y1 < y0 else math.nan
 
@@ -300,8 +301,8 @@ def main():
             rows = run_all(tuning, preset, directory, results, bar)
             rates = {model: best_rate(rows, model) for model in ("moe", "dense")}
             effort = (
-                f"both models: the best of the learning rates {', '.join(f'{r:g}' for r in preset.rates)} in one run each "
-                f"of {short} of {preset.steps} steps; MoE {rates['moe']:g}, dense twin {rates['dense']:g}"
+                f"both models: the best of the learning rates {', '.join(f'{r:g}' for r in preset.rates)} in one run "
+                f"each of {short} of {preset.steps} steps; MoE {rates['moe']:g}, dense twin {rates['dense']:g}"
             )
             tqdm.write(effort)
             seeds = range(1, preset.seeds + 1)
