@@ -26,7 +26,7 @@ def our_kernels() -> dict[str, str]:
         name: f"kernels/{module.__name__.rpartition('.')[2]}"
         for module in modules
         for name, value in vars(module).items()
-        if name.endswith("_kernel") and getattr(value, "__module__", None) == module.__name__
+        if name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }
 
 

@@ -168,7 +168,7 @@ def main():
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS))
         print(f"utilisation is against {peak / 1e12:.3g} TFLOP/s, {source}")
         truths = Truths(directory)
-        groups = [(size, mode) for size in sizes for mode in modes]
+        groups = [(size, mode) for mode in modes for size in sizes]
         for size, mode in tqdm(groups, "sizes and modes", dynamic_ncols=True, disable=None):
             cases = make_cases(size, mode, device, f"{directory}/data", arguments)
             found = list(measure(cases, truths, arguments.rounds, arguments.seconds))

@@ -3,7 +3,7 @@
 import math
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -172,6 +172,8 @@ def serve(connection, case: Case, truth: str, make_truth: bool):
             while steps := connection.recv():
                 connection.send(training.round(steps))
             connection.send(training.finish())
+    except EOFError:  # the parent has ended
+        return
     except Exception as error:
         traceback.print_exc()
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -189,10 +191,15 @@ class Worker:
         theirs.close()
         self.row = self._receive()
 
+    def _ask(self, steps: int) -> dict:
+        with suppress(BrokenPipeError):  # of a process that has died; the answer says so
+            self.connection.send(steps)
+        return self._receive()
+
     def _receive(self) -> dict:
         try:
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             return {"failed": f"the process ended with status {self.process.exitcode}"}
 
@@ -201,8 +208,7 @@ class Worker:
         if "failed" in self.row:
             return
         steps = max(1, round(seconds / self.row["step_seconds"]))
-        self.connection.send(steps)
-        answer = self._receive()
+        answer = self._ask(steps)
         if "failed" in answer:
             self.row = answer
         else:
@@ -210,8 +216,7 @@ class Worker:
 
     def finish(self):
         if "failed" not in self.row:
-            self.connection.send(0)
-            self.row |= self._receive()
+            self.row |= self._ask(0)
         self.process.join()
 
 

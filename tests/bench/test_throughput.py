@@ -1,0 +1,154 @@
+"""The throughput benchmark's parts: what it checks, what it counts, and what becomes of a process that fails."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from acceleron import kernels
+from acceleron.training.options import TrainOptions
+from bench import op_shares, throughput, worker
+from bench.worker import Case
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Of a nano model on random shards."""
+    directory = tmp_path_factory.mktemp("data")
+    np.save(directory / "shard_00000.npy", np.random.default_rng(0).integers(worker.NANO_VOCAB, size=(8, 2048)))
+    return TrainOptions(
+        data_dir=str(directory), model_size="nano", batch_size=2, seq_len=64, device="cpu", dtype="fp32",
+        kernels="reference", no_compile=True, no_gradient_checkpointing=True, num_workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def selected_kernels():
+    yield
+    kernels.select("auto", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def truth(options, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("truth") / "0.pt")
+    worker.write_truth(Case(options), path)
+    return path
+
+
+def test_the_check_passes_the_reference_and_finds_a_gradient_that_is_one_percent_off(options, truth, monkeypatch):
+    run = worker.build(Case(options))
+    good = worker.check(run, truth)
+    assert good["check_error"] <= good["check_allowed"] <= 1e-4
+    swiglu = kernels.swiglu
+    monkeypatch.setattr(kernels, "swiglu", lambda x: swiglu(x) * 1.01)
+    bad = worker.check(run, truth)
+    assert bad["check_error"] > 5e-3 > bad["check_allowed"]
+
+
+def test_the_check_finds_a_gradient_that_is_not_a_number(options, truth, monkeypatch):
+    run = worker.build(Case(options))
+    with torch.no_grad():
+        run.model.blocks[2].attention_norm.weight[3] = torch.nan
+    bad = worker.check(run, truth)
+    assert not bad["check_error"] <= bad["check_allowed"]
+
+
+def test_the_check_trains_on_nothing(options, truth):
+    run, untouched = worker.build(Case(options)), worker.build(Case(options))
+    worker.check(run, truth)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), untouched.model.parameters(), strict=True))
+    assert run.step(1e-3).item() == pytest.approx(untouched.step(1e-3).item())  # on the same batch, not the next
+
+
+def test_balanced_routing_gives_every_expert_the_same_and_ends_with_its_context(options):
+    ids = torch.randint(worker.NANO_VOCAB, (2, 64))
+    model = worker.build(Case(options)).model
+    with worker.balanced_routing(True):
+        assert (model(ids, ids).counts_LE == 2 * 2 * 64 // 8).all()
+    assert not (model(ids, ids).counts_LE == 2 * 2 * 64 // 8).all()
+
+
+def test_a_step_is_counted_with_all_its_tokens(options, truth):
+    training = worker.Training(Case(options), truth)
+    assert training.round(2)["seconds"] > 0
+    figures = training.finish()
+    assert figures["peak_memory_bytes"] > 4 * 4 * sum(p.numel() for p in training.run.model.parameters())
+    assert sum(figures["op_shares"].values()) == pytest.approx(1)
+    assert figures["op_shares"]["GEMM"] > 0.05
+    # Two of eight experts, at least nothing and at most half of the assignments each.
+    assert 0 <= figures["expert_least_share"] < 1 / 8 < figures["expert_most_share"] <= 0.5
+
+
+class Answers:
+    """A worker process's connection that answers from a list."""
+
+    def __init__(self, *answers):
+        self.answers, self.sent = list(answers), []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def recv(self):
+        return self.answers.pop(0)
+
+
+def test_tokens_per_second_are_the_steps_tokens_over_their_seconds(options):
+    started = worker.Worker.__new__(worker.Worker)
+    started.case, started.rounds, started.row = Case(options), [], {"step_seconds": 0.5}
+    started.connection = Answers({"seconds": 4.0})
+    started.round(3.1)  # 6 steps of 0.5 s are nearest
+    assert started.connection.sent == [6]
+    assert started.rounds == [6 * 2 * 64 / 4.0]
+
+
+def test_a_process_that_dies_or_fails_is_a_failed_row(options, truth):
+    failing = worker.Worker(Case(options), "no truth here")
+    assert "FileNotFoundError" in failing.row["failed"]
+    killed = worker.Worker(Case(options), truth)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    killed.process.join()
+    killed.round(0.01)
+    killed.finish()
+    assert killed.row == {"failed": "the process ended with status -9"}
+    row = throughput.row_of(killed.case, "eager", "float32", killed.row | {"rounds": []}, 1e12)
+    assert row["failed"]
+    assert "tokens_per_second" not in row
+
+
+def test_a_row_has_what_the_report_needs(options):
+    figures = {"rounds": [90.0, 110.0, 100.0, 120.0, 80.0], "flops_per_token": 2e6, "peak_memory_bytes": 1}
+    row = throughput.row_of(Case(options), "eager", "float32", figures, 1e9)
+    assert (row["tokens_per_second"], row["tokens_per_second_p20"], row["tokens_per_second_p80"]) == (100, 88, 112)
+    assert row["mfu"] == pytest.approx(100 * 2e6 / 1e9)
+    assert (row["model"], row["kernels"], row["compiled"], row["routing"]) == ("moe", "reference", False, "learned")
+    dense = throughput.row_of(Case(options.__class__(dense=True)), "balanced", "float32", figures, 1e9)
+    assert dense["routing"] is None
+
+
+def test_cases_are_the_moe_by_both_and_the_twin_by_the_faster():
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1)
+    cases = throughput.make_cases("nano", "predecessor", torch.device("cpu"), "data", arguments)
+    served = [(case.options.kernels, case.options.dense) for case in cases]
+    assert served == [("triton", False), ("triton", True), ("reference", False)]  # interpreted, in these tests
+    assert {(case.options.batch_size, case.options.grad_accum) for case in cases} == {(32, 4)}
+    assert not any(case.options.no_gradient_checkpointing or case.options.no_compile for case in cases)
+
+
+def test_our_kernels_go_by_their_file():
+    found = op_shares.our_kernels()
+    assert found["_up_kernel"] == "kernels/expert_mlp"
+    assert found["_route_kernel"] == "kernels/routing"
+    assert len(found) > 15
+
+
+def test_mistakes_are_told_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["throughput", "--rounds", "0"])
+    with pytest.raises(throughput.InputError, match="--rounds"):
+        throughput.main()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["throughput", "--output", str(tmp_path / "file" / "below")])
+    with pytest.raises(throughput.InputError, match="--output"):
+        throughput.main()
