@@ -1,43 +1,114 @@
-"""transformers' models of the same dimensions, on SDPA and its fastest experts."""
+"""Forward and backward of MoE and dense twin against transformers' models of their dimensions, on the same weights.
+
+python -m bench peers [--size tiny] [--dtype fp32] [--no_compile] [--rounds 5] [--output DIR]
+
+Rows of peers.jsonl: provider, size, model (moe or dense), kernels (None of a peer), dtype, compiled, batch_size,
+seq_len; `rounds`, tokens/s a round, the same round of all providers of a `group` run in turns; their median
+`tokens_per_second`, `tokens_per_second_p20` and `_p80`. A rate's check is of the gradients that a last round, untimed,
+gives (bench/passes.py). No checkpointing and no optimizer.
+"""
+
+import argparse
+import time
+from dataclasses import replace
 
 import torch
-from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM, LlamaConfig, LlamaForCausalLM
+from tqdm import tqdm
 
-from acceleron import ModelConfig
+from acceleron import kernels
+from acceleron.config import PRESETS
+from acceleron.device import DTYPES, missing_compiler, resolve_device, resolve_dtype, synchronize
+from acceleron.errors import InputError
 
-EXPERTS = ("eager", "grouped_mm", "batched_mm")
-
-
-def _shared_fields(config: ModelConfig) -> dict:
-    return dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+from .passes import Run, Truths, build, check, gradients, sample, sdpa, token_ids
+from .results import Results
+from .rounds import print_race, rates
+from .timing import interleave
 
 
-def granite_moe(config: ModelConfig, dtype: torch.dtype, experts: str) -> GraniteMoeSharedForCausalLM:
-    other = GraniteMoeSharedConfig(
-        **_shared_fields(config),
-        intermediate_size=config.d_ff,
-        shared_intermediate_size=config.d_ff_shared,
-        num_local_experts=config.num_experts,
-        num_experts_per_tok=2,
-        attention_multiplier=config.head_dim**-0.5,
-        output_router_logits=True,
-    )
-    return GraniteMoeSharedForCausalLM._from_config(
-        other, attn_implementation="sdpa", experts_implementation=experts, dtype=dtype
-    )
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny", choices=tuple(PRESETS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "reference"))
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_compile", action="store_true", help="run ours in eager mode too, as the peers run")
+    parser.add_argument("--output", help="directory for peers.jsonl (default bench/results/<date>-<device>)")
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    dtype = next(name for name, value in DTYPES.items() if value == resolve_dtype(arguments.dtype, device))
+    longest = PRESETS[arguments.size].max_seq_len
+    for name, most in (("batch_size", 1 << 20), ("seq_len", longest), ("rounds", 1 << 20)):
+        least = 2 if name == "seq_len" else 1
+        if not least <= getattr(arguments, name) <= most:
+            raise InputError(f"--{name} {getattr(arguments, name)}: must be {least} to {most}")
+    try:
+        served = "triton" if kernels.select(arguments.kernels, device).startswith("Triton") else "reference"
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    results = Results(arguments.output, "peers", device)
+    compiled = not arguments.no_compile and missing_compiler(device) is None
+    batch = (arguments.batch_size, arguments.seq_len)
+    common = dict(what="speed", part="model step", size=arguments.size, tokens=batch[0] * batch[1], batch=batch)
+    ours = Run(**common, model="moe", source="ours", kernels=served, dtype=dtype, compiled=compiled)
+    peer = replace(ours, kernels=None, compiled=False)
+    # batched_mm copies an expert's weights for each token: it is made for decoding, and never the fastest here.
+    runs = [ours, replace(ours, model="dense")]
+    runs += [replace(peer, source="eager"), replace(peer, source="grouped_mm")]
+    runs.append(replace(peer, source="llama", model="dense"))
+    rows = race(runs, device, arguments.rounds)
+    for row in rows:
+        results.write(row)
+    print(f"{arguments.size}, {dtype}, {served} kernels, forward and backward of {batch}")
+    moe, twin, *experts, llama = [row["provider"] for row in rows]
+    print_race(rows, [(moe, twin), (twin, llama), *((moe, other) for other in experts)])
 
 
-def llama(config: ModelConfig, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The dense twin's peer."""
-    other = LlamaConfig(**_shared_fields(config), intermediate_size=config.d_ff_dense)
-    return LlamaForCausalLM._from_config(other, attn_implementation="sdpa", dtype=dtype)
+def race(runs: list[Run], device: torch.device, rounds: int) -> list[dict]:
+    """The rows of runs of one shape, raced against each other and checked. What can't be built or run has failed."""
+    models, calls, failed = {}, {}, {}
+    for run in runs:
+        try:
+            kernels.select(run.kernels or "auto", device)
+            models[run] = build(run, device)
+            calls[run] = timed(run, models[run], device)
+            calls[run]()
+        except Exception as error:  # a peer's, of any kind: the others still run
+            reason = "absent" if isinstance(error, ImportError) else "failed"
+            failed[run] = {reason: " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            models.pop(run, None), calls.pop(run, None)
+    seconds = interleave(calls, rounds)
+    truths, rows = Truths(device), {run: run.row() | failed[run] for run in failed}
+    for run in tqdm(sorted(models, key=lambda run: run.model), desc="checks", leave=False, disable=None):
+        calls[run](keep=True)
+        found = sample(gradients(models[run]))
+        del models[run], calls[run]
+        group = f"{run.size}, {run.dtype}, {run.shape()[0]} x {run.shape()[1]}"
+        rows[run] = run.row() | {"group": group} | rates(seconds[run], run.tokens) | check(run, found, truths.of(run))
+    return [rows[run] for run in runs]
+
+
+def timed(run: Run, model: torch.nn.Module, device: torch.device):
+    """A function that runs one forward and backward pass and returns its seconds; the gradients go unless kept."""
+    ids = token_ids(run, model.config.vocab_size).to(device)
+
+    def call(keep: bool = False) -> float:
+        kernels.select(run.kernels or "auto", device)
+        synchronize(device)
+        start = time.perf_counter()
+        with sdpa(device):
+            model(input_ids=ids, labels=ids).loss.backward()
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+        if not keep:
+            model.zero_grad(set_to_none=True)
+        return elapsed
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
