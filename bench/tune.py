@@ -10,7 +10,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -29,10 +28,10 @@ from acceleron.kernels.expert_mlp import expert_up, hidden_grad
 from acceleron.kernels.grouped_gemm import grouped_rows, grouped_weight_grad
 
 from .compile import DTYPES, SIZES, TARGETS, compiling, complaints, describe
+from .timing import FLUSH_BYTES, seconds_of
 
 # A candidate's result may be this many times as far from the fp32 truth as the reference's is in the same dtype.
 FACTOR = 1.5
-FLUSH_BYTES = 1 << 28  # more than any L2 holds
 GATHER_LEFT, GATHER_RIGHT = 1, 2
 
 
@@ -170,23 +169,6 @@ def check(case: Case, truth: tuple[Tensor, ...], allowed: list[float]) -> str | 
     return f"errors {got}, where the reference has {allowed}"
 
 
-def seconds(case: Case, flush: Tensor) -> float:
-    """Of one launch, with nothing of it in the L2."""
-    flush.zero_()
-    if flush.is_cuda:
-        # The device waits for a millisecond or so: by then the host has queued all that is timed.
-        torch.cuda._sleep(2_000_000)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        case.ours(*case.tensors)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    began = time.perf_counter()
-    case.ours(*case.tensors)
-    return time.perf_counter() - began
-
-
 def fastest(case: Case, key: tuple, fit: list[Config], rounds: int, flush: Tensor) -> tuple[Config, float] | None:
     """The fastest candidate with a right result, and its median seconds; None if there is none."""
     truth = case.plain(*(x.float() for x in case.tensors))
@@ -202,7 +184,7 @@ def fastest(case: Case, key: tuple, fit: list[Config], rounds: int, flush: Tenso
     for _ in range(rounds):
         for candidate, measured in times.items():
             use(key, candidate)
-            measured.append(seconds(case, flush))
+            measured.append(seconds_of(lambda: case.ours(*case.tensors), flush.device, flush.zero_))
     ranked = sorted((statistics.median(measured), candidate) for candidate, measured in times.items())
     if not ranked:
         return None
