@@ -1,1 +1,1 @@
-"""Benchmarks. Each module is a command: python -m bench.training, bench.decoding, bench.cross_entropy, bench.loader."""
+"""Benchmarks: `python -m bench` lists the commands, and `pytest bench` times the ops."""

@@ -39,6 +39,7 @@ part() {
         return
     fi
     echo "== $name: python -m bench $* (${SECONDS} s so far, at most $limit s)"
+    [ "$name" = ops ] && unset TRITON_INTERPRET
     timeout -k 10 "$limit" "$python" -m bench "$@"
     local status=$?
     [ $status -eq 0 ] || { echo "== $name: FAILED with status $status" && failed+=("$name"); }
@@ -46,12 +47,12 @@ part() {
 
 run() {
     if [ -n "$smoke" ]; then
-        export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+        export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= # for all but ops: what is interpreted is not timed
         local small=(--batch_size 1 --seq_len 32)
         part kernels 120 ops --size nano --tokens 48 --check_only --dtype fp16 --output "$output"
         part throughput 240 throughput --size nano --mode eager balanced "${small[@]}" --rounds 2 --seconds 0.01 --output "$output"
-        part ops 120 ops --size nano --tokens 48 --dtype fp16 --rounds 2 --output "$output"
         part memory 120 memory --size nano --tokens 32 --output "$output"
+        part ops 120 ops --size nano --tokens 48 --dtype fp32 --rounds 2 --output "$output"
     else
         "$python" -c 'import torch; assert torch.cuda.is_available(), "there is no GPU: see --smoke"' || return 1
         part kernels 120 ops --size tiny small medium large --check_only --output "$output"

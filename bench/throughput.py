@@ -17,6 +17,7 @@ the FLOPs of the active parameters; recomputation does not count.
 
 import argparse
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -143,6 +144,7 @@ def print_rows(rows: list[dict]):
 
 
 def main():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines each time that it is used
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all on a GPU, all but predecessor on a CPU")
