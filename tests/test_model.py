@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from acceleron import Acceleron, ModelConfig
+from acceleron import Acceleron, ModelConfig, kernels
 from acceleron import model as model_module
 from acceleron.errors import InputError
 
@@ -287,3 +288,19 @@ def test_compile_has_one_graph_for_all_blocks_and_routings():
     assert result["breaks"] == 0
     assert result["names"]
     assert max(result["worst"]) < 1e-4
+
+
+def test_the_routed_experts_begin_with_the_contribution_of_the_dense_twins_same_widths():
+    """With two equal weights the sum of two independent experts is as large as one MLP of their joint width."""
+    config = ModelConfig.preset("nano", vocab_size=256)
+    moe, dense = Acceleron(config).blocks[0].moe, Acceleron(replace(config, dense=True)).blocks[0].mlp
+    x, width = torch.randn(512, config.d_model), 2 * config.d_ff
+
+    def mlp(w13, w2):
+        return F.linear(kernels.swiglu(F.linear(x, w13)), w2)
+
+    with torch.no_grad():
+        routed = 0.5 * mlp(moe.w13_E2FD[0], moe.w2_EDF[0]) + 0.5 * mlp(moe.w13_E2FD[1], moe.w2_EDF[1])
+        gate, up = dense.w13.chunk(2)
+        joint = mlp(torch.cat([gate[:width], up[:width]]), dense.w2[:, :width])
+    assert routed.std() / joint.std() == pytest.approx(1, rel=0.1)

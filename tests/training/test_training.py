@@ -39,7 +39,7 @@ def data_dir(tmp_path_factory):
 
 
 def options(data_dir, save_dir, **changes) -> TrainOptions:
-    settings = dict(model_size="nano", vocab_size=64, seq_len=64, batch_size=4, max_steps=12, lr=1e-2, num_workers=0)
+    settings = dict(model_size="nano", vocab_size=64, seq_len=64, batch_size=4, max_steps=12, lr=4e-3, num_workers=0)
     settings |= dict(no_compile=True, device="cpu", dtype="fp32", log_interval=1, eval_interval=6, save_interval=6)
     return TrainOptions(data_dir=str(data_dir), save_dir=str(save_dir), **settings | changes)
 
@@ -61,7 +61,7 @@ def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path):
     assert all(fields <= r.keys() for r in log)
     assert [r["step"] for r in log if "val_loss" in r] == list(range(6, 61, 6))
     assert log[0]["loss"] == pytest.approx(math.log(64), abs=0.2)
-    assert log[-1]["val_loss"] < 3.0  # the unigram entropy is near log 64 = 4.16, the chain's own log 4 = 1.39
+    assert log[-1]["val_loss"] < 2.0  # the unigram entropy is near log 64 = 4.16, the chain's own log 4 = 1.39
     assert log[-1]["tokens"] == 60 * 4 * 64
     assert all(0 < r["mfu"] < 1 for r in log)
     assert {p.name for p in tmp_path.glob("checkpoint_*")} == {f"checkpoint_{s}.pt" for s in range(6, 61, 6)}
