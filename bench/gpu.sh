@@ -50,8 +50,8 @@ run() {
         export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= # for all but ops: what is interpreted is not timed
         local small=(--batch_size 1 --seq_len 32)
         part kernels 120 ops --size nano --tokens 48 --check_only --dtype fp16 --output "$output"
-        part throughput 240 throughput --size nano --mode eager balanced "${small[@]}" --rounds 2 --seconds 0.01 --output "$output"
-        part memory 120 memory --size nano --tokens 32 --output "$output"
+        part throughput 300 throughput --size nano --mode eager "${small[@]}" --rounds 1 --seconds 0.01 --output "$output"
+        part memory 120 memory --size nano --tokens 32 --dtype fp32 --output "$output"
         part ops 120 ops --size nano --tokens 48 --dtype fp32 --rounds 2 --output "$output"
     else
         "$python" -c 'import torch; assert torch.cuda.is_available(), "there is no GPU: see --smoke"' || return 1
