@@ -73,9 +73,9 @@ PRESETS = {
         packages=False,
         batch_size=4,
         seq_len=256,
-        steps=750,
+        steps=600,
         shares=(0.8,),
-        rates=(2e-3, 4e-3, 8e-3),
+        rates=(1e-3, 2e-3, 4e-3),
         tuning_share=0.5,
         seeds=5,
         at_once=2,
@@ -126,7 +126,7 @@ def command(run: Training, preset: Preset, data: str, save_dir: str) -> list[str
     ]
     words += ["--batch_size", str(preset.batch_size), "--seq_len", str(preset.seq_len), "--max_steps", str(run.steps)]
     words += ["--lr", str(run.rate), "--seed", str(run.seed), "--no_gradient_checkpointing", "--num_workers", "0"]
-    words += ["--log_interval", str(max(1, run.steps // 20)), "--eval_interval", str(max(1, run.steps // 6))]
+    words += ["--log_interval", str(max(1, run.steps // 20)), "--eval_interval", str(max(1, run.steps // 4))]
     return [*words, "--save_interval", str(run.steps), *preset.flags]
 
 
@@ -263,6 +263,8 @@ def run_all(
         bar.update(training.steps)
         return row
 
+    if preset.at_once > 1:
+        torch.set_num_threads(1)  # for the scores, which are computed beside another run
     with ThreadPoolExecutor(preset.at_once) as pool:
         return list(pool.map(one, trainings))
 
