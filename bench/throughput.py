@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from acceleron.training.options import TrainOptions
 from .corpus import write_corpus
 from .results import Results
 from .timing import spread
-from .worker import NANO_VOCAB, Case, Truths, Worker
+from .worker import NANO_VOCAB, Case, Worker, train_in_turns
 
 
 class Mode(NamedTuple):
@@ -82,26 +81,9 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
     return [Case(dataclasses.replace(options, dense=dense, kernels=by), balanced) for by, dense in served]
 
 
-def measure(cases: list[Case], truths: Truths, rounds: int, seconds: float) -> Iterator[tuple[Case, dict]]:
-    """Train the cases in turns; each one's figures, or the reason why there are none."""
-    workers = []
-    for case in cases:
-        path, made = truths[case]
-        if "failed" in made:
-            yield case, {"failed": f"the plain reference: {made['failed']}"}
-        else:
-            workers.append(Worker(case, path))
-    for count in range(rounds):
-        for worker in workers[:: -1 if count % 2 else 1]:  # back and forth, lest one always follow the same other
-            worker.round(seconds)
-    for worker in workers:
-        worker.finish()
-        yield worker.case, worker.row | {"rounds": worker.rounds}
-
-
-def row_of(case: Case, mode: str, dtype: str, figures: dict, peak: float) -> dict:
-    """A row of throughput.jsonl."""
-    options = case.options
+def row_of(worker: Worker, mode: str, dtype: str, peak: float) -> dict:
+    """A row of throughput.jsonl, of a finished worker."""
+    case, options, figures = worker.case, worker.case.options, worker.row
     row = {
         "size": options.model_size,
         "model": "dense" if options.dense else "moe",
@@ -118,7 +100,8 @@ def row_of(case: Case, mode: str, dtype: str, figures: dict, peak: float) -> dic
         **figures,
     }
     if "failed" not in figures:
-        median, low, high = spread(figures["rounds"])
+        median, low, high = spread(worker.rounds)
+        row |= {"rounds": worker.rounds}
         row |= {"tokens_per_second": median, "tokens_per_second_p20": low, "tokens_per_second_p80": high}
         row |= {"mfu": median * figures["flops_per_token"] / peak, "peak_flops": peak}
     return row
@@ -169,12 +152,12 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS))
         print(f"utilisation is against {peak / 1e12:.3g} TFLOP/s, {source}")
-        truths = Truths(directory)
+        truths = {}
         groups = [(size, mode) for mode in modes for size in sizes]
         for size, mode in tqdm(groups, "sizes and modes", dynamic_ncols=True, disable=None):
             cases = make_cases(size, mode, device, f"{directory}/data", arguments)
-            found = list(measure(cases, truths, arguments.rounds, arguments.seconds))
-            rows = [row_of(case, mode, str(dtype).removeprefix("torch."), figures, peak) for case, figures in found]
+            workers = train_in_turns(cases, truths, directory, arguments.rounds, arguments.seconds)
+            rows = [row_of(worker, mode, str(dtype).removeprefix("torch."), peak) for worker in workers]
             for row in rows:
                 results.write(row)
             print_rows(rows)

@@ -64,7 +64,7 @@ def build(case: Case, plain_dtype: torch.dtype | None = None) -> Run:
 def gradients(run: Run) -> dict[str, Tensor]:
     """Of the first micro-batch, on the CPU. The run still begins with that batch."""
     input_ids = run.read_ahead().to(run.device)
-    with run.context:
+    with run.context():
         run.model(input_ids, labels=input_ids).loss.backward()
     found = {name: weight.grad.cpu() for name, weight in run.model.named_parameters()}
     run.model.zero_grad(set_to_none=True)
@@ -122,18 +122,21 @@ def check(run: Run, path: str) -> dict:
 class Training:
     """A case in training, in a process of its own."""
 
-    def __init__(self, case: Case, truth: str):
+    def __init__(self, case: Case):
         self.case, self.run = case, build(case)
-        self.about = check(self.run, truth)
+
+    def begin(self, truth: str) -> dict:
+        """Compile and check, with the file of true gradients; the fields of the check, and a step's seconds."""
+        about = check(self.run, truth)
         reset_peak_memory(self.run.device)
-        with self.run.context:
+        with self.run.context():
             self.run.step(LEARNING_RATE)  # the optimizer's state is made
-            self.about["step_seconds"] = self.round(1)["seconds"]
+        return about | {"step_seconds": self.round(1)["seconds"]}
 
     def round(self, steps: int) -> dict:
         """Seconds of this many steps."""
         device = self.run.device
-        with self.run.context:
+        with self.run.context():
             if device.type == "cuda":
                 self.run.step(LEARNING_RATE)  # fills the allocator's cache, which was emptied for the others
             synchronize(device)
@@ -154,54 +157,59 @@ class Training:
         names = ("loss", "expert_least_share", "expert_most_share")
         found |= {name: statistics[name] for name in names if name in statistics}
         found["flops_per_token"] = flops_per_token(run.model.config, run.model.num_parameters()[1], options.seq_len)
-        with run.context:
+        with run.context():
             found["op_shares"] = op_shares(lambda: run.step(LEARNING_RATE), run.device)
         return found
 
 
-def serve(connection, case: Case, truth: str, make_truth: bool):
-    """A process: makes the truth, or trains and answers until it is told to finish."""
+def serve(connection, case: Case, makes_truth: bool):
+    """A process: waits for a truth's path, and makes it; or trains, and answers until it is told to finish."""
     try:
         with balanced_routing(case.balanced):
-            if make_truth:
+            training = None if makes_truth else Training(case)
+            truth = connection.recv()
+            if makes_truth:
                 write_truth(case, truth)
                 connection.send({})
                 return
-            training = Training(case, truth)
-            connection.send(training.about)
+            connection.send(training.begin(truth))
             while steps := connection.recv():
                 connection.send(training.round(steps))
             connection.send(training.finish())
-    except EOFError:  # the parent has ended
+    except EOFError:  # the parent has ended, or needs this one no more
         return
     except Exception as error:
         traceback.print_exc()
         reason = (str(error).strip().splitlines() or [""])[0]
-        connection.send({"failed": f"{type(error).__name__}: {reason}"})
+        with suppress(BrokenPipeError):
+            connection.send({"failed": f"{type(error).__name__}: {reason}"})
 
 
 class Worker:
-    """The parent's end of a process that trains a case. `row` has its figures, or `failed`."""
+    """The parent's end of a process, which starts at once and does nothing on the device before `begin`.
 
-    def __init__(self, case: Case, truth: str, make_truth: bool = False):
-        self.case, self.rounds = case, []
+    `row` then has its figures, or `failed`.
+    """
+
+    def __init__(self, case: Case, makes_truth: bool = False):
+        self.case, self.rounds, self.row = case, [], {}
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=serve, args=(theirs, case, truth, make_truth))
+        self.process = CONTEXT.Process(target=serve, args=(theirs, case, makes_truth))
         self.process.start()
         theirs.close()
-        self.row = self._receive()
 
-    def _ask(self, steps: int) -> dict:
-        with suppress(BrokenPipeError):  # of a process that has died; the answer says so
-            self.connection.send(steps)
-        return self._receive()
-
-    def _receive(self) -> dict:
+    def _ask(self, message: str | int) -> dict:
+        """The answer; of a process that has died, that it has."""
+        with suppress(ConnectionError):  # it may have said why before it ended
+            self.connection.send(message)
         try:
             return self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             self.process.join()
             return {"failed": f"the process ended with status {self.process.exitcode}"}
+
+    def begin(self, truth: str):
+        self.row = self._ask(truth)
 
     def round(self, seconds: float):
         """Train for about this long, in whole steps, and note the tokens/s."""
@@ -215,23 +223,39 @@ class Worker:
             self.rounds.append(steps * self.case.options.tokens_per_step / answer["seconds"])
 
     def finish(self):
-        if "failed" not in self.row:
+        """Ask for the last figures of one that trains, and wait for the process's end."""
+        if self.rounds and "failed" not in self.row:
             self.row |= self._ask(0)
+        self.connection.close()
         self.process.join()
 
 
-class Truths:
-    """The file of true gradients of each case, made once for all that should have the same."""
+def train_in_turns(
+    cases: list[Case], truths: dict[tuple, str], directory: str, rounds: int, seconds: float
+) -> list[Worker]:
+    """Finished workers of the cases. `truths` has the files made so far, by Case.truth_key; missing ones are made.
 
-    def __init__(self, directory: str):
-        self.directory, self.made = directory, {}
-
-    def __getitem__(self, case: Case) -> tuple[str, dict]:
-        """The path, and what its making found: `failed`, or nothing."""
-        key = case.truth_key
-        if key not in self.made:
-            path = f"{self.directory}/{len(self.made)}.pt"
-            maker = Worker(case, path, make_truth=True)
-            maker.process.join()
-            self.made[key] = path, maker.row
-        return self.made[key]
+    All processes start together, as importing and building takes many seconds; the device is one's at a time.
+    """
+    makers = {case.truth_key: Worker(case, makes_truth=True) for case in cases if case.truth_key not in truths}
+    workers = [Worker(case) for case in cases]
+    reasons = {}
+    for key, maker in makers.items():
+        truths[key] = f"{directory}/truth{len(truths)}.pt"
+        maker.begin(truths[key])
+        maker.finish()
+        if "failed" in maker.row:
+            del truths[key]
+            reasons[key] = f"the plain reference: {maker.row['failed']}"
+    for worker in workers:
+        key = worker.case.truth_key
+        if key in truths:
+            worker.begin(truths[key])
+        else:
+            worker.row = {"failed": reasons[key]}
+    for count in range(rounds):
+        for worker in workers[:: -1 if count % 2 else 1]:  # back and forth, lest one always follow the same other
+            worker.round(seconds)
+    for worker in workers:
+        worker.finish()
+    return workers

@@ -102,7 +102,10 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
 
     logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
     # The bar is for people: in a pipe there are only the log lines, which carry the ETA too.
-    with tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True, disable=None) as bar, run.context:
+    with (
+        tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True, disable=None) as bar,
+        run.context(),
+    ):
         while step < options.max_steps:
             lr = learning_rate(step, options)
             grad_norm = run.step(lr)
@@ -149,7 +152,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
 class Run:
     """One optimizer step after another; statistics stay on the device until they are read.
 
-    `context` is to be entered around the steps. Raises InputError for a seq_len that does not suit the shards.
+    `context()` is to be entered around the steps. Raises InputError for a seq_len that does not suit the shards.
     """
 
     def __init__(
@@ -169,7 +172,6 @@ class Run:
         self.model = Acceleron(config, compute_dtype=dtype).to(device)
         self.model.gradient_checkpointing = not options.no_gradient_checkpointing
         self.optimizer = build_optimizer(self.model, options.weight_decay)
-        self.context = best_sdpa() if device.type == "cuda" else nullcontext()
         self._waiting = None
         self._reset_statistics()
 
@@ -178,6 +180,10 @@ class Run:
         self._micro_batches = 0
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._counts_LE = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=self.device)
+
+    def context(self):
+        """A context, good for one use."""
+        return best_sdpa() if self.device.type == "cuda" else nullcontext()
 
     def read_ahead(self) -> torch.Tensor:
         """The first batch, which the first step will take."""
@@ -221,7 +227,7 @@ class Run:
 
     def memory_test(self, step: int):
         """Two steps, as the optimizer's state exists only from the second on; prints the peak."""
-        with self.context:
+        with self.context():
             for offset in range(2):
                 self.step(learning_rate(step + offset, self.options))
         synchronize(self.device)

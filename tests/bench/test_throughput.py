@@ -1,5 +1,6 @@
 """The throughput benchmark's parts: what it checks, what it counts, and what becomes of a process that fails."""
 
+import dataclasses
 import os
 import signal
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from acceleron import kernels
+from acceleron.attention import best_sdpa
 from acceleron.training.options import TrainOptions
 from bench import op_shares, throughput, worker
 from bench.worker import Case
@@ -72,7 +74,11 @@ def test_balanced_routing_gives_every_expert_the_same_and_ends_with_its_context(
 
 
 def test_a_step_is_counted_with_all_its_tokens(options, truth):
-    training = worker.Training(Case(options), truth)
+    training = worker.Training(Case(options))
+    training.run.context = best_sdpa  # a GPU's, which can be entered once only
+    about = training.begin(truth)
+    assert about["step_seconds"] > 0
+    assert about["check_error"] <= about["check_allowed"]
     assert training.round(2)["seconds"] > 0
     figures = training.finish()
     assert figures["peak_memory_bytes"] > 4 * 4 * sum(p.numel() for p in training.run.model.parameters())
@@ -97,35 +103,54 @@ class Answers:
 
 def test_tokens_per_second_are_the_steps_tokens_over_their_seconds(options):
     started = worker.Worker.__new__(worker.Worker)
-    started.case, started.rounds, started.row = Case(options), [], {"step_seconds": 0.5}
-    started.connection = Answers({"seconds": 4.0})
+    started.case, started.rounds = Case(options), []
+    started.connection = Answers({"step_seconds": 0.5}, {"seconds": 4.0})
+    started.begin("path")
     started.round(3.1)  # 6 steps of 0.5 s are nearest
-    assert started.connection.sent == [6]
+    assert started.connection.sent == ["path", 6]
     assert started.rounds == [6 * 2 * 64 / 4.0]
 
 
-def test_a_process_that_dies_or_fails_is_a_failed_row(options, truth):
-    failing = worker.Worker(Case(options), "no truth here")
+def test_a_process_that_dies_or_fails_is_a_failed_row(options, truth, tmp_path):
+    failing, killed = worker.Worker(Case(options)), worker.Worker(Case(options))
+    failing.begin("no truth here")
     assert "FileNotFoundError" in failing.row["failed"]
-    killed = worker.Worker(Case(options), truth)
+    killed.begin(truth)
+    assert killed.row["check_error"] <= killed.row["check_allowed"]
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.join()
     killed.round(0.01)
-    killed.finish()
+    for each in (failing, killed):
+        each.finish()
     assert killed.row == {"failed": "the process ended with status -9"}
-    row = throughput.row_of(killed.case, "eager", "float32", killed.row | {"rounds": []}, 1e12)
+    row = throughput.row_of(killed, "eager", "float32", 1e12)
     assert row["failed"]
     assert "tokens_per_second" not in row
 
 
+def test_without_a_truth_nothing_is_measured(options, tmp_path):
+    """The plain reference fails on data that is not there, and so do all who would be held against it."""
+    gone = dataclasses.replace(options, data_dir=str(tmp_path / "gone"))
+    (found,) = worker.train_in_turns([Case(gone)], truths := {}, str(tmp_path), 1, 0.01)
+    assert "the plain reference: InputError" in found.row["failed"]
+    assert found.rounds == []
+    assert truths == {}
+
+
+def finished(case: Case, **figures) -> worker.Worker:
+    found = worker.Worker.__new__(worker.Worker)
+    found.case, found.rounds, found.row = case, [90.0, 110.0, 100.0, 120.0, 80.0], figures
+    return found
+
+
 def test_a_row_has_what_the_report_needs(options):
-    figures = {"rounds": [90.0, 110.0, 100.0, 120.0, 80.0], "flops_per_token": 2e6, "peak_memory_bytes": 1}
-    row = throughput.row_of(Case(options), "eager", "float32", figures, 1e9)
+    figures = {"flops_per_token": 2e6, "peak_memory_bytes": 1}
+    row = throughput.row_of(finished(Case(options), **figures), "eager", "float32", 1e9)
     assert (row["tokens_per_second"], row["tokens_per_second_p20"], row["tokens_per_second_p80"]) == (100, 88, 112)
     assert row["mfu"] == pytest.approx(100 * 2e6 / 1e9)
     assert (row["model"], row["kernels"], row["compiled"], row["routing"]) == ("moe", "reference", False, "learned")
-    dense = throughput.row_of(Case(options.__class__(dense=True)), "balanced", "float32", figures, 1e9)
-    assert dense["routing"] is None
+    dense = finished(Case(dataclasses.replace(options, dense=True), balanced=True), **figures)
+    assert throughput.row_of(dense, "balanced", "float32", 1e9)["routing"] is None
 
 
 def test_cases_are_the_moe_by_both_and_the_twin_by_the_faster():
