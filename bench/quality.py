@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from acceleron import Acceleron
+from acceleron import Acceleron, kernels
 from acceleron.data import Shards, validation_batches
 from acceleron.data.loader import Chunks
 from acceleron.device import resolve_device
@@ -294,6 +294,7 @@ def main():
     if preset.steps < 20 or preset.seeds < 2 or not all(0 < rate < math.inf for rate in preset.rates):
         raise InputError("--steps: at least 20; --seeds: at least 2; --lr: above 0")
     results = Results(arguments.output, "quality", torch.device("cuda" if name == "gpu" else "cpu"))
+    kernels.select("reference", device)  # of the scores, which are train.py's check
     short = round(preset.steps * preset.tuning_share)
     tuning = [Training(m, TUNING_SEED, rate, short, "tuning") for rate in preset.rates for m in ("moe", "dense")]
     with tempfile.TemporaryDirectory() as directory:
