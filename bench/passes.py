@@ -28,9 +28,9 @@ PEERS = {
     "liger": "Liger's fused_moe in our layer",
     "torch": "torch, all logits",
 }
-# Factor of the reference's error, and floor. In bf16 the peers round their router's logits, and with those the choice
-# of experts, layer by layer, which is worth a third of a router's gradient.
-OURS = {"fp32": (1.5, 4e-6), "bf16": (1.5, 4e-3)}
+# Factor of the reference's error, and floor. In bf16 compiled passes round elsewhere than eager ones, and tokens near a
+# tie choose other experts; the peers round their router's logits too, which is worth a third of a router's gradient.
+OURS = {"fp32": (1.5, 4e-6), "bf16": (2, 4e-3)}
 PEER = {"fp32": (4, 1e-4), "bf16": (4, 0.4)}
 MOST = 0.5  # a gradient of zeros has an error of 1
 
