@@ -339,3 +339,16 @@ def test_custom_ops_pass_opcheck():
     torch.library.opcheck(ops.sort_by_expert, (torch.tensor([[1, 0], [2, 1]], dtype=torch.int32), 3))
     torch.library.opcheck(ops.grouped_rows, (randn(6, 8), randn(3, 8, 4), offsets))
     torch.library.opcheck(ops.grouped_weight_grad, (randn(6, 8), randn(6, 4), offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(1,), (65,), (0, 1, 63, 64, 65, 0, 130, 7), (3, 200, 0), (40, 40, 40, 40)])
+def test_grouped_gemm_in_16_bits_gives_every_row_its_own_expert(sizes, dtype):
+    """There it multiplies more rows than an expert's, next to the end those before them: none may be left wrong."""
+    N, experts = sum(sizes), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x, w = randn(N, 16, dtype=dtype), randn(len(sizes), 24, 16, seed=1, dtype=dtype)
+    offsets = F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).int()
+    y = reference.grouped_gemm(x, w, reference.Plan(None, None, offsets))
+    truth = torch.einsum("nd,nfd->nf", x.double(), w.double()[experts])
+    # One rounding of a sum of 16 products, each of them exact in fp32.
+    assert ((y.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-5).all()
