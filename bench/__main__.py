@@ -14,6 +14,9 @@ COMMANDS = (
 
 
 def main():
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__.rstrip())
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(__doc__.rstrip())
     command = sys.argv.pop(1)

@@ -43,7 +43,7 @@ def write_corpus(directory: str | Path, vocab_size: int, characters: int, packag
             for file in files:
                 try:
                     text = file.read_text(encoding="utf-8")
-                except UnicodeDecodeError:  # a few of the library's are Latin-1
+                except (OSError, UnicodeDecodeError):  # a few of the library's are Latin-1
                     continue
                 lines.write(json.dumps({"text": text}) + "\n")
                 length, num_files = length + len(text), num_files + 1

@@ -25,6 +25,7 @@ are of weights that a check knows: checked are the gradients of the very passes 
 import argparse
 import gc
 import os
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -166,7 +167,7 @@ def measure(run: Run, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
 
 
 def planned(size: str, tokens: int, dtype: str, device: torch.device) -> list[Run]:
-    """Every run of a size, the most telling first."""
+    """Every run of a size."""
     ours = ["triton"] if kernels_run("triton", device) is None else []
     cuda = device.type == "cuda"
     # On a CPU, where compiling takes longest, one block is compiled.
@@ -197,8 +198,8 @@ def planned(size: str, tokens: int, dtype: str, device: torch.device) -> list[Ru
     runs.append(
         Run("peak", "cross-entropy", model="moe", source="torch", **peers | {"tokens": head_tokens(tokens, device)})
     )
-    # Runs of one model, part and number of tokens share their truth.
-    return sorted(runs, key=lambda run: (run.what != "saved", run.part, run.model))
+    # Compiled ones, which take longest, come last; runs of one model, part and number of tokens share their truth.
+    return sorted(runs, key=lambda run: (run.compiled, run.what != "saved", run.part, run.model))
 
 
 def head_tokens(tokens: int, device: torch.device) -> int:
@@ -292,16 +293,17 @@ def main():
     dtype = next(name for name, value in DTYPES.items() if value == resolve_dtype(arguments.dtype, device))
     results, truths, rows = Results(arguments.output, "memory", device), Truths(device), []
     sizes = arguments.size or (["tiny", "small"] if cuda else ["nano", "tiny"])
-    missing = kernels_run("triton", device)
+    missing, failed = kernels_run("triton", device), False
     for run in tqdm([run for size in sizes for run in planned(size, tokens, dtype, device)], disable=None):
         rows.append(attempt(run, device, truths))
-        results.write(rows[-1])
+        failed |= not results.write(rows[-1]) and run.is_ours
     if missing:
         for size in sizes:
             run = Run("saved", "block", size, "moe", "ours", "triton", tokens, dtype)
             rows.append(run.row() | {"absent": missing})
             results.write(rows[-1])
     print_table(rows)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

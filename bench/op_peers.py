@@ -178,7 +178,10 @@ def liger_rope(name: str) -> Provider:
         q, k = function(q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), cos_SC, sin_SC)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    return Provider(name, run, layout=lambda q, k, cos, sin: (q.clone(), k.clone(), cos, sin), in_place=True)
+    def layout(q, k, cos, sin):  # its tables have a batch axis, of 1 where all sequences share them
+        return q.clone(), k.clone(), cos[None], sin[None]
+
+    return Provider(name, run, layout=layout, in_place=True)
 
 
 def liger_rms_norm(name: str) -> Provider:
@@ -199,9 +202,13 @@ def liger_linear_cross_entropy(name: str) -> Provider:
 
 def cut_cross_entropy(name: str) -> Provider:
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
     # Unfiltered: the default drops gradients below eps / 32, which on random data is all but the labels' own. Gradients
     # are added up in the compute dtype, block by block.
-    return Provider(name, partial(function, filter_eps=None), factor=10)
+    def run(x_TD, weight_VD, labels_T):
+        return function(x_TD, weight_VD.to(x_TD.dtype), labels_T, filter_eps=None)
+
+    return Provider(name, run, factor=10)
 
 
 def moe_ops_expert_mlp(name: str) -> Provider:

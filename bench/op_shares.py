@@ -11,11 +11,11 @@ from acceleron.device import synchronize
 
 # Of kernels, and on a CPU of ops, that are not our Triton kernels: the first pattern found in the name says the kind.
 KINDS = (
+    ("compiled elementwise", r"^triton_|compiled"),
     ("attention", r"flash|fmha|attention|sdpa"),
-    ("optimizer", r"adam|multi_tensor|foreach|norm"),
+    ("optimizer", r"adam|multi_tensor|foreach|linalg_vector_norm|lpnorm"),
     ("GEMM", r"gemm|nvjet|cutlass|grouped_mm|::mm|::bmm|::addmm|::mv|matmul|linear"),
     ("copies and fills", r"memcpy|memset|copy|::zero_|::fill_|::cat"),
-    ("compiled elementwise", r"^triton_|compiled"),
 )
 
 

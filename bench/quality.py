@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def train(run: Training, preset: Preset, directory: str) -> dict:
     data, save_dir = f"{directory}/data", f"{directory}/{run.name}"
     row = {"size": preset.size, "model": run.model, "seed": run.seed, "lr": run.rate, "purpose": run.purpose}
     row |= {"tokens": run.steps * preset.batch_size * preset.seq_len}
+    row |= {"batch_size": preset.batch_size, "seq_len": preset.seq_len}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if preset.at_once > 1 else None
     done = subprocess.run(
         command(run, preset, data, save_dir), capture_output=True, text=True, check=False, env=environment
@@ -145,7 +147,9 @@ def train(run: Training, preset: Preset, directory: str) -> dict:
     rate = statistics.median(record["tokens_per_second"] for record in records)
     curve = [[r["tokens"], r["tokens"] / rate, r["val_loss"]] for r in records if "val_loss" in r]
     row |= {"tokens_per_second": rate, "seconds": row["tokens"] / rate, "curve": curve}
-    return row | score(f"{save_dir}/checkpoint_{run.steps}.pt", data, preset, records[-1]["val_loss"])
+    row |= score(f"{save_dir}/checkpoint_{run.steps}.pt", data, preset, records[-1]["val_loss"])
+    shutil.rmtree(save_dir)  # a checkpoint of tiny is 1 GB
+    return row
 
 
 @torch.no_grad()
@@ -195,8 +199,10 @@ T_QUANTILES = {
 
 
 def by_seed(rows: list[dict]) -> dict[int, tuple[dict, list[dict]]]:
-    """Of each seed that has both: the dense twin's final run, and the MoE's by rising budget."""
+    """Of each seed that has both: the dense twin's final run, and the MoE's by rising budget; of the latest command."""
     final = [row for row in rows if row.get("purpose") == "final" and "failed" not in row]
+    latest = max((row.get("date", "") for row in final), default="")
+    final = [row for row in final if row.get("date", "") == latest]  # a command's rows have one date
     found = {}
     for dense in (row for row in final if row["model"] == "dense"):
         moe = [row for row in final if row["model"] == "moe" and row["seed"] == dense["seed"]]
@@ -225,29 +231,36 @@ def paired_difference(rows: list[dict]) -> dict | None:
 def tokens_to_reach(loss: float, runs: list[dict]) -> float:
     """Where the line of loss over log(tokens) through two neighbouring runs, or the outer two, meets this loss.
 
-    runs: by rising tokens, two or more, with a loss that falls.
+    runs: by rising tokens, two or more, with a loss that falls. NaN if it does not, or if the lines meet farther than
+    half of the least budget or twice the largest.
     """
     points = [(math.log(run["tokens"]), run["val_loss"]) for run in runs]
     pairs = list(itertools.pairwise(points))
     (x0, y0), (x1, y1) = next((pair for pair in pairs if loss >= pair[1][1]), pairs[-1])
-    return math.exp(x0 + (x1 - x0) * (loss - y0) / (y1 - y0)) if y1 < y0 else math.nan
+    if y1 >= y0:
+        return math.nan
+    where = x0 + (x1 - x0) * (loss - y0) / (y1 - y0)
+    return math.exp(where) if points[0][0] - math.log(2) <= where <= points[-1][0] + math.log(2) else math.nan
 
 
 def time_to_dense_loss(rows: list[dict]) -> dict | None:
     """The MoE's wall clock to the dense twin's final loss, as a share of the dense twin's own; below 1 it is faster.
 
-    {ratio, low, high, seeds}: the geometric mean over seeds and its 95 % confidence interval. None for fewer than two
-    seeds with MoE runs of several budgets, or where more tokens did not lower the loss.
+    {ratio, low, high, seeds, extrapolated}: the geometric mean over seeds and its 95 % confidence interval, and how
+    many seeds lie outside the budgets that were run. None for fewer than two seeds with MoE runs of several budgets, or
+    where more tokens did not lower the loss.
     """
-    logs = []
+    logs, outside = [], 0
     for dense, moe in by_seed(rows).values():
         if len(moe) > 1:
             seconds_a_token = moe[-1]["seconds"] / moe[-1]["tokens"]
-            logs.append(math.log(tokens_to_reach(dense["val_loss"], moe) * seconds_a_token / dense["seconds"]))
+            tokens = tokens_to_reach(dense["val_loss"], moe)
+            outside += not moe[0]["tokens"] <= tokens <= moe[-1]["tokens"]
+            logs.append(math.log(tokens * seconds_a_token / dense["seconds"]))
     if len(logs) < 2 or not all(map(math.isfinite, logs)):
         return None
     ratio, low, high = (math.exp(value) for value in t_interval(logs))
-    return {"ratio": ratio, "low": low, "high": high, "seeds": len(logs)}
+    return {"ratio": ratio, "low": low, "high": high, "seeds": len(logs), "extrapolated": outside}
 
 
 def run_all(
@@ -298,14 +311,16 @@ def main():
     short = round(preset.steps * preset.tuning_share)
     tuning = [Training(m, TUNING_SEED, rate, short, "tuning") for rate in preset.rates for m in ("moe", "dense")]
     with tempfile.TemporaryDirectory() as directory:
-        print(write_corpus(f"{directory}/data", preset.vocab_size, preset.characters, preset.packages))
+        corpus = write_corpus(f"{directory}/data", preset.vocab_size, preset.characters, preset.packages)
+        print(corpus)
         units = len(tuning) * short + preset.seeds * sum(round(preset.steps * s) for s in (1, 1, *preset.shares))
         with tqdm(total=units, unit="step", dynamic_ncols=True, disable=None) as bar:
-            rows = run_all(tuning, preset, directory, results, bar)
+            rows = run_all(tuning, preset, directory, results, bar, corpus=corpus)
             rates = {model: best_rate(rows, model) for model in ("moe", "dense")}
             effort = (
                 f"both models: the best of the learning rates {', '.join(f'{r:g}' for r in preset.rates)} in one run "
-                f"each of {short} of {preset.steps} steps; MoE {rates['moe']:g}, dense twin {rates['dense']:g}"
+                f"each of {short} of {preset.steps} steps; MoE {rates['moe']:g}, dense twin {rates['dense']:g}. "
+                "Initialisation and loss coefficients are the defaults; what was tried for them is in bench/LOG.md"
             )
             tqdm.write(effort)
             seeds = range(1, preset.seeds + 1)
@@ -315,7 +330,7 @@ def main():
                 for share in preset.shares
                 for seed in seeds
             ]
-            rows = run_all(final, preset, directory, results, bar, tuning=effort)
+            rows = run_all(final, preset, directory, results, bar, corpus=corpus, tuning=effort)
     difference, reached = paired_difference(rows), time_to_dense_loss(rows)
     if difference:
         print(

@@ -41,7 +41,8 @@ def _answer(rows: Rows, device: str) -> str:
         answers.append(
             f"{verdict} for {name}: at equal active parameters the MoE reaches its dense twin's final loss in "
             f"{ratio_text(found['ratio'])} of the twin's wall-clock time (95 % interval {ratio_text(found['low'])} .. "
-            f"{ratio_text(found['high'])}, {found['seeds']} seeds)."
+            f"{ratio_text(found['high'])}, {found['seeds']} seeds"
+            + (f", {found['extrapolated']} of them extrapolated)." if found.get("extrapolated") else ").")
         )
     return " ".join(answers) or UNMEASURED
 
@@ -52,8 +53,12 @@ def _rates(rows: Rows, device: str) -> str:
     for size in dict.fromkeys(row["size"] for row in ours):
         pair = sections.fastest_pair([row for row in ours if row["size"] == size])
         if pair:
-            learned = "" if pair[0]["routing"] == "learned" else f", {pair[0]['routing']} routing"
-            found.append(f"{size} {sections.ratio_cell(*pair)}{learned}")
+            moe = pair[0]
+            how = [moe["dtype"], "compiled" if moe["compiled"] else "eager"]
+            how += ["checkpointed"] * moe["checkpointing"] + [f"{moe['routing']} routing"] * (
+                moe["routing"] != "learned"
+            )
+            found.append(f"{size} {sections.ratio_cell(*pair)} ({', '.join(how)})")
     if not found:
         return "The ratio of their training tokens/s was not measured."
     return f"Training tokens/s, MoE / dense twin: {'; '.join(found)}."

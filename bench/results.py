@@ -15,7 +15,9 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,6 +25,11 @@ import torch
 from acceleron.errors import InputError
 
 DIRECTORY = Path(__file__).parent / "results"
+# Beside torch: what figures depend on, once it is imported.
+MODULES = (
+    "triton", "transformers", "liger_kernel", "moe_ops", "cut_cross_entropy", "sonicmoe", "scattermoe", "flash_attn",
+    "flash_attn_interface",
+)  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:
@@ -39,21 +46,28 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + if tracked files differ from it; `unknown` outside git."""
+    """The checkout's commit, with a + if tracked files differ from it; outside git ACCELERON_COMMIT, or `unknown`."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    outside = os.environ.get("ACCELERON_COMMIT", "unknown")
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return outside
     if head.returncode:
-        return "unknown"
+        return outside
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--"], capture_output=True, check=False).returncode
     return head.stdout.strip() + "+" * bool(changed)
 
 
 def versions() -> str:
-    """Of Python and what the figures depend on."""
+    """Of Python and, of what the figures can depend on, all that is imported."""
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    for name in ("triton", "transformers"):
+    if torch.version.cuda:
+        found.append(f"CUDA {torch.version.cuda}")
+    for name in MODULES:
         if name in sys.modules:
-            found.append(f"{name} {sys.modules[name].__version__}")
+            with suppress(PackageNotFoundError):
+                found.append(f"{name} {version(name)}")
     return ", ".join(found)
 
 
@@ -87,13 +101,14 @@ class Results:
         except OSError as error:
             raise InputError(f"--output {self.path.parent}: cannot be written ({error.strerror})") from error
 
-    def write(self, row: dict):
-        """Append a row of fields that JSON knows; one that failed its check as such."""
+    def write(self, row: dict) -> bool:
+        """Append a row of fields that JSON knows; one that failed its check as such. Whether it has not failed."""
         if complaint(row):
             kept = {key: value for key, value in row.items() if isinstance(value, (str, bool, int))}
             row = kept | {"failed": complaint(row)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | self.about | {"versions": versions()}) + "\n")
+        return "failed" not in row
 
 
 def complaint(row: dict) -> str | None:

@@ -23,7 +23,8 @@ def print_race(rows: list[dict], ratios: list[tuple[str, str]] = ()):
     width = max(len(row["provider"]) for row in rows)
     for row in rows:
         values = valid.get(row["provider"])
-        figures = f"{_range(values, '{:.5g}')} tokens/s" if values else complaint(row) or row.get("absent")
+        reason = complaint(row) or row.get("failed") or row.get("absent")
+        figures = f"{_range(values, '{:.5g}')} tokens/s" if values else reason
         print(f"{row['provider']:{width}}  {figures}")
     for one, other in ratios:
         if one in valid and other in valid:

@@ -37,7 +37,7 @@ FIELDS = {
         "op_shares": "shares?",
     },
     "quality": {
-        "size": "text", "model": "model", "seed": "whole", "lr": "positive", "purpose": "purpose", "tokens": "whole",
+        "size": "text", "model": "model", "seed": "whole", "lr": "positive", "purpose": "purpose", "tokens": "count",
         "dtype": "text", "val_loss": "positive", "seconds": "positive", "tokens_per_second": "positive",
         "curve": "curve", "tuning": "text?",
     },
@@ -83,6 +83,7 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "text": ("a text", lambda value: isinstance(value, str)),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "whole": ("a whole number", lambda value: _number(value) and isinstance(value, int) and value >= 0),
+    "count": ("a whole number above 0", lambda value: _positive(value) and isinstance(value, int)),
     "number": ("a finite number", _number),
     "positive": ("a number above 0", _positive),
     "object": ("an object", lambda value: isinstance(value, dict)),
@@ -176,10 +177,13 @@ def latest(name: str, rows: Iterable[dict]) -> list[dict]:
 
 
 def final_runs(rows: Iterable[dict]) -> list[dict]:
-    """The final runs of quality: of each model, seed and budget the latest, whatever its learning rate."""
-    final = sorted((row for row in rows if row["purpose"] == "final"), key=lambda row: row["date"])
-    fields = ("device", "size", "model", "seed", "tokens", "dtype")
-    return list({tuple(row[field] for field in fields): row for row in final}.values())
+    """The final runs of quality: of each device, size and dtype the latest command's, whose rows have one date."""
+    final = [row for row in rows if row["purpose"] == "final"]
+    latest: dict[tuple, str] = {}
+    for row in final:
+        of = row["device"], row["size"], row["dtype"]
+        latest[of] = max(latest.get(of, ""), row["date"])
+    return [row for row in final if row["date"] == latest[row["device"], row["size"], row["dtype"]]]
 
 
 def same_run(row: dict, other: dict) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from acceleron import ModelConfig, kernels
 from acceleron.data import Shards
 from acceleron.device import missing_compiler, peak_memory, reset_peak_memory, resolve_dtype, synchronize
+from acceleron.errors import InputError
 from acceleron.training.loop import Run
 from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
@@ -36,7 +37,7 @@ class Case(NamedTuple):
     def truth_key(self) -> tuple:
         """Equal for cases whose gradients should be."""
         o = self.options
-        return o.model_size, o.dense, o.batch_size, o.seq_len, o.dtype, self.balanced and not o.dense
+        return o.model_size, o.dense, o.batch_size, o.seq_len, o.dtype
 
     @property
     def name(self) -> str:
@@ -77,20 +78,23 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 @contextmanager
-def balanced_routing(on: bool):
-    """The logits of two experts a token are raised by 4, where a fresh router's have a spread of 0.5: all get alike."""
-    router_logits = kernels.router_logits
+def balanced_routing(device: torch.device):
+    """Yields a scalar on the device; when it is 4, each token's two experts are given, by turns, and when 0 learned.
+
+    It is added to the logits of those two, of which a fresh router's have a spread of 0.5. Compiled graphs read it like
+    any tensor, so that the graph that is checked with one value is the graph that is timed with the other.
+    """
+    router_logits, strength = kernels.router_logits, torch.zeros((), device=device)
 
     def balanced(x_TD, weight_ED):
         logits_TE = router_logits(x_TD, weight_ED)
         T, E = logits_TE.shape
         turns = torch.arange(T, device=x_TD.device)[:, None] - torch.arange(E, device=x_TD.device)
-        return logits_TE + 4.0 * (turns.remainder(E) < 2)
+        return logits_TE + strength * (turns.remainder(E) < 2)
 
-    if on:
-        kernels.router_logits = balanced
+    kernels.router_logits = balanced
     try:
-        yield
+        yield strength
     finally:
         kernels.router_logits = router_logits
 
@@ -125,9 +129,15 @@ class Training:
     def __init__(self, case: Case):
         self.case, self.run = case, build(case)
 
-    def begin(self, truth: str) -> dict:
-        """Compile and check, with the file of true gradients; the fields of the check, and a step's seconds."""
+    def begin(self, truth: str, strength: Tensor) -> dict:
+        """Compile and check, with the file of true gradients; the fields of the check, and a step's seconds.
+
+        The check is with given experts: in 16 bits tokens near a tie choose others, and what they change in a gradient
+        would hide an error of a kernel.
+        """
+        strength.fill_(4.0)
         about = check(self.run, truth)
+        strength.fill_(4.0 * self.case.balanced)
         reset_peak_memory(self.run.device)
         with self.run.context():
             self.run.step(LEARNING_RATE)  # the optimizer's state is made
@@ -165,28 +175,33 @@ class Training:
 def serve(connection, case: Case, makes_truth: bool):
     """A process: waits for a truth's path, and makes it; or trains, and answers until it is told to finish."""
     try:
-        with balanced_routing(case.balanced):
+        device = torch.device(case.options.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with balanced_routing(device) as strength:
             training = None if makes_truth else Training(case)
             truth = connection.recv()
             if makes_truth:
+                strength.fill_(4.0)
                 write_truth(case, truth)
                 connection.send({})
                 return
-            connection.send(training.begin(truth))
+            connection.send(training.begin(truth, strength))
             while steps := connection.recv():
                 connection.send(training.round(steps))
             connection.send(training.finish())
     except EOFError:  # the parent has ended, or needs this one no more
         return
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, InputError):
+            traceback.print_exc()
         reason = (str(error).strip().splitlines() or [""])[0]
         with suppress(BrokenPipeError):
             connection.send({"failed": f"{type(error).__name__}: {reason}"})
 
 
 class Worker:
-    """The parent's end of a process, which starts at once and does nothing on the device before `begin`.
+    """The parent's end of a process, which builds its model at once and does nothing more before `begin`.
 
     `row` then has its figures, or `failed`.
     """

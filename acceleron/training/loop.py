@@ -186,8 +186,9 @@ class Run:
         return best_sdpa() if self.device.type == "cuda" else nullcontext()
 
     def read_ahead(self) -> torch.Tensor:
-        """The first batch, which the first step will take."""
-        self._waiting = next(self.loader)
+        """The batch that the next step will take."""
+        if self._waiting is None:
+            self._waiting = next(self.loader)
         return self._waiting
 
     def _next_batch(self) -> torch.Tensor:

@@ -58,8 +58,27 @@ def test_time_to_the_dense_loss_counts_the_moe_at_its_own_speed():
         rows.append(row("dense", seed, 1000, start - 0.6 * math.log(700), 10.0))
         rows += [row("moe", seed, n, start - 0.6 * math.log(n), 12.0 * n / 1000) for n in (600, 800, 1000)]
     found = quality.time_to_dense_loss(rows)
-    assert found["seeds"] == 3
+    assert (found["seeds"], found["extrapolated"]) == (3, 0)
     assert [found["ratio"], found["low"], found["high"]] == pytest.approx([0.84] * 3)
+
+
+def test_a_loss_beyond_the_budgets_is_said_to_be_extrapolated_and_one_far_beyond_is_unknown():
+    def rows(needed):
+        dense = [row("dense", s, 1000, 8.0 - 0.6 * math.log(needed), 10.0) for s in (1, 2)]
+        return dense + [row("moe", s, n, 8.0 - 0.6 * math.log(n), 0.01 * n) for s in (1, 2) for n in (800, 1000)]
+
+    found = quality.time_to_dense_loss(rows(600))
+    assert (round(found["ratio"], 6), found["extrapolated"]) == (0.6, 2)
+    assert quality.time_to_dense_loss(rows(300)) is None
+    assert quality.time_to_dense_loss(rows(3000)) is None
+
+
+def test_only_the_latest_command_counts():
+    def rows(date, gain):
+        return [row(m, s, 1000, 3.0 - gain * (m == "moe"), 1.0, date=date) for s in (1, 2) for m in ("moe", "dense")]
+
+    found = quality.paired_difference(rows("2026-11-21T10:00:00", 0.5) + rows("2026-11-22T10:00:00", 0.1))
+    assert found["mean"] == pytest.approx(0.1)
 
 
 def test_time_to_the_dense_loss_is_unknown_where_more_tokens_did_not_help():

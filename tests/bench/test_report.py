@@ -184,15 +184,25 @@ def test_the_first_line_says_what_was_not_measured(tmp_path):
     assert page.texts["h1"].startswith("Without a valid measurement: not measured")
 
 
+def test_the_first_line_is_of_the_mode_in_which_the_twin_is_fastest(tmp_path):
+    """The MoE is ahead of it in eager mode, where nobody would train it."""
+    rows = []
+    for compiled, moe, dense in ((False, 120.0, 100.0), (True, 110.0, 200.0)):
+        way = dict(compiled=compiled, group=f"tiny {compiled}")
+        rows += [made_rows.throughput([moe] * 5, **way), made_rows.throughput([dense] * 5, "dense", **way)]
+    page, _ = made(tmp_path, throughput=rows)
+    assert page.texts["h1"].endswith("tiny 0.550 (0.550 .. 0.550) (bf16, compiled).")
+
+
 def test_the_first_line_prefers_learned_routing_and_the_newest_rows(tmp_path):
     new = {"date": "2026-11-23T10:00:00+00:00"}
     rows = [made_rows.throughput([80.0] * 5, **new), made_rows.throughput([100.0] * 5, "dense", **new)]
     rows += [made_rows.throughput([99.0] * 5, routing="balanced", **new)]
     rows += [made_rows.throughput([130.0] * 5), made_rows.throughput([100.0] * 5, "dense")]
     page, _ = made(tmp_path, throughput=rows)
-    assert page.texts["h1"].endswith("dense twin: tiny 0.800 (0.800 .. 0.800).")
+    assert page.texts["h1"].endswith("dense twin: tiny 0.800 (0.800 .. 0.800) (bf16, compiled).")
     page, _ = made(tmp_path, throughput=rows[1:3])
-    assert page.texts["h1"].endswith("tiny 0.990 (0.990 .. 0.990), balanced routing.")
+    assert page.texts["h1"].endswith("tiny 0.990 (0.990 .. 0.990) (bf16, compiled, balanced routing).")
 
 
 def test_the_answer_comes_from_the_runs_and_counts_a_seed_once(tmp_path, monkeypatch):
