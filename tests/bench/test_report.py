@@ -103,9 +103,6 @@ def test_ratios_are_taken_round_by_round_within_a_group(tmp_path):
     page, _ = made(tmp_path, throughput=rows)
     [pair] = page.table("Tokens/s, MoE /")
     assert numbers(pair["MoE / dense twin"]) == [2.0, 0.5, 2.0]
-    ours, theirs = (
-        Page(made(tmp_path, **everything())[0].rawdata).table("Tokens/s; the ratio") if False else (None, None)
-    )
     page, _ = made(tmp_path / "race", peers=everything()["peers"])
     ours, theirs = page.table("Tokens/s; the ratio")
     assert ours["the first of its group / this"] == ""
