@@ -59,7 +59,7 @@ FIELDS = {
 IDENTITY = {
     "throughput": (
         "size", "model", "kernels", "routing", "compiled", "checkpointing", "batch_size", "grad_accum", "seq_len",
-        "dtype",
+        "dtype", "group",
     ),
     "quality": ("size", "model", "seed", "lr", "purpose", "tokens", "dtype"),
     "ops": ("op", "shape", "pass", "provider", "dtype"),

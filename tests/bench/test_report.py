@@ -191,6 +191,16 @@ def test_the_first_line_is_of_the_mode_in_which_the_twin_is_fastest(tmp_path):
     assert page.texts["h1"].endswith("tiny 0.550 (0.550 .. 0.550) (bf16, compiled).")
 
 
+def test_twins_of_two_modes_that_differ_in_the_moes_routing_alone_are_both_kept(tmp_path):
+    rows = []
+    for routing, moe, dense in (("learned", 80.0, 100.0), ("balanced", 99.0, 101.0)):
+        group = f"tiny {routing}"
+        rows += [made_rows.throughput([moe] * 5, routing=routing, group=group)]
+        rows += [made_rows.throughput([dense] * 5, "dense", group=group)]
+    page, _ = made(tmp_path, throughput=rows)
+    assert page.texts["h1"].endswith("tiny 0.800 (0.800 .. 0.800) (bf16, compiled).")
+
+
 def test_the_first_line_prefers_learned_routing_and_the_newest_rows(tmp_path):
     new = {"date": "2026-11-23T10:00:00+00:00"}
     rows = [made_rows.throughput([80.0] * 5, **new), made_rows.throughput([100.0] * 5, "dense", **new)]
