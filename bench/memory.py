@@ -303,7 +303,8 @@ def main():
             rows.append(run.row() | {"absent": missing})
             results.write(rows[-1])
     print_table(rows)
-    sys.exit(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -178,4 +178,5 @@ def main():
                 failed |= not results.write(row)
             print_rows(rows)
     print(f"wrote {results.path}")
-    sys.exit(failed)
+    if failed:
+        sys.exit(1)
