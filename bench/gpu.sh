@@ -54,7 +54,7 @@ run() {
         export CUDA_VISIBLE_DEVICES=
         local small=(--batch_size 1 --seq_len 32)
         TRITON_INTERPRET=1 part kernels 100 ops --size nano --tokens 48 --check_only --dtype fp16 --output "$output"
-        TRITON_INTERPRET=1 part throughput 300 throughput --size nano --mode eager "${small[@]}" --rounds 1 --seconds 0.01 --output "$output"
+        TRITON_INTERPRET=1 part throughput 300 throughput --size nano --mode eager --dtype fp32 "${small[@]}" --rounds 1 --seconds 0.01 --output "$output"
         TRITON_INTERPRET=1 part memory 120 memory --size nano --tokens 32 --dtype fp32 --output "$output"
         part ops 120 ops --size nano --tokens 48 --dtype fp32 --rounds 2 --output "$output"
     else
