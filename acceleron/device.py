@@ -96,6 +96,7 @@ def reset_peak_memory(device: torch.device):
     """Let `peak_memory` count from now on; for a CPU that is possible on Linux alone, and elsewhere does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

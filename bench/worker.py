@@ -39,10 +39,6 @@ class Case(NamedTuple):
         o = self.options
         return o.model_size, o.dense, o.batch_size, o.seq_len, o.dtype
 
-    @property
-    def name(self) -> str:
-        return f"{'dense' if self.options.dense else 'MoE'}, {self.options.kernels}"
-
 
 def build(case: Case, plain_dtype: torch.dtype | None = None) -> Run:
     """The run of a case. With `plain_dtype`: as the plain reference, eager and checkpointed, in this dtype."""
