@@ -29,7 +29,9 @@ def test_smoke_writes_all_results_and_the_report(tmp_path):
     for name in wanted[:4]:
         rows = [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
         assert not [row for row in rows if "failed" in row]
-        assert any("triton" in (row.get("kernels"), row.get("provider")) for row in rows), name
+        served = [row.get("kernels", row.get("provider")) for row in rows if "absent" not in row]
+        # What is timed is not interpreted.
+        assert "reference" in served if name == "ops.jsonl" else "triton" in served, name
 
 
 def test_a_wrong_flag_is_refused_with_the_usage(tmp_path):
