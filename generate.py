@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to p (default 1)")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--seed", type=int, help="makes the draw repeatable")
-    parser.add_argument("--tokenizer", help="default: beside the checkpoint, its data, or pile_tokenizer.json here")
+    parser.add_argument("--tokenizer", help="default: beside the checkpoint, or pile_tokenizer.json here")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()

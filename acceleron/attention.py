@@ -42,7 +42,8 @@ SDPA_BACKENDS = [
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Callable] | None:
     """The name and function of the flash-attn package that serves this device, dtype and head_dim, or None.
 
-    The function takes q (B, S, H, C) and k, v (B, S, G, C) and `causal`, aligned to the last position.
+    The function takes q (B, S, H, C) and k, v (B, S, G, C), `causal`, aligned to the last position, and whether its
+    backward pass is to be `deterministic`.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return None
@@ -62,7 +63,8 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
     """softmax(q k^T * C**-0.5) v over the L >= S positions up to each query's own, where the queries are the last S."""
     flash = flash_attention(q_BSHC.device, q_BSHC.dtype, q_BSHC.shape[-1])
     if flash:
-        out = flash[1](q_BSHC, k_BLGC, v_BLGC, causal=True)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        out = flash[1](q_BSHC, k_BLGC, v_BLGC, causal=True, deterministic=deterministic)
         return out[0] if isinstance(out, tuple) else out  # some releases return the logsumexp too
     (B, S, H, C), (L, G) = q_BSHC.shape, k_BLGC.shape[1:3]
     if S == 1:
@@ -78,8 +80,13 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
 
 
 def best_sdpa():
-    """Context in which SDPA tries its backends fastest first."""
-    return sdpa_kernel(SDPA_BACKENDS, set_priority=True)
+    """Context in which SDPA tries its backends fastest first; where torch is deterministic, those alone that are.
+
+    torch.use_deterministic_algorithms(True) does that by itself: it leaves out cuDNN, and has the backward pass of the
+    flash and efficient backends add in one order. With warn_only=True they warn and add in any.
+    """
+    only_warns = torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    return sdpa_kernel([SDPBackend.MATH] if only_warns else SDPA_BACKENDS, set_priority=True)
 
 
 class Linear(nn.Linear):

@@ -1,5 +1,6 @@
 """The shape of a model, and the named sizes."""
 
+import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 
 from .errors import InputError
@@ -7,10 +8,35 @@ from .kernels.reference import MAX_EXPERTS
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24
+# Far above any model of this kind: a file with larger numbers is damaged or hostile, and is refused before anything of
+# these sizes is made.
+LIMITS = {
+    "vocab_size": MAX_VOCAB_SIZE,
+    "d_model": 1 << 16,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 10,
+    "num_kv_heads": 1 << 10,
+    "d_ff": 1 << 18,
+    "d_ff_shared": 1 << 18,
+    "num_experts": 1 << 10,
+    "max_seq_len": 1 << 20,
+    "rope_theta": 1e12,
+    "norm_eps": 1.0,
+    "z_loss_coef": 1e6,
+    "balance_loss_coef": 1e6,
+}
 
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def brief(value) -> str:
+    """Its repr, cut short; Python refuses to write out an int of thousands of digits."""
+    try:
+        return reprlib.repr(value)[:40]  # a whole repr may be endless: of lists that hold one another many times
+    except ValueError:
+        return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -40,12 +66,18 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type is bool:
+                if type(value) is not bool:
+                    raise InputError(f"config: {field.name} must be true or false, not {brief(value)}")
+                continue
             if field.type is int and (type(value) is not int or value < 1):
-                raise InputError(f"config: {field.name} must be a positive whole number, not {value!r}")
-            if field.type is float and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
-                raise InputError(f"config: {field.name} must be a finite number of at least 0, not {value!r}")
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise InputError(f"config: vocab_size {self.vocab_size} is above {MAX_VOCAB_SIZE}")
+                raise InputError(f"config: {field.name} must be a positive whole number, not {brief(value)}")
+            if field.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
+                raise InputError(f"config: {field.name} must be a finite number of at least 0, not {brief(value)}")
+            if value > LIMITS.get(field.name, value):
+                raise InputError(f"config: {field.name} {brief(value)} is above {LIMITS[field.name]}")
+        if self.rope_theta == 0:
+            raise InputError("config: rope_theta must be above 0")
         if self.d_model % (2 * self.num_heads):
             raise InputError(
                 f"config: d_model {self.d_model} must be num_heads {self.num_heads} times an even head_dim"
@@ -79,9 +111,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
         """The inverse of `to_dict`. Raises InputError for fields that don't exist."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(map(brief, set(values) - {field.name for field in fields(cls)}))
         if unknown:
-            raise InputError(f"config: unknown fields {', '.join(map(str, unknown))}: written by another version?")
+            raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: written by another version?")
         return cls(**values)
 
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -64,7 +64,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if part in name:
                 return tflops * 1e12, f"{part} datasheet"
     size = 4096 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    # A generator of its own: a training run's draws must not depend on how often it was measured.
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=torch.Generator(device))
     best = float("inf")
     for _ in range(6):
         synchronize(device)
@@ -73,6 +74,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best, f"measured on a GEMM of {size}³"
+
+
+@contextmanager
+def deterministic_algorithms():
+    """Only such algorithms of torch's; our kernels always are. Where there is none, it warns."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would fill what torch.empty returns, which is a check for bugs and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def synchronize(device: torch.device):

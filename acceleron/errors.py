@@ -1,4 +1,4 @@
-"""Mistakes of the user, told apart from bugs: the commands print them as one line and exit with status 2."""
+"""What ends a command, told apart from bugs: printed as one line, each kind with its own exit status."""
 
 import os
 import sys
@@ -6,29 +6,50 @@ from collections.abc import Callable
 
 import torch
 
+# What a scheduler may act on; 0 is done, 1 a bug (a traceback says which).
+BAD_INPUT = 2  # as argparse's: the same command would fail again
+FAILED = 3  # the run can't go on as it is; the message says what to change
+STOPPED = 75  # EX_TEMPFAIL: a signal stopped the run and nothing is lost; start it again with --resume auto
+INTERRUPTED = 130  # Ctrl-C, at once
+PIPE_CLOSED = 141
+
 
 class InputError(ValueError):
     """Bad input. The message names the file, flag or value, and the fix."""
 
 
+class RunFailed(RuntimeError):
+    """A run that can't go on. The message says why, what is saved, and what to do."""
+
+
+class RunStopped(Exception):
+    """A run that a signal stopped. The message says what is saved and how to go on."""
+
+
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command; returns its exit status: 0, 2 after an `InputError` or for want of memory, 130 after Ctrl-C."""
+    """Run a command; returns its exit status, one of the above."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError on CUDA; on a CPU a RuntimeError of this wording.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         print("error: out of memory: use a smaller --batch_size, --seq_len or --model_size", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except BrokenPipeError:
         # The reader of a pipe left: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

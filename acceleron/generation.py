@@ -55,13 +55,13 @@ def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
 
 
 def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
-    """The tokenizer asked for, else the one beside the checkpoint, beside its data, or beside the scripts.
+    """The tokenizer asked for, else the one beside the checkpoint or beside the scripts.
 
     Raises InputError if there is none, or if it has more entries than the model.
     """
-    path = find_tokenizer(explicit, Path(checkpoint).parent, Path(contents["options"]["data_dir"]), scripts_dir)
+    path = find_tokenizer(explicit, Path(checkpoint).parent, scripts_dir)
     if path is None:
-        raise InputError(f"no tokenizer beside {checkpoint}, its data, or the scripts: name one with --tokenizer")
+        raise InputError(f"no tokenizer beside {checkpoint} or the scripts: name one with --tokenizer")
     tokenizer = load_tokenizer(path)
     vocab_size = contents["config"].vocab_size
     if tokenizer.get_vocab_size() > vocab_size:

@@ -6,6 +6,7 @@ A command is the module of its name. Behind them:
   ops          op_cases (shapes, FLOPs, bytes), op_peers (who serves an op)
   memory       passes (forward and backward of ours and of peers, checked), transformers_models
   peers        the same, and rounds; so do decoding and loader
+  checkpoints  worker, corpus
   report       rows (what a row needs), sections, page, plots, comparison
   all          results (the rows, and their checks), timing
 """

@@ -1,4 +1,5 @@
-"""python -m bench throughput | quality | memory | ops | report | peers | decoding | loader | compile | roofline | tune
+"""python -m bench throughput | quality | memory | ops | report | peers | decoding | loader | checkpoints |
+                      compile | roofline | tune
 
 What each does, and its flags, with --help.
 """
@@ -9,7 +10,8 @@ import sys
 from acceleron.errors import run_command
 
 COMMANDS = (
-    "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "compile", "roofline", "tune",
+    "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "checkpoints", "compile",
+    "roofline", "tune",
 )  # fmt: skip
 
 

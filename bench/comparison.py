@@ -111,7 +111,7 @@ def _measured(name: str, row: dict) -> Measured:
         return Measured(row["bytes"])
     if name == "quality":
         return Measured(statistics.median(row["losses"]), row["losses"])
-    return Measured(row["tokens_per_second"], row["rounds"])
+    return Measured(row["ratio" if name == "checkpoints" else "tokens_per_second"], row["rounds"])
 
 
 def _comparable(name: str, rows: list[dict]) -> dict[tuple, dict]:
@@ -155,6 +155,6 @@ def _change(name: str, before: dict, after: dict) -> Change:
     if changed(old, new, LOSS_FLOOR if name == "quality" else FLOOR) and not (
         is_peak and abs(new.value - old.value) <= PEAK_NOISE
     ):
-        less_is_better = name in ("ops", "memory", "quality")
+        less_is_better = name in ("ops", "memory", "quality", "checkpoints")
         mark = "improvement" if (new.value < old.value) == less_is_better else "regression"
     return Change(name, after, old.value, new.value, mark)

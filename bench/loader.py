@@ -1,4 +1,4 @@
-"""Tokens/s of the data loader from one process, files cached.
+"""Tokens/s of the data loader with one reader thread, files cached.
 
 python -m bench loader [--batch_size 32] [--rounds 5] [--output DIR]
 

@@ -121,7 +121,7 @@ def command(run: Training, preset: Preset, data: str, save_dir: str) -> list[str
     words += ["--model_size", preset.size, "--vocab_size", str(preset.vocab_size)]
     words += ["--dense"] * (run.model == "dense")
     words += ["--batch_size", str(preset.batch_size), "--seq_len", str(preset.seq_len), "--max_steps", str(run.steps)]
-    words += ["--lr", str(run.rate), "--seed", str(run.seed), "--no_gradient_checkpointing", "--num_workers", "0"]
+    words += ["--lr", str(run.rate), "--seed", str(run.seed), "--no_gradient_checkpointing", "--num_workers", "1"]
     words += ["--log_interval", str(max(1, run.steps // 20)), "--eval_interval", str(max(1, run.steps // 4))]
     return [*words, "--save_interval", str(run.steps), *preset.flags]
 

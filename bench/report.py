@@ -55,9 +55,8 @@ def _rates(rows: Rows, device: str) -> str:
         if pair:
             moe = pair[0]
             how = [moe["dtype"], "compiled" if moe["compiled"] else "eager"]
-            how += ["checkpointed"] * moe["checkpointing"] + [f"{moe['routing']} routing"] * (
-                moe["routing"] != "learned"
-            )
+            how += ["checkpointed"] * moe["checkpointing"] + ["deterministic"] * bool(moe.get("deterministic"))
+            how += [f"{moe['routing']} routing"] * (moe["routing"] != "learned")
             found.append(f"{size} {sections.ratio_cell(*pair)} ({', '.join(how)})")
     if not found:
         return "The ratio of their training tokens/s was not measured."

@@ -31,10 +31,10 @@ RACE = {
 FIELDS = {
     "throughput": {
         "size": "text", "model": "model", "kernels": "text", "compiled": "flag", "checkpointing": "flag",
-        "batch_size": "whole", "grad_accum": "whole", "seq_len": "whole", "dtype": "text", "routing": "text?",
-        "group": "text", **RATES, "mfu": "number?", "flops_per_token": "number?", "peak_flops": "number?",
-        "peak_memory_bytes": "number?", "expert_least_share": "number?", "expert_most_share": "number?",
-        "op_shares": "shares?",
+        "deterministic": "flag?", "batch_size": "whole", "grad_accum": "whole", "seq_len": "whole", "dtype": "text",
+        "routing": "text?", "group": "text", **RATES, "mfu": "number?", "flops_per_token": "number?",
+        "peak_flops": "number?", "peak_memory_bytes": "number?", "expert_least_share": "number?",
+        "expert_most_share": "number?", "op_shares": "shares?",
     },
     "quality": {
         "size": "text", "model": "model", "seed": "whole", "lr": "positive", "purpose": "purpose", "tokens": "count",
@@ -53,6 +53,11 @@ FIELDS = {
         "bytes_per_token_per_layer": "number?", "formula_bytes": "positive?",
     },
     "peers": RACE, "decoding": RACE, "loader": RACE,
+    "checkpoints": {
+        "size": "text", "dtype": "text", "compiled": "flag", "batch_size": "whole", "seq_len": "whole",
+        "interval": "count", "rounds": "rates", "ratio": "positive", "ratio_p20": "positive", "ratio_p80": "positive",
+        "interval_seconds": "positive", "blocked_seconds": "positive", "write_seconds": "positive", "bytes": "count",
+    },
 }  # fmt: skip
 
 # What makes two rows measurements of the same thing; `device` and an op's `sizes` come on top.
@@ -68,6 +73,7 @@ IDENTITY = {
         "what", "size", "part", "provider", "model", "kernels", "tokens", "dtype", "checkpointing", "compiled",
     ),
     **dict.fromkeys(("peers", "decoding", "loader"), ("provider", "size", "dtype", "batch_size", "seq_len", "tokens")),
+    "checkpoints": ("size", "dtype", "compiled", "batch_size", "seq_len", "interval"),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from .rows import Rows
 TITLES = {
     "throughput": "Training throughput", "quality": "Quality", "ops": "Ops", "kernels": "Kernel correctness",
     "memory": "Memory", "peers": "Training against peers", "decoding": "Decoding", "loader": "Data loader",
+    "checkpoints": "Checkpoints",
 }  # fmt: skip
 # A MoE and its twin are compared where these agree; the reference and Triton alike have the fastest twin to beat.
 MODE = ("size", "dtype", "checkpointing", "batch_size", "grad_accum", "seq_len")
@@ -136,12 +137,14 @@ def mode_label(row: dict) -> str:
     """What tells one row of a size and model from another."""
     words = [row["kernels"], *([f"{row['routing']} routing"] if row.get("routing") else [])]
     words += ["compiled" if row["compiled"] else "eager", *["checkpointing"] * row["checkpointing"]]
+    words += ["deterministic"] * bool(row.get("deterministic"))
     return ", ".join([*words, _batch(row), row["dtype"]])
 
 
 _MODEL_MODE = {
     "size": _text("size"), "kernels": _text("kernels"), "routing": _text("routing"), "compiled": _yes("compiled"),
-    "checkpointing": _yes("checkpointing"), "batch × accumulation × sequence": _batch, "dtype": _text("dtype"),
+    "checkpointing": _yes("checkpointing"), "deterministic": _yes("deterministic"),
+    "batch × accumulation × sequence": _batch, "dtype": _text("dtype"),
 }  # fmt: skip
 
 
@@ -326,9 +329,28 @@ def _race(used: list[dict], plots, source) -> list:
     return [table("Tokens/s; the ratio is taken round by round", used, columns)]
 
 
+def _checkpoints(used: list[dict], plots, source) -> list:
+    columns = {head: _text(head) for head in ("size", "dtype")} | {
+        "compiled": _yes("compiled"),
+        "batch × sequence": lambda row: f"{row['batch_size']} × {row['seq_len']}",
+        "steps": _figure("interval"),
+        "with a checkpoint / without": lambda row: (
+            f"{ratio_text(row['ratio'])} {spread(row['ratio_p20'], row['ratio_p80'], ratio_text)}"
+        ),
+        "rounds": _rounds,
+        "without (s)": _figure("interval_seconds"),
+        "training waits (s)": _figure("blocked_seconds"),
+        "written in (s)": _figure("write_seconds"),
+        "MiB": _figure("bytes", 2**20),
+        "error / allowed": _error,
+        "source": source,
+    }
+    return [table("Wall clock of so many steps, with a checkpoint written meanwhile / without", used, columns)]
+
+
 _BLOCKS = {
     "throughput": _throughput, "quality": _quality, "ops": _ops, "kernels": _kernels, "memory": _memory,
-    "peers": _race, "decoding": _race, "loader": _race,
+    "peers": _race, "decoding": _race, "loader": _race, "checkpoints": _checkpoints,
 }  # fmt: skip
 
 
@@ -357,7 +379,10 @@ def compared(found: Comparison, baseline: Rows) -> Section:
     return Section("Against the baseline", [*blocks, sources(baseline.everything())[1]])
 
 
-_FIGURES = {"ops": ("ms", 1e-3), "memory": ("MiB", 2**20), "quality": ("validation loss (nats)", 1)}
+_FIGURES = {
+    "ops": ("ms", 1e-3), "memory": ("MiB", 2**20), "quality": ("validation loss (nats)", 1),
+    "checkpoints": ("wall clock with / without", 1),
+}  # fmt: skip
 
 
 def _change_line(change: Change) -> dict[str, str]:

@@ -6,6 +6,7 @@ Each size is trained as MoE and as dense twin, by the Triton kernels where they 
   checkpointed        compiled, with gradient checkpointing
   eager-checkpointed  both
   balanced            compiled, and the MoE's router is made to choose all experts alike
+  deterministic       compiled, with --deterministic: what it costs on a GPU; on a CPU it changes next to nothing
   predecessor         batch 32, accumulation 4, compiled, with gradient checkpointing: the predecessor's own command
 
 All that is trained in one mode of one size is measured in turns, round by round, each in a process of its own, so that
@@ -43,6 +44,7 @@ class Mode(NamedTuple):
     compiled: bool
     checkpointing: bool
     balanced: bool = False
+    deterministic: bool = False
 
 
 MODES = {
@@ -50,9 +52,11 @@ MODES = {
     "eager": Mode(False, False),
     "checkpointed": Mode(True, True),
     "eager-checkpointed": Mode(False, True),
-    "balanced": Mode(True, False, True),
+    "balanced": Mode(True, False, balanced=True),
+    "deterministic": Mode(True, False, deterministic=True),
     "predecessor": Mode(True, True),
 }
+GPU_MODES = ("deterministic", "predecessor")  # measured on a CPU only if asked for
 # Sequences a micro-batch, and their length.
 GPU_BATCH, GPU_SEQ_LEN = {"nano": 64, "tiny": 32, "small": 16, "medium": 8, "large": 4}, 2048
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
@@ -64,7 +68,7 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
 
     The twin too: compiled, the reference's few ops may serve it better than kernels that inductor can't fuse into.
     """
-    compiled, checkpointing, balanced = MODES[mode]
+    compiled, checkpointing, balanced, deterministic = MODES[mode]
     on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
     batch_size = arguments.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)[size]
     options = TrainOptions(
@@ -75,9 +79,10 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
         seq_len=arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN),
         dtype=arguments.dtype,
         device=str(device),
+        deterministic=deterministic,
         no_compile=not compiled,
         no_gradient_checkpointing=not checkpointing,
-        num_workers=2 if on_gpu else 0,
+        num_workers=2 if on_gpu else 1,
     )
     try:
         kernels.select("triton", device)
@@ -101,6 +106,7 @@ def row_of(worker: Worker, mode: str, dtype: str, peak: float) -> dict:
         "mode": mode,
         "compiled": not options.no_compile,
         "checkpointing": not options.no_gradient_checkpointing,
+        "deterministic": options.deterministic,
         "batch_size": options.batch_size,
         "grad_accum": options.grad_accum,
         "seq_len": options.seq_len,
@@ -141,7 +147,8 @@ def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines each time that it is used
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all on a GPU, all but predecessor on a CPU")
+    text = f"default: all on a GPU, all but {' and '.join(GPU_MODES)} on a CPU"
+    parser.add_argument("--mode", nargs="+", choices=MODES, help=text)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
@@ -161,7 +168,7 @@ def main():
     device = resolve_device(arguments.device)
     on_gpu = device.type == "cuda"
     sizes = arguments.size or ([*GPU_BATCH][1:] if on_gpu else ["nano", "tiny"])
-    modes = arguments.mode or [mode for mode in MODES if on_gpu or mode != "predecessor"]
+    modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
     dtype = resolve_dtype(arguments.dtype, device)
     results, failed = Results(arguments.output, "throughput", device), False
     peak, source = peak_flops(device, dtype)

@@ -14,9 +14,9 @@ from acceleron import ModelConfig, kernels
 from acceleron.data import Shards
 from acceleron.device import missing_compiler, peak_memory, reset_peak_memory, resolve_dtype, synchronize
 from acceleron.errors import InputError
-from acceleron.training.loop import Run
 from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
+from acceleron.training.run import Run
 
 from .op_shares import op_shares
 
@@ -60,7 +60,8 @@ def build(case: Case, plain_dtype: torch.dtype | None = None) -> Run:
 
 def gradients(run: Run) -> dict[str, Tensor]:
     """Of the first micro-batch, on the CPU. The run still begins with that batch."""
-    input_ids = run.read_ahead().to(run.device)
+    run.fetch()
+    input_ids = run.batches[0].to(run.device)
     with run.context():
         run.model(input_ids, labels=input_ids).loss.backward()
     found = {name: weight.grad.cpu() for name, weight in run.model.named_parameters()}

@@ -5,9 +5,11 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from acceleron import attention
 from acceleron.attention import causal_attention
+from acceleron.device import deterministic_algorithms
 
 
 def formula(q, k, v):
@@ -46,8 +48,8 @@ def gpu(monkeypatch):
         calls = []
         for module in modules:
 
-            def flash_attn_func(q, k, v, causal, module=module):
-                calls.append((module, causal))
+            def flash_attn_func(q, k, v, causal, deterministic=False, module=module):
+                calls.append((module, causal, deterministic))
                 out = formula(q.double(), k.double(), v.double()).to(q.dtype)
                 return (out, None) if module == "flash_attn_interface" else out  # some releases return the logsumexp
 
@@ -103,4 +105,49 @@ def test_flash_attn_is_called_with_its_own_layout(gpu, monkeypatch, module, head
     monkeypatch.setattr(attention, "flash_attention", lambda *_: chosen)
     q, k, v = inputs(5, 12, head_dim)
     torch.testing.assert_close(causal_attention(q, k, v), formula(q, k, v))
-    assert calls == [(module, True)]
+    assert calls == [(module, True, False)]
+    with deterministic_algorithms():
+        causal_attention(q, k, v)
+    assert calls[1:] == [(module, True, True)]
+
+
+def test_compiled_flash_attn_is_deterministic_where_torch_is(monkeypatch):
+    """One graph, of which another is made as torch changes: the stub's result says what it was called with."""
+
+    def flash_attn_func(q, k, v, causal, deterministic):
+        return q + 1 if deterministic else q
+
+    monkeypatch.setattr(attention, "flash_attention", lambda *_: ("stub", flash_attn_func))
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="eager")
+    q, k, v = inputs(5, 5, 32)
+    assert torch.equal(compiled(q, k, v), q)
+    with deterministic_algorithms():
+        assert torch.equal(compiled(q, k, v), q + 1)
+    assert torch.equal(compiled(q, k, v), q)
+
+
+def sdpa_backends() -> list[SDPBackend]:
+    """Those that SDPA may take inside of best_sdpa."""
+    enabled = {
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    with attention.best_sdpa():
+        return [backend for backend, is_enabled in enabled.items() if is_enabled()]
+
+
+def test_sdpa_takes_no_backend_that_adds_in_any_order_where_torch_is_deterministic(monkeypatch):
+    """Torch's flash and efficient attention do if it only warns, but not if it raises; then it leaves out cuDNN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        found = {}
+        for enabled, only_warns in ((False, False), (True, True), (True, False)):
+            torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
+            found[enabled, only_warns] = sdpa_backends()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert found[False, False] == found[True, False] == attention.SDPA_BACKENDS
+    assert found[True, True] == [SDPBackend.MATH]

@@ -24,7 +24,7 @@ from acceleron.kernels import launch
 ROOT = Path(__file__).resolve().parents[1]
 # 300 entries, so nano's vocabulary is 384. With 4 rows of data, the first 3 train.
 TRAIN = shlex.split(
-    "--model_size nano --seq_len 32 --batch_size 3 --max_steps 1 --save_dir run --num_workers 0 "
+    "--model_size nano --seq_len 32 --batch_size 3 --max_steps 1 --save_dir run --num_workers 1 "
     "--no_compile --device cpu --kernels reference"
 )
 SHARD = Path("data/shard_00000.npy")

@@ -13,11 +13,17 @@ def download(repo: str, num_shards: int, output: str):
     """Fetch the first `num_shards` shard_*.npy of a dataset repository, and its tokenizer.json if there is one.
 
     Files that are whole already are not fetched again; a broken transfer is taken up where it broke. Raises
-    InputError if the repository can't be reached or has fewer shards.
+    InputError if the repository can't be reached, has fewer shards, or names one so that it would be written elsewhere.
     """
     try:
         names = HfApi().list_repo_files(repo, repo_type="dataset")
         shards = sorted(name for name in names if PurePosixPath(name).match("shard_*.npy"))
+        for name in shards:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise InputError(
+                    f"--repo {repo}: its file {name!r} would be written outside {output}; trust another one"
+                )
         if len(shards) < num_shards:
             raise InputError(f"--shards {num_shards}: {repo} has {len(shards)} shards")
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:

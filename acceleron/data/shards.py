@@ -1,8 +1,17 @@
 """The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids."""
 
+import io
+import math
+import os
+import re
+import sys
+import threading
+import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from ..errors import InputError
 
@@ -10,36 +19,121 @@ ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
 # Of each shard the last rows are held out for validation: contiguous, so that few documents stand in both splits.
 VALIDATION_SHARE = 0.01
+MAX_OPEN_FILES = 128
+MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word alone: 256 GiB as int32
+_HEADER_BYTES = 2**14  # numpy itself refuses longer headers
+
+
+class ShardError(InputError):
+    """A row that can't be read, or holds what it must not. The message names the file, the row and the cause."""
+
+
+class _File:
+    """An open shard, read at offsets: a map would kill the process when the file is truncated under it.
+
+    It closes when the last thread lets go of it, so never under a reader.
+    """
+
+    def __init__(self, fd: int):
+        """Raises InputError, without the path, for what is no shard; OSError if it can't be read."""
+        self.fd = fd
+        self.state = self._state()
+        try:
+            header = io.BytesIO(os.pread(fd, _HEADER_BYTES, 0))
+            read = npy.read_array_header_1_0 if npy.read_magic(header) == (1, 0) else npy.read_array_header_2_0
+            self.shape, fortran_order, self.dtype = read(header)
+            self.offset = header.tell()
+            if self.dtype.kind not in "iu":
+                raise InputError(f"token ids must be integers, but this holds {self.dtype!s:.100}")
+            if len(self.shape) != 2 or min(self.shape) < 1:
+                raise InputError(f"expected shape (sequences, row length), but found {self.shape!s:.100}")
+            if fortran_order:
+                raise InputError("stored in Fortran order; save it from np.ascontiguousarray")
+            size = self.offset + math.prod(self.shape) * self.dtype.itemsize
+            if os.fstat(fd).st_size < size:
+                raise InputError(
+                    f"truncated to {os.fstat(fd).st_size:,} of the {size:,} bytes that its header promises; "
+                    "fetch or prepare it again"
+                )
+        except (OSError, InputError):
+            raise
+        except Exception as error:  # a damaged header fails in many ways: ValueError, TokenError, RecursionError, …
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"damaged or not a .npy file ({reason}); fetch or prepare it again") from error
+
+    def __del__(self):
+        os.close(self.fd)
+
+    def _state(self) -> tuple[int, int, int]:
+        """Differs once the file is replaced, removed or written to; the time alone may be too coarse to tell."""
+        status = os.fstat(self.fd)
+        return status.st_ctime_ns, status.st_size, status.st_nlink
+
+    def read(self, row: int, column: int, count: int) -> np.ndarray:
+        """`count` tokens in the file's dtype. Raises OSError, and InputError if the file is not as it was opened."""
+        tokens = np.empty(count, dtype=self.dtype)
+        position = self.offset + (row * self.shape[1] + column) * self.dtype.itemsize
+        received = os.preadv(self.fd, [tokens], position)
+        # A file written to since its header was read may hold anything at this position.
+        if self._state() != self.state:
+            raise InputError("the file changed while it was read")
+        if received < tokens.nbytes:
+            raise InputError("the file ended early")
+        return tokens
+
+    def checksum(self) -> int:
+        """CRC-32 of the first, the middle and the last row: tells data from other data of the same shape."""
+        rows, row_length = self.shape
+        checksum = 0
+        for row in (0, rows // 2, rows - 1):
+            checksum = zlib.crc32(self.read(row, 0, row_length), checksum)
+        return checksum
 
 
 class Shards:
-    """The rows of a data directory, memory-mapped, split into training and validation.
+    """The rows of a data directory, split into training and validation. Threads may share it.
 
-    Raises InputError for a missing or empty directory, and for a shard that is truncated, not an integer array of
-    two dimensions, or of another row length than the first.
+    `known` is the fingerprint of an earlier run. A shard of it that is now missing, unreadable or of another shape
+    keeps its place, so that every other row keeps its own; a warning names it, and each read from it fails.
+
+    Raises InputError for a missing or empty directory; for a shard that is truncated, not an integer array of two
+    dimensions, or of another row length than the first, unless it keeps its place; if all would; and for a damaged
+    `known`.
     """
 
-    def __init__(self, data_dir: str | Path):
+    def __init__(self, data_dir: str | Path, known: list | None = None):
         directory = Path(data_dir)
         if not directory.is_dir():
             raise InputError(
                 f"data directory {directory} does not exist: make it with `python -m acceleron.data prepare`"
             )
-        self.paths = sorted(directory.glob("shard_*.npy"))
-        if not self.paths:
+        names = {path.name for path in directory.glob("shard_*.npy")}
+        if not names:
             raise InputError(
                 f"data directory {directory} has no shard_*.npy: fill it with `python -m acceleron.data prepare`"
             )
-        self._arrays: dict[int, np.ndarray] = {}
-        shapes = [self.array(index).shape for index in range(len(self.paths))]
-        self.row_length = shapes[0][1]
-        for path, shape in zip(self.paths, shapes, strict=True):
-            if shape[1] != self.row_length:
+        places = {name: place for name, *place in check_fingerprint([] if known is None else known)}
+        self.paths = [directory / name for name in sorted(names | places.keys())]
+        self._lost: dict[int, str] = {}  # the shards that only keep their place, and why
+        self._headers: dict[int, tuple] = {}
+        self._files: OrderedDict[int, _File] = OrderedDict()  # the last one used last
+        self._lock = threading.Lock()
+        self._fingerprint = [self._inspect(index, places.get(path.name)) for index, path in enumerate(self.paths)]
+        if len(self._lost) == len(self.paths):
+            raise InputError(
+                f"cannot resume: the checkpoint's run read other shards than {directory} holds "
+                f"({self.paths[0].name}: {self._lost[0]}); pass the same data"
+            )
+        for index, reason in self._lost.items():
+            print(f"warning: {self.paths[index]}: {reason}; none of its rows can be read", file=sys.stderr)
+        self.row_length = self._fingerprint[0][2]
+        for path, (_, _, row_length, _) in zip(self.paths, self._fingerprint, strict=True):
+            if row_length != self.row_length:
                 raise InputError(
-                    f"{path}: rows of {shape[1]} tokens, but {self.paths[0].name} has rows of {self.row_length}; "
+                    f"{path}: rows of {row_length} tokens, but {self.paths[0].name} has rows of {self.row_length}; "
                     "prepare all shards alike"
                 )
-        self.num_rows = np.array([shape[0] for shape in shapes])
+        self.num_rows = np.array([rows for _, rows, _, _ in self._fingerprint])
         if self.num_rows.sum() < 2:
             raise InputError(f"{self.paths[0]}: one row is not enough, as one is held out; add more text")
         self.num_validation_rows = np.ceil(self.num_rows * VALIDATION_SHARE).astype(int)
@@ -48,27 +142,86 @@ class Shards:
         if not self.num_validation_rows.any():
             self.num_validation_rows[-1] = 1
 
-    def __getstate__(self):
-        # A worker process maps the files itself, rather than receiving their contents.
-        return self.__dict__ | {"_arrays": {}}
+    def _inspect(self, index: int, place: list | None) -> list:
+        """The shard's entry of the fingerprint, from the file; or, for one that is lost, from its place."""
+        path = self.paths[index]
+        try:
+            file = self._file(index)
+            entry = [path.name, *map(int, file.shape), file.checksum()]
+            if place and place[:2] != entry[1:3]:
+                raise InputError(f"its shape is {file.shape}, and was {tuple(place[:2])}")
+        except (OSError, InputError) as error:
+            if place is None:
+                raise InputError(f"{path}: {_reason(error)}") from error
+            self._lost[index] = _reason(error)
+            return [path.name, *place]
+        return entry
 
-    def array(self, index: int) -> np.ndarray:
-        """The memory-mapped shard of this index."""
-        if index not in self._arrays:
-            path = self.paths[index]
+    def _file(self, index: int) -> _File:
+        """The open shard. Raises OSError or, also if its header is not what it was at first, InputError."""
+        if index in self._lost:
+            raise InputError(self._lost[index])
+        with self._lock:
+            file = self._files.get(index)
+            if file:
+                self._files.move_to_end(index)
+                return file
+        # Outside the lock, so that a slow disk holds up nobody else. O_NONBLOCK: a pipe fails instead of waiting.
+        file = _File(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
+        header = (file.shape, file.dtype)
+        noted = self._headers.setdefault(index, header)
+        if header != noted:
+            raise InputError("its header tells of {} {}, and told of {} {}".format(*header, *noted))
+        with self._lock:
+            self._files[index] = file
+            if len(self._files) > MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+    def read(self, shard: int, row: int, column: int, out: np.ndarray):
+        """Fill `out` (int64, 1-D) with the row's tokens from this column on. Raises ShardError."""
+        try:
+            out[:] = self._file(shard).read(row, column, len(out))
+        except (OSError, InputError):
+            # What was open may be stale: once more, from a file opened and inspected anew.
+            with self._lock:
+                self._files.pop(shard, None)
             try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except Exception as error:  # a damaged header fails in many ways: ValueError, BadZipFile, TokenError, …
-                reason = " ".join(str(error).split())
-                raise InputError(f"{path}: damaged or not a .npy file ({reason}); fetch or prepare it again") from error
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-                kind = getattr(array, "dtype", type(array).__name__)
-                raise InputError(f"{path}: token ids must be integers, but this holds {kind}")
-            if array.ndim != 2 or 0 in array.shape:
-                raise InputError(f"{path}: expected shape (sequences, row length), but found {array.shape}")
-            self._arrays[index] = array
-        return self._arrays[index]
+                out[:] = self._file(shard).read(row, column, len(out))
+            except (OSError, InputError) as error:
+                raise ShardError(f"{self.paths[shard]}: row {row} cannot be read: {_reason(error)}") from error
 
     def fingerprint(self) -> list[list]:
-        """[[name, rows, row length], …]: tells whether a saved position still means the same chunks."""
-        return [[path.name, int(rows), self.row_length] for path, rows in zip(self.paths, self.num_rows, strict=True)]
+        """[[name, rows, row length, checksum], …]: tells whether a saved position still means the same chunks.
+
+        Always the same list, not to be changed.
+        """
+        return self._fingerprint
+
+
+def _reason(error: OSError | InputError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file has vanished"
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def check_fingerprint(entries: object) -> list[list]:
+    """A fingerprint out of a checkpoint, which may hold anything. Raises InputError if it can't be one."""
+
+    def valid(entry) -> bool:
+        if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, int, int]:
+            return False
+        name, rows, row_length, checksum = entry
+        return (
+            re.fullmatch(r"shard_[^/\\]*\.npy", name) is not None
+            and name.isprintable()
+            and min(rows, row_length) > 0
+            and rows * row_length <= MAX_TOKENS
+            and 0 <= checksum < 2**32
+        )
+
+    if isinstance(entries, list) and all(map(valid, entries)):
+        names = [entry[0] for entry in entries]
+        if names == sorted(set(names)) and len({entry[2] for entry in entries}) <= 1:
+            return entries
+    raise InputError("cannot resume: the checkpoint's list of shards is damaged; resume from another checkpoint")

@@ -1,5 +1,6 @@
 """Tokenizer files: finding, checking, training one, and the bytes that each token stands for."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,27 +8,99 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from ..config import MAX_VOCAB_SIZE, brief
 from ..errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 MIN_VOCAB_SIZE = 256 + 2  # every byte and the two special tokens
 
+MAX_FILE_BYTES = 64 << 20  # the largest tokenizers of published models take 35 MB
+# What may stand around the model, by its place in the file. The library has more, some of which reserve memory, crash
+# or hang at the word of a file (Precompiled, FixedLength, CTC), as does much of this in too long a sequence.
+PARTS = {
+    "normalizer": "Sequence NFC NFD NFKC NFKD Lowercase StripAccents Strip Prepend Replace BertNormalizer ByteLevel",
+    "pre_tokenizer": "Sequence ByteLevel Split Digits Punctuation Whitespace WhitespaceSplit Metaspace "
+    "BertPreTokenizer CharDelimiterSplit UnicodeScripts",
+    "post_processor": "Sequence ByteLevel TemplateProcessing RobertaProcessing BertProcessing",
+    "decoder": "Sequence ByteLevel BPEDecoder ByteFallback Fuse Metaspace Replace Strip WordPiece",
+}
+CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # the keys under which a Sequence has its parts
+MAX_PARTS = 16
+# Of added tokens, and of a Unigram model's: the library searches for them with tries, of up to 350 bytes a character.
+MAX_TOKEN_LENGTH, MAX_TRIE_LENGTH = 1000, 4 << 20
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Raises InputError if the file is absent, not a tokenizers file, or lacks the end-of-text token."""
+    """Raises InputError if the file is absent, not a tokenizers file, lacks the end-of-text token, or is absurd.
+
+    Absurd is what would take memory or time out of proportion to its use; such a file never reaches the library, in
+    which some of them end the process.
+    """
     if not Path(path).is_file():
         raise InputError(f"tokenizer {path} does not exist: name one with --tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"{path}: not a file of the tokenizers library ({error})") from error
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer; name another file")
+    try:
+        _check(json.loads(content, object_pairs_hook=_without_duplicates))
+        tokenizer = Tokenizer.from_buffer(content)
+        # A file may ask for either; text would be cut off, or padding mixed in, without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("")  # fails if the post-processor would fail on every text
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and pyo3's PanicException, which is none
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: not a usable file of the tokenizers library ({reason}); name another one") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{path}: lacks the token {END_OF_TEXT}, which separates documents")
-    # A file may ask for either; text would be cut off, or padding mixed in, without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= MAX_VOCAB_SIZE:
+        raise InputError(f"{path}: has the token id {largest}, but ids must be below {MAX_VOCAB_SIZE}")
     return tokenizer
+
+
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    """Of a key that comes twice, another reader might take the other value."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return values
+
+
+def _check(document):
+    """Refuse, by a ValueError, what the library would not survive; what is merely wrong it refuses itself."""
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    if "merges" in model and model.get("continuing_subword_prefix"):
+        raise ValueError("a BPE model with a continuing_subword_prefix is not supported")
+    tries = [token.get("content") for token in document.get("added_tokens") or []]
+    if isinstance(model.get("vocab"), list):  # a Unigram model's
+        tries += [token for token, _ in model["vocab"]]
+    lengths = [len(token) for token in tries]
+    if max(lengths, default=0) > MAX_TOKEN_LENGTH or sum(lengths) > MAX_TRIE_LENGTH:
+        raise ValueError("its tokens are too long")
+    parts = [(place, document[place]) for place in PARTS if document.get(place) is not None]
+    for count, (place, part) in enumerate(parts, 1):  # the list grows: breadth first
+        kind = part.get("type")
+        if kind not in PARTS[place].split():
+            raise ValueError(f"a {place} of type {brief(kind)} is not supported")
+        if count > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS} normalizers, pre-tokenizers, post-processors and decoders")
+        if kind == "Replace":
+            pattern, replacement = part["pattern"].get("String"), part["content"]
+            if not pattern or len(replacement) > len(pattern):
+                raise ValueError("a Replace must be of a String by one that is no longer")
+        if place == "decoder" and kind == "Strip" and part["stop"] != 0:
+            raise ValueError("a Strip at the end of tokens is not supported")
+        parts += [(place, child) for key in CHILDREN for child in part.get(key) or []]
 
 
 def find_tokenizer(explicit: str | None, *directories: Path | None) -> Path | None:

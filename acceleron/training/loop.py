@@ -1,11 +1,11 @@
 """A training run, top to bottom."""
 
 import math
-import shutil
+import platform
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,236 +14,330 @@ import torch
 from tqdm import tqdm
 
 from .. import kernels
-from ..attention import attention_name, best_sdpa
-from ..config import ModelConfig, round_up
-from ..data import Loader, Shards, validation_batches
+from ..attention import attention_name
+from ..config import ModelConfig, brief, round_up
+from ..data import Shards, validation_batches
 from ..data.tokenizer import find_tokenizer, load_tokenizer, token_bytes
-from ..device import (
-    cpu_has_bf16,
-    missing_compiler,
-    peak_flops,
-    peak_memory,
-    resolve_device,
-    resolve_dtype,
-    synchronize,
-    total_memory,
-)
-from ..errors import InputError
+from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
+from ..errors import InputError, RunFailed, RunStopped
+from ..files import replacing
 from ..model import Acceleron
-from .checkpoint import load_checkpoint, load_weights, restore_optimizer, save_checkpoint
-from .metrics import Metrics, describe, expert_health, flops_per_token
-from .optimizer import build_optimizer
+from .checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint
+from .lock import DirectoryLock
+from .metrics import Metrics, describe, flops_per_token, say
 from .options import TrainOptions
+from .run import Run
+from .saver import Saver
 from .schedule import learning_rate
+from .stop import StopSignals
+
+# After a checkpoint that could not be written, until the next attempt.
+RETRY_SECONDS = 60.0
+# A run's last checkpoint has no later one to make up for it.
+LAST_ATTEMPTS, LAST_RETRY_SECONDS = 3, 3.0
 
 
 def train(options: TrainOptions, scripts_dir: Path | None = None):
     """Train as the options say. `scripts_dir` is where a pile_tokenizer.json is looked for, after the data directory.
 
-    All input is checked, and the first batch read, before anything is written. Raises InputError for bad input.
+    All input is checked, and the first batch read, before anything but a lock is written. Raises InputError for bad
+    input, RunFailed if the run can't go on, and RunStopped after SIGTERM, SIGINT or SIGUSR1; what was learned is saved
+    first, unless its last steps had no finite loss or gradient.
     """
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    try:
-        provider = kernels.select(options.kernels, device)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    shards = Shards(options.data_dir)
-    tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
-    config = model_config(options, tokenizer)
-    if options.seq_len > config.max_seq_len:
-        raise InputError(f"--seq_len {options.seq_len} is longer than the model's {config.max_seq_len}")
-    save_dir = Path(options.save_dir)
-    continued = options.resume and Path(options.resume).resolve().parent == save_dir.resolve()
-    if not continued and not options.memory_test and any(save_dir.glob("checkpoint_*.pt")):
-        raise InputError(
-            f"--save_dir {save_dir} holds the checkpoints of another run: continue it with --resume, "
-            "or name another directory"
-        )
-    tokenizer_copy = save_dir / "tokenizer.json"
-    if tokenizer_path and tokenizer_copy.is_file() and tokenizer_copy.read_bytes() != tokenizer_path.read_bytes():
-        raise InputError(f"{tokenizer_copy} is another tokenizer than {tokenizer_path}: name another --save_dir")
+    with StopSignals() as stop:
+        if options.memory_test:
+            Trainer(options, scripts_dir, stop).run.memory_test()
+            return
+        with DirectoryLock(Path(options.save_dir)) as lock:
+            stop.before_exit = lock.release
+            trainer = Trainer(options, scripts_dir, stop)
+            if options.resume == "auto" and trainer.run.steps >= options.max_steps and not trainer.run.unread_steps:
+                say(f"{trainer.resumed_from} is of step {trainer.run.steps}: nothing is left to do")
+                return
+            trainer.begin()
+            trainer.train()
 
-    run = Run(options, config, shards, device, dtype)
-    model, optimizer, loader = run.model, run.optimizer, run.loader
-    step = tokens = 0
-    if options.resume:
-        checkpoint = load_checkpoint(options.resume)
-        load_weights(model, checkpoint, options.resume)
-        restore_optimizer(optimizer, checkpoint, options.resume)
-        loader.load_state_dict(checkpoint["data"])
-        step, tokens = checkpoint["step"], checkpoint["tokens"]
-        _warn_of_changes(options, checkpoint["options"])
-        if step >= options.max_steps:
-            raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
 
-    say = _announce(options, config, model, device, dtype, provider, loader)
-    run.read_ahead()  # bad data ends here, with nothing written
-    if options.memory_test:
-        run.memory_test(step)
-        return
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save_dir):
-            pass
-        if tokenizer_path and not tokenizer_copy.exists():
-            shutil.copyfile(tokenizer_path, tokenizer_copy)
-        metrics = Metrics(save_dir)
-    except OSError as error:
-        raise InputError(f"--save_dir {save_dir}: cannot be written ({error.strerror or error})") from error
-    peak, peak_source = peak_flops(device, dtype)
-    flops = flops_per_token(config, model.num_parameters()[1], options.seq_len)
-    bytes_of = token_bytes(tokenizer, config.vocab_size) if tokenizer else None
-    say(f"utilisation (MFU) is against {peak / 1e12:.3g} TFLOP/s, {peak_source}")
-    say(
-        f"writing to {save_dir}: checkpoints, metrics.jsonl"
-        + (", tensorboard/" if metrics.has_tensorboard else "; tensorboard is not installed, so no event files")
-    )
+class Trainer:
+    """A run with all that is around it: its data and checkpoints, its log, its end.
 
-    logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
-    # The bar is for people: in a pipe there are only the log lines, which carry the ETA too.
-    with (
-        tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True, disable=None) as bar,
-        run.context(),
-    ):
-        while step < options.max_steps:
-            lr = learning_rate(step, options)
-            grad_norm = run.step(lr)
-            step, tokens = step + 1, tokens + options.tokens_per_step
-            bar.update()
-            last = step == options.max_steps
-            evaluate = last or step % options.eval_interval == 0
-            save = last or step % options.save_interval == 0
-            # A step that is saved is looked at first: a diverged model is never saved.
-            if evaluate or save or step % options.log_interval == 0:
-                record = {"step": step, **run.read_statistics(), "lr": lr, "grad_norm": grad_norm.item()}
-                now = time.perf_counter()
-                speed = (tokens - logged_tokens) / (now - logged_time)
-                pace = (now - logged_time) / (step - logged_step)
-                record |= {"tokens": tokens, "tokens_per_second": speed, "mfu": speed * flops / peak}
-                record["memory_bytes"] = peak_memory(device)
-                if not math.isfinite(record["loss"] + record["grad_norm"]):
-                    raise InputError(
-                        f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step}: "
-                        "stopped before saving; continue from the last checkpoint with a smaller --lr"
-                    )
-                if evaluate:
-                    record |= validate(model, shards, options, device, bytes_of)
-                metrics.write(record)
-                tqdm.write(describe(record, options.max_steps, pace * (options.max_steps - step)))
-                logged_step, logged_time, logged_tokens = step, time.perf_counter(), tokens
-            if save:
-                saving = time.perf_counter()
-                path = save_checkpoint(
-                    save_dir,
-                    step=step,
-                    tokens=tokens,
-                    config=config.to_dict(),
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    data=run.data_state(),
-                    options=asdict(options),
+    Making one checks all input, builds the run, or takes it up where it was, and reads the first batch; it writes
+    nothing. Then `begin` opens the files, and `train` trains up to the last step.
+    """
+
+    def __init__(self, options: TrainOptions, scripts_dir: Path | None, stop: StopSignals):
+        self.options, self.stop = options, stop
+        self.save_dir = Path(options.save_dir)
+        self.device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, self.device)
+        try:
+            provider = kernels.select(options.kernels, self.device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.resumed_from, checkpoint = _find_checkpoint(options)
+        # What could not be read before is still a part of the data, if it is to be skipped.
+        known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
+        self.shards = Shards(options.data_dir, known)
+        self.tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
+        self.config = model_config(options, tokenizer)
+        if options.seq_len > self.config.max_seq_len:
+            raise InputError(f"--seq_len {options.seq_len} is longer than the model's {self.config.max_seq_len}")
+        self.tokenizer_copy = self.save_dir / "tokenizer.json"
+        copy, given = self.tokenizer_copy, self.tokenizer_path
+        if given and copy.is_file() and copy.read_bytes() != given.read_bytes():
+            raise InputError(f"{copy} is another tokenizer than {given}: name another --save_dir")
+        self.bytes_of = token_bytes(tokenizer, self.config.vocab_size) if tokenizer else None
+        self.environment = {
+            "torch": str(torch.__version__),
+            "device": self._device_name(),
+            "threads": torch.get_num_threads(),
+            "kernels": provider,
+        }
+
+        self.run = Run(options, self.config, self.shards, self.device, dtype)
+        if checkpoint:
+            self.run.load_state_dict(checkpoint, self.resumed_from)
+            _warn_of_changes(options, self.environment, checkpoint)
+            step = self.run.steps
+            if step >= options.max_steps and options.resume != "auto":
+                raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
+        self._announce(dtype, provider)
+        self.run.fetch()
+
+    def begin(self):
+        """Open what the run writes to. Raises InputError if save_dir can't be written."""
+        try:
+            self.saver = Saver(self.save_dir, self.options.keep_last)
+            if self.tokenizer_path and not self.tokenizer_copy.exists():
+                with replacing(self.tokenizer_copy) as file:
+                    file.write(self.tokenizer_path.read_bytes())
+            self.metrics = Metrics(self.save_dir, self.run.steps - (self.run.unread_steps > 0))
+        except OSError as error:
+            raise InputError(f"--save_dir {self.save_dir}: cannot be written ({error.strerror or error})") from error
+        self.last_good = self.resumed_from
+        # Nothing to save before the first step, unless a line of the log was left to this process.
+        self.saved_step = -1 if self.run.unread_steps else self.run.steps
+        self.save_begun = self.run.steps
+        self.save_due, self.retry_at = False, math.inf
+        peak, peak_source = peak_flops(self.device, resolve_dtype(self.options.dtype, self.device))
+        flops = flops_per_token(self.config, self.run.model.num_parameters()[1], self.options.seq_len)
+        self.mfu_of_a_token = flops / peak
+        say(f"utilisation (MFU) is against {peak / 1e12:.3g} TFLOP/s, {peak_source}")
+        board = ", tensorboard/" if self.metrics.has_tensorboard else "; tensorboard is not installed: no event files"
+        say(f"writing to {self.save_dir}: checkpoints, metrics.jsonl{board}")
+        self._begin_interval()
+
+    def train(self):
+        """Raises InputError, RunFailed and RunStopped as `train` above says."""
+        run, options = self.run, self.options
+        # The bar is for people: in a pipe there are only the log lines, which carry the ETA too.
+        try:
+            with (
+                tqdm(total=options.max_steps, initial=run.steps, unit="step", dynamic_ncols=True, disable=None) as bar,
+                run.context(),
+            ):
+                while True:
+                    self._after_step()
+                    if self.stop.requested or run.steps >= options.max_steps:
+                        break
+                    with self._saved_before_errors():
+                        fetched = run.fetch(lambda: self.stop.requested is not None)
+                    if fetched:
+                        run.step(learning_rate(run.steps, options))
+                        self.stop.learned = True
+                        bar.update()
+            saved = self._save_last()
+        finally:
+            self.saver.wait()
+            self.metrics.close()
+            run.loader.close()
+        if self.stop.requested:
+            raise RunStopped(f"{self.stop.requested}: stopped at step {run.steps}; {saved}; go on with --resume auto")
+
+    def _after_step(self):
+        """What is due after the run's last step, be it of this process or of the one before."""
+        run, options = self.run, self.options
+        last = run.steps >= options.max_steps
+        evaluate = last or run.steps % options.eval_interval == 0
+        save = last or run.steps % options.save_interval == 0
+        log = evaluate or save or run.steps % options.log_interval == 0
+        if log or run.unread_steps % options.max_bad_steps == 0:
+            self._report_bad_steps()
+        if log and run.unread_steps:
+            self._log(evaluate)
+        self._report_save()
+        due = (save and run.steps > self.save_begun) or self.save_due or time.monotonic() > self.retry_at
+        if due and not last:
+            self._save()
+
+    def _begin_interval(self):
+        self.interval_start, self.interval_steps, self.save_wait = time.perf_counter(), self.run.steps, 0.0
+
+    def _log(self, evaluate: bool):
+        """A line of the log. An evaluation that a signal cuts short is left, with its line, to the run that resumes."""
+        run, options = self.run, self.options
+        seconds = time.perf_counter() - self.interval_start
+        validation = {}
+        if evaluate:
+            with self._saved_before_errors():
+                validation = self._validate()
+            if validation is None:
+                return
+        steps = run.steps - self.interval_steps
+        speed = steps * options.tokens_per_step / (seconds - self.save_wait)
+        record = {"step": run.steps, "lr": learning_rate(run.steps - 1, options), "tokens": run.tokens}
+        record |= run.read_statistics() | {"tokens_per_second": speed, "mfu": speed * self.mfu_of_a_token}
+        record["data_wait"] /= seconds
+        record |= {"save_wait": self.save_wait / seconds, "memory_bytes": peak_memory(self.device)} | validation
+        self.metrics.write(record)
+        left = seconds / max(1, steps) * (options.max_steps - run.steps)
+        say(describe(record, options.max_steps, left), sys.stdout)
+        self._begin_interval()
+
+    def _validate(self) -> dict | None:
+        stopped = lambda: self.stop.requested is not None  # noqa: E731
+        return validate(self.run.model, self.shards, self.options, self.device, self.bytes_of, stopped)
+
+    def _report_bad_steps(self):
+        """Raises RunFailed after too many in a row."""
+        run, options = self.run, self.options
+        for judgement in run.judgements():
+            what = "skipped" if judgement.skipped else "a spike"
+            if math.isfinite(judgement.loss + judgement.grad_norm):
+                what += f", above {judgement.threshold:.4f}"
+            say(
+                f"warning: step {judgement.step}: loss {judgement.loss:.4f}, gradient norm {judgement.grad_norm:.3g}: "
+                f"{what}; trained on {run.origin(judgement)}"
+            )
+        if run.guard.longest >= options.max_bad_steps:
+            self._settle_save()
+            raise RunFailed(
+                f"stopped at step {run.steps}, after {run.guard.longest} skipped steps in a row, and not saved; "
+                f"{self._last_good()}: go on with --resume auto and a smaller --lr, or other data"
+            )
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no good checkpoint yet"
+
+    def _save(self):
+        """Begin to save, unless the last steps were bad: then after the next good one."""
+        self._report_bad_steps()
+        self.save_due = self.run.guard.in_a_row > 0
+        if self.save_due:
+            return
+        start = time.perf_counter()
+        self._settle_save()
+        contents = {"format": FORMAT, "config": self.config.to_dict(), "options": asdict(self.options)}
+        self.saver.save(contents | self.run.state_dict() | {"environment": self.environment})
+        self.save_begun, self.retry_at = self.run.steps, math.inf
+        self.save_wait += time.perf_counter() - start
+
+    def _settle_save(self):
+        self.saver.wait()
+        self._report_save()
+
+    def _report_save(self):
+        """Say how the last attempt to save ended, once it has."""
+        outcome = self.saver.outcome()
+        if outcome is None:
+            return
+        if outcome.error is None:
+            self.saved_step, self.last_good = outcome.step, outcome.path
+            size = outcome.path.stat().st_size / 1e6
+            say(f"saved {outcome.path}: {size:,.1f} MB in {outcome.seconds:.2f} s", sys.stdout)
+        else:
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            say(f"warning: {outcome.path} could not be written ({outcome.error}); {self._last_good()}")
+
+    def _save_last(self) -> str:
+        """Save what is not saved yet, and wait until that is done; says what holds the run now.
+
+        Raises RunFailed if it can't be written, or its last steps were bad.
+        """
+        for attempt in range(LAST_ATTEMPTS):
+            self._settle_save()
+            if self.saved_step == self.run.steps:
+                break
+            if attempt:
+                time.sleep(LAST_RETRY_SECONDS)
+            self._save()
+            if self.save_due:
+                raise RunFailed(
+                    f"stopped at step {self.run.steps}, and not saved, as the last {self.run.guard.in_a_row} steps had "
+                    f"to be skipped; {self._last_good()}"
                 )
-                tqdm.write(f"saved {path}")
-                logged_time += time.perf_counter() - saving
-    metrics.close()
+            self._settle_save()
+        if self.saved_step < self.run.steps:
+            raise RunFailed(
+                f"step {self.run.steps} could not be saved in {LAST_ATTEMPTS} attempts; {self._last_good()}: "
+                "make room and go on with --resume auto"
+            )
+        return f"{self.last_good} holds all of it" if self.last_good else "nothing was learned yet"
 
+    @contextmanager
+    def _saved_before_errors(self):
+        """Data that can't be read ends a run between two steps, so that nothing of it need be lost."""
+        try:
+            yield
+        except (InputError, RunFailed) as error:
+            raise type(error)(f"{error}; stopped at step {self.run.steps}; {self._save_last()}") from error
 
-class Run:
-    """One optimizer step after another; statistics stay on the device until they are read.
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
-    `context()` is to be entered around the steps. Raises InputError for a seq_len that does not suit the shards.
-    """
-
-    def __init__(
-        self, options: TrainOptions, config: ModelConfig, shards: Shards, device: torch.device, dtype: torch.dtype
-    ):
-        self.options, self.device = options, device
-        self.loader = Loader(
-            shards,
-            seq_len=options.seq_len,
-            batch_size=options.batch_size,
-            vocab_size=config.vocab_size,
-            seed=options.seed,
-            num_workers=options.num_workers,
-            pin_memory=device.type == "cuda",
+    def _announce(self, dtype: torch.dtype, provider: str):
+        """Say what runs and who serves it; compile if asked for and possible."""
+        options, config, device, model = self.options, self.config, self.device, self.run.model
+        chunks = self.run.loader.chunks
+        total, active = model.num_parameters()
+        kind = "dense twin" if config.dense else f"MoE of {config.num_experts} experts, top-2, and a shared one"
+        say(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
+        say(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {provider}")
+        say(f"attention: {attention_name(device, dtype, config.head_dim)}")
+        if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
+            say("warning: this CPU has no native bf16, which makes its GEMMs many times slower than --dtype fp32")
+        if not options.no_compile:
+            missing = missing_compiler(device)
+            if missing:
+                say(f"warning: torch.compile needs the compiler {missing}, which is not installed: eager mode")
+            else:
+                model.compile_blocks()
+                say("compiling the blocks: the first step takes a while")
+        rows = int(self.shards.num_rows.sum())
+        say(
+            f"data: {len(self.shards.paths)} shards, {rows:,} rows of {self.shards.row_length}; "
+            f"an epoch is {len(chunks) * options.seq_len:,} tokens, a step {options.tokens_per_step:,}"
         )
-        torch.manual_seed(options.seed)
-        self.model = Acceleron(config, compute_dtype=dtype).to(device)
-        self.model.gradient_checkpointing = not options.no_gradient_checkpointing
-        self.optimizer = build_optimizer(self.model, options.weight_decay)
-        self._waiting = None
-        self._reset_statistics()
-
-    def _reset_statistics(self):
-        config = self.model.config
-        self._micro_batches = 0
-        self._losses = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._counts_LE = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=self.device)
-
-    def context(self):
-        """A context, good for one use."""
-        return best_sdpa() if self.device.type == "cuda" else nullcontext()
-
-    def read_ahead(self) -> torch.Tensor:
-        """The batch that the next step will take."""
-        if self._waiting is None:
-            self._waiting = next(self.loader)
-        return self._waiting
-
-    def _next_batch(self) -> torch.Tensor:
-        batch, self._waiting = (next(self.loader) if self._waiting is None else self._waiting), None
-        return batch.to(self.device, non_blocking=True)
-
-    def data_state(self) -> dict:
-        """The loader's state at the next batch to train on."""
-        return self.loader.state_dict()
-
-    def step(self, lr: float) -> torch.Tensor:
-        """Returns the gradient norm before clipping, on the device."""
-        for _ in range(self.options.grad_accum):
-            input_ids = self._next_batch()
-            output = self.model(input_ids, labels=input_ids)
-            (output.loss / self.options.grad_accum).backward()
-            losses = (output.cross_entropy, output.z_loss, output.balance_loss)
-            self._losses += torch.stack([loss.detach().double() for loss in losses])
-            if output.counts_LE is not None:
-                self._counts_LE += output.counts_LE
-            self._micro_batches += 1
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def read_statistics(self) -> dict:
-        """Means of the losses, and the experts' health, since the last call. Waits for the device."""
-        names = ("loss", "z_loss", "balance_loss")
-        record = dict(zip(names, (self._losses / self._micro_batches).tolist(), strict=True))
-        if not self.model.config.dense:
-            record |= expert_health(self._counts_LE.cpu())
-        self._reset_statistics()
-        return record
-
-    def memory_test(self, step: int):
-        """Two steps, as the optimizer's state exists only from the second on; prints the peak."""
-        with self.context():
-            for offset in range(2):
-                self.step(learning_rate(step + offset, self.options))
-        synchronize(self.device)
-        peak, total = peak_memory(self.device), total_memory(self.device)
-        print(f"peak memory {peak / 2**30:.2f} GiB of the device's {total / 2**30:.2f} GiB ({peak / total:.0%})")
+        if self.resumed_from:
+            say(f"continuing from {self.resumed_from}, step {self.run.steps}")
 
 
 @torch.no_grad()
-def validate(model: Acceleron, shards: Shards, options: TrainOptions, device, bytes_of: np.ndarray | None) -> dict:
-    """val_loss, nats a token over the held-out batches; val_bits_per_byte where the tokens' bytes are known."""
+def validate(
+    model: Acceleron,
+    shards: Shards,
+    options: TrainOptions,
+    device: torch.device,
+    bytes_of: np.ndarray | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict | None:
+    """val_loss, nats a token over the held-out batches; val_bits_per_byte where the tokens' bytes are known.
+
+    None if `stopped` became true before the end.
+    """
     total = targets = num_bytes = 0
     batches = validation_batches(
-        shards, seq_len=options.seq_len, batch_size=options.batch_size, vocab_size=model.config.vocab_size
+        shards,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        vocab_size=model.config.vocab_size,
+        bad_data=options.bad_data,
     )
     for batch in batches:
+        if stopped():
+            return None
         input_ids = batch.to(device)
         count = batch.numel() - len(batch)
         total += model(input_ids, labels=input_ids).cross_entropy.double() * count
@@ -281,37 +375,49 @@ def _open_tokenizer(options: TrainOptions, scripts_dir: Path | None):
     return path, load_tokenizer(path) if path else None
 
 
-def _warn_of_changes(options: TrainOptions, saved: dict):
+def _find_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
+    """Path and contents of the checkpoint to continue from, if any. Raises InputError where runs would be mixed."""
+    save_dir = Path(options.save_dir)
+    present = {} if options.memory_test else list_checkpoints(save_dir)
+    if options.resume == "auto":
+        return newest_checkpoint(save_dir) or (None, None)
+    if options.resume is None:
+        if present:
+            raise InputError(
+                f"--save_dir {save_dir} holds the checkpoints of another run: continue it with --resume auto, "
+                "or name another directory"
+            )
+        return None, None
+    path = Path(options.resume)
+    checkpoint = load_checkpoint(path)
+    if present and path.resolve().parent != save_dir.resolve():
+        raise InputError(f"--save_dir {save_dir} holds the checkpoints of another run: name another directory")
+    if present and max(present) > checkpoint["step"]:
+        raise InputError(
+            f"--resume {path} is of step {checkpoint['step']}, but {save_dir} has {present[max(present)].name}: "
+            "continue with --resume auto, or name another --save_dir, or remove what is newer"
+        )
+    return path, checkpoint
+
+
+def _warn_of_changes(options: TrainOptions, environment: dict, checkpoint: dict):
     """A changed setting is the user's right on resuming, but seldom meant."""
-    free = {"resume", "save_dir", "data_dir", "log_interval", "eval_interval", "save_interval", "num_workers", "device"}
+    free = {
+        "resume",
+        "save_dir",
+        "data_dir",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+        "keep_last",
+        "tokenizer",
+    }
+    free |= {"num_workers", "device", "bad_data", "max_bad_steps", "memory_test"}
+    saved = checkpoint["options"]
     for name, value in asdict(options).items():
         if name not in free and name in saved and saved[name] != value:
-            print(f"warning: --{name} is {value}, but was {saved[name]} before", file=sys.stderr)
-
-
-def _announce(options, config, model, device, dtype, provider, loader):
-    """Say what runs and who serves it; compile if asked for and possible. Returns the function that says it."""
-
-    def say(line: str):
-        print(line, file=sys.stderr, flush=True)
-
-    total, active = model.num_parameters()
-    kind = "dense twin" if config.dense else f"MoE of {config.num_experts} experts, top-2, and a shared one"
-    say(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
-    say(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {provider}")
-    say(f"attention: {attention_name(device, dtype, config.head_dim)}")
-    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
-        say("warning: this CPU has no native bf16, which makes its GEMMs many times slower than --dtype fp32")
-    if not options.no_compile:
-        missing = missing_compiler(device)
-        if missing:
-            say(f"warning: torch.compile needs the compiler {missing}, which is not installed: training in eager mode")
-        else:
-            model.compile_blocks()
-            say("compiling the blocks: the first step takes a while")
-    rows = int(loader.chunks.shards.num_rows.sum())
-    say(
-        f"data: {len(loader.chunks.shards.paths)} shards, {rows:,} rows of {loader.chunks.shards.row_length}; "
-        f"an epoch is {len(loader.chunks) * options.seq_len:,} tokens, a step {options.tokens_per_step:,}"
-    )
-    return say
+            say(f"warning: --{name} is {value}, but was {brief(saved[name])} before")
+    for name, value in environment.items():
+        before = checkpoint["environment"].get(name)
+        if before != value:
+            say(f"warning: {name}: {value}, before {brief(before)}: the run goes on, but not bit for bit the same")

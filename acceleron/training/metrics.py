@@ -1,12 +1,20 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and a line in the terminal."""
 
+import errno
 import json
+import math
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import ModelConfig
+from ..files import replacing
 
 
 def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -> int:
@@ -33,15 +41,36 @@ def expert_health(counts_LE: Tensor) -> dict:
     }
 
 
-class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, and the same to TensorBoard where it is installed."""
+def say(line: str, file: TextIO | None = None):
+    """A line for the terminal, by default to stderr, above the progress bar if there is one.
 
-    def __init__(self, directory: Path):
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+    A log that can't be written, as its pipe was closed or its disk is full, is no reason to end a run.
+    """
+    with suppress(OSError, ValueError):
+        tqdm.write(line, file=file or sys.stderr)
+
+
+class Metrics:
+    """Appends one JSON object a line to metrics.jsonl, and the same to TensorBoard where it is installed.
+
+    Lines of steps after `step`, from which the run now goes on, are dropped: they will come again. A line that can't be
+    written, as the disk is full, is written with the next one. Raises OSError if the directory can't be written.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                with replacing(path) as file:
+                    file.writelines(kept)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         except ImportError:
             self._board = None
 
@@ -50,34 +79,65 @@ class Metrics:
         return self._board is not None
 
     def write(self, record: dict):
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+        self._unwritten.append(json.dumps(record).encode() + b"\n")
+        whole = self._file.seek(0, os.SEEK_END)
+        try:
+            lines = b"".join(self._unwritten)
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten.clear()
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(whole)  # no half a line
+            say(f"warning: {self._file.name}: {error.strerror}; its lines will be written once that is possible")
+        try:
+            if self._board:
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(name, value, record["step"])
+        except OSError as error:
+            self._board = None
+            say(f"warning: {self._file.name}: TensorBoard's files can't be written ({error}), and are given up")
 
     def close(self):
         self._file.close()
         if self._board:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite for a line that is none, such as half of one."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def describe(record: dict, max_steps: int, seconds_left: float) -> str:
     """The record as a line for the terminal."""
+
+    def number(name: str, form: str) -> str:
+        return "none finite" if record[name] is None else format(record[name], form)
+
     parts = [
         f"step {record['step']}/{max_steps}",
-        f"loss {record['loss']:.4f}",
-        f"grad {record['grad_norm']:.2f}",
+        f"loss {number('loss', '.4f')}",
+        f"grad {number('grad_norm', '.2f')}",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"MFU {record['mfu']:.1%}",
+        f"data wait {record['data_wait']:.1%}",
         f"{record['memory_bytes'] / 2**30:.2f} GiB",
     ]
     if "expert_entropy" in record:
         shares = f"{record['expert_least_share']:.1%}..{record['expert_most_share']:.1%}"
-        parts.insert(2, f"z {record['z_loss']:.3f} balance {record['balance_loss']:.3f}")
+        parts.insert(2, f"z {number('z_loss', '.3f')} balance {number('balance_loss', '.3f')}")
         parts.append(f"experts {shares} entropy {record['expert_entropy']:.3f} dead {record['dead_experts']}")
+    if record["skipped_steps"]:
+        parts.append(f"skipped {record['skipped_steps']} steps")
+    if record["skipped_rows"]:
+        parts.append(f"skipped {record['skipped_rows']} rows so far")
     if "val_loss" in record:
         bits = f" ({record['val_bits_per_byte']:.3f} bits/byte)" if "val_bits_per_byte" in record else ""
         parts.append(f"val_loss {record['val_loss']:.4f}{bits}")

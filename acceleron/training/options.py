@@ -33,9 +33,15 @@ class TrainOptions:
     log_interval: int = option(10, "steps between log lines", least=1)
     eval_interval: int = option(1000, "steps between measurements of the validation loss", least=1)
     save_interval: int = option(5000, "steps between checkpoints", least=1)
+    keep_last: int = option(0, "newest checkpoints to keep; 0 keeps all", least=0)
     save_dir: str = option("checkpoints", "directory for checkpoints, metrics.jsonl and TensorBoard files")
-    resume: str | None = option(None, "checkpoint to continue from")
-    num_workers: int = option(2, "processes that read ahead; 0 reads in the training process", least=0)
+    resume: str | None = option(
+        None, "checkpoint to continue from, or auto: the newest whole one in save_dir, if there is any"
+    )
+    num_workers: int = option(2, "threads that read ahead", least=1)
+    bad_data: str = option("fail", "what rows do that can't be read: end the run, or be skipped", ("fail", "skip"))
+    max_bad_steps: int = option(10, "steps in a row without a finite loss and gradient that end the run", least=1)
+    skip_spikes: bool = option(False, "skip the update where the loss is 6 sigma above its running mean")
     seed: int = option(42, "of the initial weights and of the data's order", least=0)
     tokenizer: str | None = option(
         None, "tokenizer.json (default: the data directory's, else pile_tokenizer.json here)"
@@ -48,6 +54,7 @@ class TrainOptions:
         "auto", "of GEMMs and activations; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
     )
     kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
+    deterministic: bool = option(False, "the same bits from the same start on a GPU; a CPU's always are")
     no_compile: bool = option(False, "no torch.compile")
     no_gradient_checkpointing: bool = option(False, "keep all activations for the backward pass")
     memory_test: bool = option(

@@ -69,6 +69,16 @@ def race(provider: str, rounds: list[float], **fields) -> dict:
     return ABOUT | {"provider": provider, "size": "tiny", "dtype": "bf16", "group": "all", **rates(rounds)} | fields
 
 
+def checkpoints(ratios: list[float], **fields) -> dict:
+    middle, (low, *_, high) = statistics.median(ratios), sorted(ratios)
+    row = {
+        "size": "nano", "dtype": "bf16", "compiled": True, "batch_size": 8, "seq_len": 512, "interval": 100,
+        "rounds": ratios, "ratio": middle, "ratio_p20": low, "ratio_p80": high, "interval_seconds": 31.7,
+        "blocked_seconds": 0.0123, "write_seconds": 0.456, "bytes": 25 * 2**20,
+    }  # fmt: skip
+    return ABOUT | row | fields
+
+
 def write(directory: Path, **files: list[dict]) -> Path:
     """A results directory with a file for each keyword."""
     directory.mkdir(parents=True, exist_ok=True)

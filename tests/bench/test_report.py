@@ -53,6 +53,7 @@ def everything() -> dict[str, list[dict]]:
         "peers": [made_rows.race("ours", [200.0, 220.0, 210.0]), made_rows.race("theirs", [100.0, 100.0, 140.0])],
         "decoding": [made_rows.race("ours", [46.2, 43.9, 48.3])],
         "loader": [made_rows.race("loader", [177e6, 167e6, 196e6], size=None, dtype=None, seq_len=2048)],
+        "checkpoints": [made_rows.checkpoints([1.021, 1.013, 1.048])],
     }
 
 
@@ -85,6 +86,10 @@ def test_the_tables_hold_the_figures_of_the_rows(tmp_path):
     assert numbers(saved["MiB"]) == [300]
     assert numbers(saved["bytes a token and layer"]) == [4800]
     assert numbers(saved["measured / formula"]) == [2]
+    [line] = page.table("Wall clock of so many steps")
+    assert numbers(line["with a checkpoint / without"]) == [1.021, 1.013, 1.048]
+    waits = [numbers(line[head]) for head in ("steps", "without (s)", "training waits (s)", "written in (s)", "MiB")]
+    assert waits == [[100], [31.7], [0.0123], [0.456], [25]]
     [line] = page.table("The MoE against its dense twin")
     assert [numbers(cell)[:3] for head, cell in line.items() if "nats" in head] == [[0.031, 0.022, 0.041]]
     assert [numbers(cell) for head, cell in line.items() if "wall clock" in head] == [[0.72, 0.66, 0.79]]

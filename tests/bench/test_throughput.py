@@ -23,7 +23,7 @@ def options(tmp_path_factory):
     np.save(directory / "shard_00000.npy", np.random.default_rng(0).integers(worker.NANO_VOCAB, size=(8, 2048)))
     return TrainOptions(
         data_dir=str(directory), model_size="nano", batch_size=2, seq_len=64, device="cpu", dtype="fp32",
-        kernels="reference", no_compile=True, no_gradient_checkpointing=True, num_workers=0,
+        kernels="reference", no_compile=True, no_gradient_checkpointing=True, num_workers=1,
     )  # fmt: skip
 
 
@@ -97,7 +97,11 @@ def test_the_check_trains_on_nothing(options, truth):
     run, untouched = worker.build(Case(options)), worker.build(Case(options))
     worker.check(run, truth)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), untouched.model.parameters(), strict=True))
-    assert run.step(1e-3).item() == pytest.approx(untouched.step(1e-3).item())  # on the same batch, not the next
+    losses = []
+    for each in (run, untouched):
+        each.step(1e-3)
+        losses.append(each.read_statistics()["loss"])
+    assert losses[0] == pytest.approx(losses[1])  # on the same batch, not the next
 
 
 def test_balanced_routing_gives_every_expert_the_same_and_ends_with_its_context(options):
@@ -200,6 +204,37 @@ def test_cases_are_moe_and_twin_by_both():
     assert served == [(by, dense) for by in ("triton", "reference") for dense in (False, True)]
     assert {(case.options.batch_size, case.options.grad_accum) for case in cases} == {(32, 4)}
     assert not any(case.options.no_gradient_checkpointing or case.options.no_compile for case in cases)
+
+
+def test_the_deterministic_mode_is_the_compiled_one_but_for_the_flag(options):
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1)
+    compiled, deterministic = (
+        throughput.make_cases("nano", mode, torch.device("cpu"), "data", arguments)
+        for mode in ("compiled", "deterministic")
+    )
+    assert not any(case.options.deterministic for case in compiled)
+    assert deterministic == [
+        case._replace(options=dataclasses.replace(case.options, deterministic=True)) for case in compiled
+    ]
+    figures = {"flops_per_token": 2e6, "peak_memory_bytes": 1}
+    row = throughput.row_of(finished(deterministic[0], **figures), "deterministic", "float32", 1e9)
+    assert (row["mode"], row["deterministic"]) == ("deterministic", True)
+
+
+@pytest.mark.parametrize(("device", "measured"), [("cpu", False), ("cuda", True)])
+def test_what_tells_of_a_gpu_is_measured_on_a_cpu_only_if_asked_for(device, measured, monkeypatch, tmp_path):
+    modes = []
+    monkeypatch.setattr(throughput, "resolve_device", lambda _: torch.device(device))
+    monkeypatch.setattr(throughput, "Results", lambda *_: SimpleNamespace(path="nowhere"))
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: (1e12, "a guess"))
+    monkeypatch.setattr(throughput, "write_corpus", lambda *_: "nothing")
+    monkeypatch.setattr(throughput, "make_cases", lambda size, mode, *_: modes.append(mode))
+    monkeypatch.setattr(throughput, "train_in_turns", lambda *_: [])
+    monkeypatch.setattr(throughput, "print_rows", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["throughput", "--size", "nano", "--dtype", "fp32"])
+    throughput.main()
+    assert {"compiled", "balanced"} <= set(modes)
+    assert ("deterministic" in modes, "predecessor" in modes) == (measured, measured)
 
 
 def test_our_kernels_go_by_their_file():

@@ -142,6 +142,15 @@ def test_shards_of_the_same_name_would_overwrite_each_other(hub, tmp_path):
     assert_refused(download(tmp_path / "out", hub.server_port), "someone/Some", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["a/../../shard_00000.npy", "/tmp/shard_00000.npy", "a\\b/shard_00000.npy"])
+def test_names_that_lead_out_of_the_output_directory(hub, tmp_path, name):
+    hub.files = {name: b"evil"} | FILES
+    run = download(tmp_path / "out", hub.server_port)
+    assert_refused(run, f"--repo someone/Some: its file {name!r}", tmp_path / "out")
+    assert [entry for entry in hub.log if entry[1].endswith(".npy")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hub"] == []
+
+
 def test_no_such_repository(hub, tmp_path):
     run = download(tmp_path / "out", hub.server_port, repo="someone/None")
     assert_refused(run, "--repo someone/None: 404", tmp_path / "out")

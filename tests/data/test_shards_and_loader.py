@@ -1,33 +1,17 @@
-"""Every training chunk is read exactly once an epoch, and a resumed run goes on with the very next batch.
-
-The shards of these tests count up: each token's id is its position in the data, so that an id says where it is from.
-"""
+"""Every training chunk is read exactly once an epoch, and a resumed run goes on with the very next batch."""
 
 import json
-import pickle
 import time
+import zlib
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from counting_shards import ROW_LENGTH, ROWS, VOCAB_SIZE, all_rows, as_set, make_loader, write_shards
 
-from acceleron.data import Loader, Shards, validation_batches
+from acceleron.data import Shards, validation_batches
 from acceleron.errors import InputError
-
-ROW_LENGTH = 16
-# Unequal shards, one of a single row, which can spare none. 1% of the others' rows, rounded up, validates: 2, 0, 3, 1.
-ROWS = (130, 1, 205, 7)
-HELD_OUT = (2, 0, 3, 1)
-VOCAB_SIZE = sum(ROWS) * ROW_LENGTH
-
-
-def write_shards(directory, rows=ROWS, row_length=ROW_LENGTH):
-    directory.mkdir(exist_ok=True)
-    ids = np.arange(sum(rows) * row_length, dtype=np.int32).reshape(-1, row_length)
-    for index, shard in enumerate(np.split(ids, np.cumsum(rows)[:-1])):
-        np.save(directory / f"shard_{index:05d}.npy", shard)
-    return Shards(directory)
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +19,7 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
-def make_loader(shards, **changes):
-    settings = {"seq_len": ROW_LENGTH, "batch_size": 5, "vocab_size": VOCAB_SIZE, "seed": 1} | changes
-    return Loader(shards, **settings)
-
-
-def all_rows():
-    """(training rows, validation rows), told from the constants above alone."""
-    blocks = np.split(np.arange(VOCAB_SIZE).reshape(-1, ROW_LENGTH), np.cumsum(ROWS)[:-1])
-    cuts = [len(block) - held for block, held in zip(blocks, HELD_OUT, strict=True)]
-    training = np.concatenate([block[:cut] for block, cut in zip(blocks, cuts, strict=True)])
-    return training, np.concatenate([block[cut:] for block, cut in zip(blocks, cuts, strict=True)])
-
-
-def as_set(chunks):
-    return {tuple(chunk) for chunk in np.asarray(chunks).tolist()}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("seq_len", [ROW_LENGTH, ROW_LENGTH // 4])
 def test_an_epoch_delivers_every_training_chunk_exactly_once(shards, seq_len, world_size, num_workers):
@@ -100,7 +67,7 @@ def test_shards_of_one_row_each_still_leave_one_to_validate(tmp_path):
     assert as_set(held_out) == {tuple(range(ROW_LENGTH, 2 * ROW_LENGTH))}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [1, 3])
 def test_resuming_continues_with_the_next_batch(shards, num_workers):
     loader = make_loader(shards, num_workers=num_workers)
     for _ in range(70):  # into the second epoch; the workers have read batches beyond it by now
@@ -130,27 +97,87 @@ def test_resuming_refuses_what_would_change_the_meaning_of_a_position(shards, tm
     state = make_loader(shards).state_dict()
     fewer_rows = write_shards(tmp_path / "rows", (130, 1, 205, 6))
     longer_rows = write_shards(tmp_path / "length", row_length=2 * ROW_LENGTH)
+    more_shards = write_shards(tmp_path / "more", (*ROWS, 7))
+    fewer_shards = write_shards(tmp_path / "fewer", ROWS[:3])
+    other_start = write_shards(tmp_path / "start", (131, *ROWS[1:]))  # every shard but the first begins a row later
     for loader, complaint in (
         (make_loader(shards, seed=2), "seed 1, not 2"),
         (make_loader(shards, seq_len=4), "seq_len 16, not 4"),
-        (make_loader(fewer_rows), "other shards"),
-        (make_loader(longer_rows), "other shards"),
+        (make_loader(fewer_rows), "other shards: shard_00003.npy has 6 rows of 16, and had 7 of 16;"),
+        (make_loader(longer_rows), "other shards: shard_00000.npy has 130 rows of 32, .* shard_00001.*; and 2 more;"),
+        (make_loader(more_shards), "other shards: shard_00004.npy is new;"),
+        (make_loader(fewer_shards), "other shards: shard_00003.npy is missing;"),
+        (
+            make_loader(other_start),
+            "shard_00000.npy has 131 rows of 16, .*; shard_00001.npy has other content; and 2 more;",
+        ),
     ):
         with pytest.raises(InputError, match=complaint):
             loader.load_state_dict(state)
+        assert (loader.position, loader.skipped_rows) == (0, 0)
 
 
-def test_pickled_shards_carry_no_data(tmp_path):
-    """A spawned worker gets the paths, not a copy of gigabytes of tokens."""
-    shards = write_shards(tmp_path, rows=(5000,))
-    shards.array(0)[:].sum()
-    pickled = pickle.dumps(shards)
-    assert len(pickled) < 5000  # of 320,000 bytes of tokens
-    assert np.array_equal(pickle.loads(pickled).array(0), shards.array(0))
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"position": -5},
+        {"position": 2**62},
+        {"position": 5.0},
+        {"position": True},
+        {"position": None},
+        {"skipped_rows": -1},
+        {"skipped_rows": "1"},
+        {"seed": [1]},
+        {"seq_len": 2**5000},
+        {"shards": None},
+        {"shards": [["shard_00000.npy", 130, 16]]},
+    ],
+)
+def test_a_damaged_state_is_refused(shards, damage):
+    loader = make_loader(shards)
+    with pytest.raises(InputError, match="damaged"):
+        loader.load_state_dict(loader.state_dict() | damage)
+    with pytest.raises(InputError, match="damaged"):
+        loader.load_state_dict([damage])
+
+
+def test_the_fingerprint_tells_other_data_of_the_same_shape(shards, tmp_path):
+    for entry, path, rows in zip(shards.fingerprint(), shards.paths, ROWS, strict=True):
+        array = np.load(path)
+        three = b"".join(array[row].tobytes() for row in (0, rows // 2, rows - 1))
+        assert entry == [path.name, rows, ROW_LENGTH, zlib.crc32(three)]
+    assert json.loads(json.dumps(shards.fingerprint())) == shards.fingerprint()
+    for row in (0, 102, 204):
+        write_shards(tmp_path)
+        array = np.load(tmp_path / "shard_00002.npy")
+        array[row, 3] += 1
+        np.save(tmp_path / "shard_00002.npy", array)
+        differs = [a != b for a, b in zip(Shards(tmp_path).fingerprint(), shards.fingerprint(), strict=True)]
+        assert differs == [False, False, True, False]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(ROW_LENGTH, 8), (ROW_LENGTH // 4, 8), (ROW_LENGTH, 40)])
+def test_origin_names_the_rows_of_a_batch(shards, seq_len, batch_size, rank):
+    loader = make_loader(shards, seq_len=seq_len, batch_size=batch_size, rank=rank, world_size=2)
+    for _ in range(12):
+        origin = loader.origin(loader.position)
+        rows = sorted({token // ROW_LENGTH for token in next(loader)[:, 0].tolist()})  # in all the data
+        expected = {}
+        for row in rows[:8]:
+            shard = int(np.searchsorted(np.cumsum(ROWS), row, side="right"))
+            expected.setdefault(shard, []).append(str(row - sum(ROWS[:shard])))
+        named, _, more = origin.partition(" and ")
+        assert named == "; ".join(
+            f"{shards.paths[shard]} row{'s' if len(names) > 1 else ''} {', '.join(names)}"
+            for shard, names in expected.items()
+        )
+        assert more == (f"{len(rows) - 8} more" if len(rows) > 8 else "")
+    assert loader.origin(loader.position) != origin
 
 
 def test_one_process_reads_20_million_tokens_a_second(tmp_path, record_property):
-    """Mapped int32 shards to checked int64 batches of 32 × 2048, in the page cache, the best of five trials."""
+    """int32 shards to checked int64 batches of 32 × 2048, in the page cache, the best of five trials."""
     shards = write_shards(tmp_path, rows=(200,) * 4, row_length=2048)
     loader = make_loader(shards, seq_len=2048, batch_size=32, vocab_size=800 * 2048)
     best = 0.0

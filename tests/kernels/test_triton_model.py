@@ -132,7 +132,7 @@ def test_training_follows_the_reference(monkeypatch, tmp_path):
     losses = {}
     for choice in ("reference", "triton"):
         settings = dict(model_size="nano", vocab_size=48, seq_len=12, batch_size=1, max_steps=20, lr=3e-3)
-        settings |= dict(num_workers=0, no_compile=True, no_gradient_checkpointing=True, log_interval=1)
+        settings |= dict(num_workers=1, no_compile=True, no_gradient_checkpointing=True, log_interval=1)
         settings |= dict(eval_interval=20, save_interval=20, device=str(DEVICE), dtype="fp32", kernels=choice)
         train(TrainOptions(data_dir=str(data), save_dir=str(tmp_path / choice), **settings))
         records = [json.loads(line) for line in (tmp_path / choice / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,105 @@
+"""Checkpoints written while the training goes on."""
+
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..files import PARTIAL, replacing, sync_directory
+from .checkpoint import checkpoint_path, list_checkpoints, verify_archive
+
+
+class Outcome(NamedTuple):
+    """Of an attempt to save: `error` is None if the checkpoint is there, and whole."""
+
+    path: Path
+    step: int
+    seconds: float
+    error: str | None
+
+
+class Saver:
+    """Copies a state to memory of its own, and writes it to checkpoint_<step>.pt in a thread.
+
+    A checkpoint takes its name once it is on the disk and has been read back from there against its checksums; only
+    then are older ones deleted, but for the last `keep_last` (0: none are). An attempt that fails leaves all as it was.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 0):
+        self.directory, self.keep_last = directory, keep_last
+        self._buffers: dict[tuple, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        for partial in directory.glob(f"checkpoint_*{PARTIAL}"):  # of a process that was killed
+            partial.unlink()
+
+    def save(self, contents: dict):
+        """Begin to write a checkpoint; `contents` may change as soon as this returns. Waits for the one before."""
+        self.wait()
+        copied = self._copy(contents)
+        ready = None
+        if torch.cuda.is_available():
+            ready = torch.cuda.Event()
+            ready.record()
+        self._thread = threading.Thread(target=self._write, args=(copied, ready), name="checkpoint")
+        self._thread.start()
+
+    def _copy(self, value, key: tuple = ()):
+        """The value with all tensors on the CPU; their memory is used again for the next checkpoint."""
+        if isinstance(value, Tensor):
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[key] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {name: self._copy(item, (*key, name)) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(item, (*key, index)) for index, item in enumerate(value))
+        return value
+
+    def _write(self, contents: dict, ready):
+        path, start, reason = checkpoint_path(self.directory, contents["step"]), time.perf_counter(), None
+        try:
+            if ready:
+                ready.synchronize()
+            with replacing(path) as file:
+                torch.save(contents, file)
+                file.flush()
+                os.fsync(file.fileno())
+                # Out of the page cache, so that the disk is what is read back.
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                verify_archive(Path(file.name))
+            with suppress(OSError):
+                self._delete_old(contents["step"])
+        except Exception as error:
+            # torch hides a failing write behind an error of its own, at what it left behind.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = str(getattr(cause, "strerror", None) or cause).split("\n")[0]
+        self._outcome = Outcome(path, contents["step"], time.perf_counter() - start, reason)
+
+    def _delete_old(self, step: int):
+        if self.keep_last:
+            # Later ones are of no concern: what was passed over on resuming, as damaged, would count for a whole one.
+            paths = [path for number, path in list_checkpoints(self.directory).items() if number <= step]
+            for path in paths[: -self.keep_last]:
+                path.unlink()
+            sync_directory(self.directory)
+
+    def outcome(self) -> Outcome | None:
+        """Of the last attempt, once it has ended; each is told once."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        self._thread = None
+        return self._outcome
+
+    def wait(self):
+        """Until nothing is being written."""
+        if self._thread:
+            self._thread.join()

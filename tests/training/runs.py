@@ -1,0 +1,141 @@
+"""Small runs, in this process or in one of their own, and what they leave behind."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from acceleron.config import PRESETS
+from acceleron.errors import run_command
+from acceleron.training import TrainOptions, train
+from acceleron.training.checkpoint import load_checkpoint
+
+# Children are forked from a process that has imported everything and done nothing: they start in milliseconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["acceleron.training", "torch.utils.tensorboard", "torch._dynamo"])
+# Of metrics.jsonl, what depends on the clock and the machine.
+MEASURED = {"tokens_per_second", "mfu", "memory_bytes", "data_wait", "save_wait"}
+
+
+def write_shard(directory: Path, rows: int = 100) -> Path:
+    """A Markov chain over 64 tokens: each is followed by one of four, so the entropy falls from log 64 to log 4."""
+    directory.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    successors, token, ids = rng.integers(64, size=(64, 4)), 0, []
+    for choice in rng.integers(4, size=rows * 256).tolist():
+        token = int(successors[token, choice])
+        ids.append(token)
+    np.save(directory / "shard_00000.npy", np.array(ids, dtype=np.int32).reshape(rows, 256))
+    return directory
+
+
+def options(data_dir, save_dir, **changes) -> TrainOptions:
+    settings = dict(model_size="nano", vocab_size=64, seq_len=64, batch_size=4, max_steps=12, lr=4e-3, num_workers=1)
+    settings |= dict(no_compile=True, device="cpu", dtype="fp32", log_interval=1, eval_interval=6, save_interval=6)
+    return TrainOptions(data_dir=str(data_dir), save_dir=str(save_dir), **settings | changes)
+
+
+def records(save_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(save_dir: Path, step: int) -> tuple[list[dict], dict]:
+    """What must not depend on how often a run was interrupted: its log, and all that its checkpoint keeps of it."""
+    log = [{name: value for name, value in line.items() if name not in MEASURED} for line in records(save_dir)]
+    contents = load_checkpoint(save_dir / f"checkpoint_{step}.pt")
+    kept = ("step", "tokens", "config", "model", "optimizer", "data", "statistics", "rng")
+    return log, {name: contents[name] for name in kept}
+
+
+def assert_same_bits(found, expected, where: str = ""):
+    """Of values with tensors in dicts and lists; names the first that differs."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            assert_same_bits(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same_bits(a, b, f"{where}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        # As bytes: equal NaN are equal, and 0.0 is not -0.0.
+        assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
+    else:
+        assert found == expected, where
+
+
+def shrink_nano():
+    """Steps of milliseconds, for tests that ask when, and not what, a model learns."""
+    small = dict(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=32, d_ff_shared=32)
+    PRESETS["nano"] = dataclasses.replace(PRESETS["nano"], **small)
+
+
+class SlowFile:
+    """Takes a while for every write, so that a process is mostly killed in the middle of one."""
+
+    def __init__(self, file, seconds: float):
+        self.file, self.seconds = file, seconds
+
+    def write(self, data):
+        half = len(data) // 2
+        written = self.file.write(data[:half])
+        self.file.flush()
+        time.sleep(self.seconds)
+        return written + self.file.write(data[half:])
+
+    def flush(self):
+        self.file.flush()
+
+
+def slow_saves(seconds: float):
+    """Every write of a checkpoint, of which there are some hundreds, takes this much longer."""
+    save = torch.save
+    torch.save = lambda contents, file: save(contents, SlowFile(file, seconds))
+
+
+def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None):
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if hook:
+        hook()
+    sys.exit(run_command(lambda: train(settings)))
+
+
+class Child:
+    """train() in a process of its own, as train.py calls it; its output goes to `output`."""
+
+    def __init__(self, settings: TrainOptions, output: Path, hook: Callable[[], None] | None = None):
+        self.output = output
+        output.touch()
+        self.process = CONTEXT.Process(target=_child, args=(settings, str(output), hook))
+        self.process.start()
+
+    def wait_for(self, text: str, seconds: float = 60.0):
+        """Until the output has this text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output.read_text():
+            assert self.process.is_alive(), self.output.read_text()
+            assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output.read_text()}"
+            time.sleep(0.005)
+
+    def signal(self, number: int):
+        os.kill(self.process.pid, number)
+
+    def status(self, seconds: float = 60.0) -> int:
+        """Its exit status, for which it has this long."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.output.read_text()}")
+        return self.process.exitcode

@@ -1,0 +1,68 @@
+"""Two runs in one save_dir."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+from runs import Child, options, shrink_nano, write_shard
+
+from acceleron.errors import InputError
+from acceleron.model import Acceleron
+from acceleron.training import train
+from acceleron.training.lock import DirectoryLock
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_shard(tmp_path_factory.mktemp("data"))
+
+
+def slow_steps():
+    shrink_nano()
+    forward = Acceleron.forward
+    Acceleron.forward = lambda *args, **kwargs: time.sleep(0.1) or forward(*args, **kwargs)
+
+
+def test_the_second_run_is_refused_with_the_firsts_pid_and_host(data_dir, tmp_path):
+    run = options(data_dir, tmp_path / "run", max_steps=1000, resume="auto")
+    first = Child(run, tmp_path / "output", slow_steps)
+    first.wait_for("step 1/")
+    with pytest.raises(InputError, match=f"in use by the process {first.process.pid} on {socket.gethostname()}"):
+        train(run)
+    second = Child(run, tmp_path / "second")
+    assert second.status() == 2
+    assert f"in use by the process {first.process.pid} on {socket.gethostname()}" in (tmp_path / "second").read_text()
+    assert first.process.is_alive()
+    first.process.kill()
+    assert first.status() == -9
+
+
+def test_the_lock_of_a_killed_run_is_stale(data_dir, tmp_path, capsys):
+    """Even while a process has its pid."""
+    run = options(data_dir, tmp_path / "run", max_steps=1, resume="auto")
+    killed = Child(run, tmp_path / "output", slow_steps)
+    killed.wait_for("writing to")
+    killed.process.kill()
+    killed.process.join()
+    lock = tmp_path / "run" / "run.lock"
+    assert json.loads(lock.read_text()) == {"pid": killed.process.pid, "host": socket.gethostname()}
+    lock.write_text(json.dumps({"pid": os.getppid(), "host": "elsewhere"}))
+    train(run)
+    assert f"left by the process {os.getppid()} on elsewhere, which is no longer running" in capsys.readouterr().err
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00\xff"])
+def test_a_damaged_lock_file_is_no_obstacle(tmp_path, content):
+    (tmp_path / "run.lock").write_text(content)
+    with DirectoryLock(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_refused_leaves_no_directory(data_dir, tmp_path):
+    with pytest.raises(InputError, match="--seq_len"):
+        train(options(data_dir, tmp_path / "a" / "b" / "run", seq_len=48))
+    assert list(tmp_path.iterdir()) == []
