@@ -56,7 +56,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and pyo3's PanicException, which is none
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = repr(str(error)[:200])[1:-1] or type(error).__name__  # one line, without what a terminal would act on
         raise InputError(f"{path}: not a usable file of the tokenizers library ({reason}); name another one") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{path}: lacks the token {END_OF_TEXT}, which separates documents")

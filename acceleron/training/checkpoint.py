@@ -56,14 +56,14 @@ def verify_archive(path: Path):
     except Exception as error:  # a damaged archive fails in many ways: BadZipFile, EOFError, NotImplementedError, …
         raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if damaged:
-        raise InputError(f"{path}: damaged: its record {damaged} does not match its checksum; use another one")
+        raise InputError(f"{path}: damaged: its record {repr(damaged)[1:-1]} does not match its checksum; use another one")
     try:
         # As torch.load finds it: of a hostile archive zipfile might show another one.
         calls = pickled_calls(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
     except Exception as error:
         raise InputError(f"{path}: not a checkpoint; use another one") from error
     if calls - CALLS:
-        what = ", ".join(sorted(calls - CALLS))[:200]
+        what = repr(", ".join(sorted(calls - CALLS))[:200])[1:-1]
         raise InputError(f"{path}: refused: it holds more than tensors and plain values, and would run {what}")
 
 

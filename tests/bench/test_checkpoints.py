@@ -109,8 +109,12 @@ def test_a_tensor_altered_on_the_way_to_the_file_fails_the_check(run, damage, tm
 def test_a_state_that_is_not_copied_before_the_next_step_fails_the_check(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "_copy", lambda self, value: value)
     write = Saver._write
-XX
-    monkeypatch.setattr(Saver, "_write", late)
+
+    def writes_late(self, *arguments):
+        time.sleep(0.3)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Saver, "_write", writes_late)
     row = checkpoints.measure(run, 1, 1, tmp_path)
     assert row["check_error"] > len(list(run.model.parameters()))
 

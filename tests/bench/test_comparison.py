@@ -112,10 +112,11 @@ def test_changes_are_marked_by_what_is_better_for_each_figure(tmp_path):
             "kernels": [made_rows.kernel()],
             "memory": [made_rows.memory(int(3e8 * slow)), made_rows.memory(int(9e9 * slow), what="peak")],
             "peers": [made_rows.race("ours", [x / slow for x in (200.0, 203.0, 201.0)])],
+            "checkpoints": [made_rows.checkpoints([x * slow for x in (1.02, 1.03, 1.01)])],
         }
 
     fast, slow = rows_of(tmp_path / "fast", **files(1.0)), rows_of(tmp_path / "slow", **files(1.25))
-    names = ["throughput", "quality", "ops", "memory", "memory", "peers"]
+    names = ["throughput", "quality", "ops", "memory", "memory", "peers", "checkpoints"]
     assert [(change.name, change.mark) for change in compare(slow, fast).changes] == [(n, "regression") for n in names]
     assert [(change.name, change.mark) for change in compare(fast, slow).changes] == [(n, "improvement") for n in names]
     assert {change.mark for change in compare(slow, slow).changes} == {""}

@@ -69,12 +69,7 @@ def test_golden_losses(data_dir, tmp_path):
 
     To record anew after a wanted change: delete golden_losses.json and run this test.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(options(data_dir, tmp_path, max_steps=20, eval_interval=20, save_interval=20))
-    finally:
-        torch.set_num_threads(threads)
+    train(options(data_dir, tmp_path, max_steps=20, eval_interval=20, save_interval=20))
     losses = [[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records(tmp_path)]
     capability = torch.backends.cpu.get_cpu_capability()
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model\t")), "")

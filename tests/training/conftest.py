@@ -1,0 +1,12 @@
+"""One thread: models of milliseconds gain nothing from two, and with two they wait for whatever else runs."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

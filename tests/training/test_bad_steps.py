@@ -1,0 +1,195 @@
+"""Steps without a finite loss and gradient change nothing, and are told with their origin, as are spikes."""
+
+import copy
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from runs import assert_same_bits, options, records, write_shard
+
+from acceleron import ModelConfig
+from acceleron.data import Loader, Shards
+from acceleron.errors import RunFailed
+from acceleron.model import Acceleron
+from acceleron.training import guard, train
+from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
+from acceleron.training.guard import SPIKE_HORIZON, StepGuard
+from acceleron.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_shard(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """In training steps of these numbers, counted from 1, what `change` makes of the model's output comes out."""
+
+    def set_up(steps, change):
+        forward, count = Acceleron.forward, [0]
+
+        def changed(self, input_ids, labels=None):
+            output = forward(self, input_ids, labels)
+            if not torch.is_grad_enabled():
+                return output
+            count[0] += 1
+            return change(output) if count[0] in steps else output
+
+        monkeypatch.setattr(Acceleron, "forward", changed)
+
+    return set_up
+
+
+def nan_loss(output):
+    return output._replace(loss=output.loss * math.nan, cross_entropy=output.cross_entropy * math.nan)
+
+
+def inf_gradient(output):
+    """The loss is as it should be."""
+    return output._replace(loss=output.loss + (output.loss - output.loss.detach()) * math.inf)
+
+
+@pytest.mark.parametrize("change", [nan_loss, inf_gradient])
+def test_a_bad_step_changes_neither_weights_nor_state(data_dir, tmp_path, poison, change):
+    poison({3}, change)
+    train(options(data_dir, tmp_path, max_steps=4, save_interval=1))
+    # Of the third step there is no checkpoint: it is saved after the next good one.
+    assert list(list_checkpoints(tmp_path)) == [1, 2, 4]
+    second, fourth = (load_checkpoint(tmp_path / f"checkpoint_{step}.pt") for step in (2, 4))
+    assert {int(state["step"]) for state in second["optimizer"]["state"].values()} == {2}
+    assert {int(state["step"]) for state in fourth["optimizer"]["state"].values()} == {3}
+    assert (fourth["tokens"], fourth["data"]["position"]) == (4 * 4 * 64, 16)
+
+
+@pytest.mark.parametrize("change", [nan_loss, inf_gradient])
+def test_weights_and_state_after_a_bad_step_are_bit_for_bit_those_before(data_dir, tmp_path, poison, change):
+    config = ModelConfig.preset("nano", vocab_size=64)
+    run = Run(options(data_dir, tmp_path), config, Shards(data_dir), torch.device("cpu"), torch.float32)
+    poison({3}, change)
+    states = []
+    for _ in range(4):
+        run.step(1e-3)
+        state = run.state_dict()
+        states.append(copy.deepcopy({name: state[name] for name in ("model", "optimizer")}))
+    first, second, third, fourth = states
+    assert_same_bits(third, second)
+    for before, after in ((first, second), (third, fourth)):
+        assert all(not torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+
+
+def test_a_bad_step_is_told_with_its_number_and_rows_and_left_out_of_the_means(data_dir, tmp_path, poison, capsys):
+    """The rows are compared with the data: the batch of that step, of two micro-batches, is read from them."""
+    settings = dict(max_steps=4, batch_size=2, grad_accum=2, log_interval=4, seq_len=256)
+    train(options(data_dir, tmp_path / "good", **settings | {"log_interval": 1}))
+    losses = [line["loss"] for line in records(tmp_path / "good")]
+    poison({5}, nan_loss)  # the first micro-batch of the third step
+    capsys.readouterr()
+    train(options(data_dir, tmp_path / "bad", **settings))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: step 3: loss nan, gradient norm nan: skipped; trained on ")
+    loader = Loader(Shards(data_dir), seq_len=256, batch_size=2, vocab_size=64, seed=42)
+    batches = [next(loader) for _ in range(6)]
+    shard = np.load(data_dir / "shard_00000.npy")
+    for part, batch in zip(warnings[0].split("trained on ")[1].split("; "), batches[4:6], strict=True):
+        path, rows = part.split(" rows ")
+        assert path == str(data_dir / "shard_00000.npy")
+        named = {shard[int(row)].tobytes() for row in rows.split(", ")}
+        assert named == {row.astype(np.int32).tobytes() for row in batch.numpy()}
+    (line,) = records(tmp_path / "bad")
+    assert line["skipped_steps"] == 1
+    # The first two steps are those of the good run; the fourth is trained from the second's weights.
+    assert line["loss"] == pytest.approx(np.mean([*losses[:2], losses[2]]), abs=0.05)
+    assert "NaN" not in (tmp_path / "bad" / "metrics.jsonl").read_text()
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data_dir, tmp_path, poison, capsys):
+    poison({5, 6} | set(range(8, 100)), nan_loss)
+    run = options(data_dir, tmp_path, max_steps=40, save_interval=2, max_bad_steps=3, log_interval=50, eval_interval=50)
+    with pytest.raises(RunFailed) as failure:
+        train(run)
+    # Steps 5 and 6 were two; 8 to 10 are three.
+    assert "after 3 skipped steps in a row, and not saved" in str(failure.value)
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint_7.pt'}" in str(failure.value)
+    assert list(list_checkpoints(tmp_path)) == [2, 4, 7]
+    assert all(bool(w.isfinite().all()) for w in load_checkpoint(tmp_path / "checkpoint_7.pt")["model"].values())
+    assert "warning: step 9: loss nan" in capsys.readouterr().err
+
+
+def test_a_log_of_bad_steps_alone_is_still_json(data_dir, tmp_path, poison):
+    poison({1, 2}, nan_loss)
+    train(options(data_dir, tmp_path, max_steps=3))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert [(line["loss"], line["grad_norm"], line["skipped_steps"]) for line in strict[:2]] == [(None, None, 1)] * 2
+    assert 3.9 < strict[2]["loss"] < 4.4
+
+
+def test_a_diverged_model_is_never_saved(data_dir, tmp_path):
+    with pytest.raises(RunFailed, match="10 skipped steps in a row"):
+        train(options(data_dir, tmp_path, lr=1e30, grad_clip=0.0))
+    assert not list_checkpoints(tmp_path)
+
+
+def judged(losses, skip_spikes=False):
+    judge = StepGuard(torch.device("cpu"), skip_spikes)
+    skipped = [
+        bool(judge.judge(step, 10 * step, torch.tensor(loss), torch.tensor(1.0))) for step, loss in enumerate(losses)
+    ]
+    return judge.read(), skipped
+
+
+def test_spikes_are_judged_by_an_exponentially_weighted_mean_and_deviation():
+    """Against the sums that define them: weights 0.99**age, after a plain mean of the first hundred."""
+    rng = np.random.default_rng(0)
+    losses = 3 + 0.1 * rng.standard_normal(400)
+    losses[[250, 251, 300, 350]] = [3.5, 9.0, 3.55, 9.0]
+    expected, counted = [], []
+    for step, loss in enumerate(losses):
+        if step >= SPIKE_HORIZON:
+            weights = np.ones(step)
+            for later in range(SPIKE_HORIZON, step):
+                weights[:later] *= 1 - 1 / SPIKE_HORIZON
+            mean = np.average(counted, weights=weights)
+            threshold = mean + 6 * np.sqrt(np.average((np.array(counted) - mean) ** 2, weights=weights))
+            if loss > threshold:
+                expected.append((step, threshold))
+            loss = min(loss, threshold)
+        counted.append(loss)
+    found, skipped = judged(losses)
+    assert [judgement.step for judgement in found] == [step for step, _ in expected]
+    assert {251, 350} <= {step for step, _ in expected}
+    assert [judgement.threshold for judgement in found] == pytest.approx([threshold for _, threshold in expected])
+    assert not any(skipped)
+    found, skipped = judged(losses, skip_spikes=True)
+    assert [step for step, skip in enumerate(skipped) if skip] == [step for step, _ in expected]
+    assert [judgement.position for judgement in found] == [10 * step for step, _ in expected]
+
+
+def test_a_loss_that_stays_high_is_a_spike_no_more_and_one_that_falls_never_is():
+    rng = np.random.default_rng(1)
+    falling = 10 * np.exp(-np.arange(1000) / 200) + 0.02 * rng.standard_normal(1000)
+    assert judged(falling)[0] == []
+    risen = np.concatenate([falling, 5 + 0.02 * rng.standard_normal(200)])
+    steps = [judgement.step for judgement in judged(risen)[0]]
+    assert steps[0] == 1000
+    assert steps[-1] < 1100
+
+
+def test_a_spike_is_told_and_skipped_if_asked_for(data_dir, tmp_path, poison, capsys, monkeypatch):
+    monkeypatch.setattr(guard, "SPIKE_HORIZON", 10)
+    for skip in (False, True):
+        poison({11}, lambda output: output._replace(cross_entropy=output.cross_entropy + 20))
+        settings = dict(max_steps=12, log_interval=12, eval_interval=12, save_interval=12)
+        train(options(data_dir, tmp_path / str(skip), skip_spikes=skip, **settings))
+        (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        what = ("skipped" if skip else "a spike") + r", above \d\.\d+; trained on"
+        assert re.match(rf"warning: step 11: loss 2\d\.\d+, gradient norm \S+: {what}", warning)
+        state = load_checkpoint(tmp_path / str(skip) / "checkpoint_12.pt")["optimizer"]["state"]
+        assert {int(entry["step"]) for entry in state.values()} == {11 if skip else 12}
+        (line,) = records(tmp_path / str(skip))
+        assert line["skipped_steps"] == skip

@@ -1,0 +1,218 @@
+"""Checkpoints are whole or not there; a disk that fails costs none that was there, and no run."""
+
+import errno
+import os
+import time
+import zipfile
+
+import pytest
+import torch
+from runs import SlowFile, assert_same_bits, learned, options, records, write_shard
+
+from acceleron.errors import InputError, RunFailed
+from acceleron.training import loop, train
+from acceleron.training.checkpoint import FORMAT, list_checkpoints, load_checkpoint, verify_archive
+from acceleron.training.saver import Saver
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_shard(tmp_path_factory.mktemp("data"))
+
+
+class FullDisk:
+    """Takes so many bytes, and then no more."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Lets the attempts of these numbers, counted from 1, to save fail in the middle."""
+
+    def fill(*failing: int):
+        save, attempts = torch.save, iter(range(1, 1000))
+
+        def save_to_disk(contents, file):
+            room = 3_000_000 if next(attempts) in failing else 1 << 40
+            save(contents, FullDisk(file, room))
+
+        monkeypatch.setattr(torch, "save", save_to_disk)
+
+    return fill
+
+
+def contents(step: int, seed: int = 0) -> dict:
+    weights = torch.randn(3, 1000, generator=torch.Generator().manual_seed(seed))
+    return {"format": FORMAT, "step": step, "model": dict(enumerate(weights)), "plain": [1, 2.5, ("a", None)]}
+
+
+def test_what_was_given_is_written_though_it_changes_at_once(tmp_path, monkeypatch):
+    """In the background: `save` returns long before the slow write has ended."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda contents, file: save(contents, SlowFile(file, 0.02)))
+    saver = Saver(tmp_path)
+    for step in (1, 2):  # the second copies into the memory of the first
+        given = contents(step, seed=step)
+        start = time.perf_counter()
+        saver.save(given)
+        blocked = time.perf_counter() - start
+        for weight in given["model"].values():
+            weight.zero_()
+        assert saver.outcome() is None
+        assert not (tmp_path / f"checkpoint_{step}.pt").exists()
+        saver.wait()
+        outcome = saver.outcome()
+        assert outcome.error is None
+        assert blocked < 0.1 * outcome.seconds
+        assert_same_bits(torch.load(outcome.path), contents(step, seed=step))
+        assert saver.outcome() is None  # told once
+
+
+def test_the_last_ones_are_kept_and_no_others_touched(tmp_path):
+    for name in ("checkpoint_best.pt", "checkpoint_10.pt.bak", "model.pt", "checkpoint_9.pt"):
+        (tmp_path / name).write_text("the user's, or a later one that is damaged")
+    saver = Saver(tmp_path, keep_last=2)
+    for step in range(1, 6):
+        saver.save(contents(step))
+        saver.wait()
+        assert saver.outcome().error is None
+    assert list(list_checkpoints(tmp_path)) == [4, 5, 9]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync", "read back"])
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, full_disk, fault):
+    """Retention deletes nothing before the new one has been read back whole."""
+    saver = Saver(tmp_path, keep_last=1)
+    saver.save(contents(1))
+    saver.wait()
+    before = (tmp_path / "checkpoint_1.pt").read_bytes()
+    saver.outcome()
+    if fault == "write":
+        full_disk()
+        monkeypatch.setattr(torch, "save", lambda contents, file: FullDisk(file, 0).write(b"x"))
+        reason = "No space left on device"
+    elif fault == "fsync":
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output")))
+        reason = "Input/output"
+    else:
+        save = torch.save
+
+        def save_and_flip(contents, file):
+            save(contents, file)
+            file.seek(5000)
+            byte = contents["model"][0].numpy().tobytes()[0]
+            file.write(bytes([byte ^ 1, byte ^ 2, byte ^ 3]))
+
+        monkeypatch.setattr(torch, "save", save_and_flip)
+        reason = "does not match its checksum"
+    saver.save(contents(2))
+    saver.wait()
+    outcome = saver.outcome()
+    assert (outcome.step, outcome.path.name) == (2, "checkpoint_2.pt")
+    assert reason in outcome.error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"checkpoint_1.pt": before}
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    (tmp_path / "checkpoint_3.pt.partial").write_text("half")
+    Saver(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flipped_bit_that_matters_is_found(tmp_path):
+    """In each record of a checkpoint, its first, middle and last byte; torch.load alone takes all in the tensors."""
+    saver = Saver(tmp_path)
+    saver.save(contents(1))
+    saver.wait()
+    path = tmp_path / "checkpoint_1.pt"
+    original = path.read_bytes()
+    found = 0
+    with zipfile.ZipFile(path) as archive:
+        spans = []
+        for record in archive.infolist():
+            content = archive.read(record)
+            spans.append((record.filename, original.index(content, record.header_offset), len(content)))
+    for name, start, length in spans:
+        for offset in {0, length // 2, length - 1}:
+            damaged = bytearray(original)
+            damaged[start + offset] ^= 1 << (offset % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match=name):
+                verify_archive(path)
+            found += 1
+    assert found > 15
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data_dir, tmp_path, monkeypatch, capsys, full_disk):
+    """The next attempt is made after a while, not only at the next interval; the one before stays."""
+    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.0)
+    train(options(data_dir, tmp_path / "expected", save_interval=4))
+    full_disk(2, 3)
+    capsys.readouterr()
+    train(options(data_dir, tmp_path / "run", save_interval=4))
+    said = capsys.readouterr()
+    warnings = [line for line in said.err.splitlines() if line.startswith("warning")]
+    first = tmp_path / "run" / "checkpoint_4.pt"
+    assert len(warnings) == 2
+    for warning in warnings:
+        assert f"could not be written (No space left on device); the last good checkpoint is {first}" in warning
+    saved = list(list_checkpoints(tmp_path / "run"))
+    assert saved[0] == 4
+    assert saved[-1] == 12
+    assert 8 not in saved
+    assert any(8 < step < 12 for step in saved)
+    assert not any((tmp_path / "run").glob("*.partial"))
+    assert_same_bits(learned(tmp_path / "run", 12)[1], learned(tmp_path / "expected", 12)[1])
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_says_what_remains(
+    data_dir, tmp_path, monkeypatch, full_disk
+):
+    monkeypatch.setattr(loop, "LAST_RETRY_SECONDS", 0.0)
+    full_disk(2, 3, 4)
+    first = tmp_path / "checkpoint_6.pt"
+    with pytest.raises(RunFailed, match=f"step 12 could not be saved in 3 attempts; the last good .* is {first}"):
+        train(options(data_dir, tmp_path))
+    assert load_checkpoint(first)["step"] == 6
+    assert len(records(tmp_path)) == 12
+    train(options(data_dir, tmp_path, resume="auto"))
+    assert load_checkpoint(tmp_path / "checkpoint_12.pt")["step"] == 12
+
+
+def test_a_log_that_cannot_be_written_is_written_later(data_dir, tmp_path, monkeypatch, capsys):
+    """Half a line, that a full disk took, is taken back."""
+    from acceleron.training.metrics import Metrics
+
+    metrics = Metrics(tmp_path, 0)
+    metrics.write({"step": 1})
+    file, room = metrics._file, [4]
+
+    class Full:
+        name = "metrics.jsonl"
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def write(self, data):
+            return file.write(data[: room[0]])
+
+    metrics._file = Full()
+    metrics.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert "No space left on device" in capsys.readouterr().err
+    room[0] = None
+    metrics.write({"step": 3})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
