@@ -4,6 +4,7 @@ Case n of a test is made by default_rng(n), so that a failure, which names n, ca
 many there are in all.
 """
 
+import base64
 import copy
 import io
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.config import LIMITS
@@ -29,6 +31,7 @@ from acceleron.errors import InputError
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
 from acceleron.training.checkpoint import FORMAT, load_checkpoint
+from acceleron.training.loop import _warn_of_changes
 from acceleron.training.run import Run
 from acceleron.training.saver import Saver
 
@@ -107,32 +110,36 @@ TENSORS = [torch.zeros(()), torch.zeros(3, dtype=torch.float64), torch.zeros(1).
 TENSORS += [torch.full((4, 4), torch.nan), torch.zeros(5, dtype=torch.uint8), torch.zeros(2, 2).to_sparse()]
 
 
-def places(value) -> list[tuple]:
-    """(container, key) of everything within."""
-    found, stack = [], [value]
-    while stack:
-        container = stack.pop()
-        items = list(container.items() if isinstance(container, dict) else enumerate(container))
-        found += [(container, key) for key, _ in items[:50]]
-        stack += [item for _, item in items if isinstance(item, (dict, list))]
-    return found
+def choose(rng, container) -> tuple:
+    """(container, key) of something within, as likely near the top as far below, where most values are."""
+    while True:
+        keys = list(container) if isinstance(container, dict) else range(len(container))
+        if not keys:
+            return container, None
+        key = keys[rng.integers(len(keys))]
+        if not isinstance(container[key], (dict, list)) or rng.random() < 0.3:
+            return container, key
+        container = container[key]
 
 
 def damage_values(rng, values, absurd: list):
     """Replaces, removes, moves or adds an item or two."""
-    found = places(values)
     for _ in range(rng.integers(1, 3)):
-        (container, key), (other, other_key) = (found[rng.integers(len(found))] for _ in range(2))
-        keys = container.keys() if isinstance(container, dict) else range(len(container))
+        container, key = choose(rng, values)
+        other, other_key = choose(rng, values)
         value = absurd[rng.integers(len(absurd))]
-        match rng.integers(6):
-            case 0 if key in keys:
+        match rng.integers(6) if key is not None else -1:
+            case -1:
+                pass
+            case 0:
                 del container[key]
             case 1 if isinstance(container, dict):
                 container["unknown"] = value
-            case 2 if isinstance(other, dict) and key in keys:
-                container[key] = copy.deepcopy(other.get(other_key))
-            case _ if key in keys:
+            case 2 if other_key is not None:
+                container[key] = copy.deepcopy(other[other_key])
+            case 3 if type(container[key]) in (int, float):
+                container[key] = NUMBERS[rng.integers(len(NUMBERS))]
+            case _:
                 container[key] = value
     return values
 
@@ -247,6 +254,8 @@ def use(run: Run, path: Path):
     load_model(contents, path, torch.device("cpu"), torch.float32)
     run.batches = []
     run.load_state_dict(contents, path)
+    _warn_of_changes(run.options, {"torch": "2"}, contents)
+    assert 0 <= run.steps < 2**62
     assert 0 <= np.random.get_state()[2] <= 624  # beyond it numpy reads what isn't its own
     run.step(1e-3)
 
@@ -343,7 +352,7 @@ MEMORY = {
     "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
     "bytes": b"\x8e\x00\x00\x00\x00\x00\x01\x00\x00.",
     "int": b"\x8b\xff\xff\xff\x7f.",
-    "nesting": b"(" * 10**6 + b"t" * 10**6 + b".",
+    "nesting": b"(" * 10**5 + b"t" * 10**5 + b".",
     "itself": b"]q\x00h\x00a.",
 }
 
@@ -355,13 +364,23 @@ def test_pickles_that_take_memory(original, tmp_path, case):
         load_checkpoint(tmp_path / "bad.pt")
 
 
-def test_a_zip_bomb(original, tmp_path):
-    def change(name, content):
-        return [(name, bytes(1 << 28) if name.endswith("data/0") else content)]
+@pytest.mark.parametrize("level", [0, 9])
+def test_compressed_records(original, tmp_path, level):
+    """A bomb; and what torch would take for weights as it is, compressed."""
 
-    rewritten(original, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED)
+    def change(name, content):
+        return [(name, bytes(1 << 28) if level and name.endswith("data/0") else content)]
+
+    rewritten(original, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
     assert (tmp_path / "bad.pt").stat().st_size < 1 << 20
     with limits("bomb"), pytest.raises(InputError, match=r"bad\.pt: not written by torch\.save"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
+def test_tensors_larger_than_the_file(original, tmp_path, extra):
+    torch.save(torch.load(original, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=r"bad\.pt: its tensors are larger than the file"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
@@ -378,20 +397,92 @@ def test_configs():
     fuzz("configs", [absurd], read)
 
 
+TRAINED = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
+PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 1, "pad_type_id": 0}
+PADDING["pad_token"] = "<|pad|>"
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+
+
+def charsmap(content: bytes) -> dict:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def with_model(**changes) -> dict:
+    return TRAINED | {"model": TRAINED["model"] | changes}
+
+
+def with_id(token_id: int) -> dict:
+    return with_model(vocab=TRAINED["model"]["vocab"] | {"word": token_id})
+
+
+def with_token(content: str) -> dict:
+    return TRAINED | {"added_tokens": [*TRAINED["added_tokens"], TRAINED["added_tokens"][0] | {"content": content}]}
+
+
+# Some end the process once the library has them.
+HOSTILE_TOKENIZERS = {
+    "id 2**24": (with_id(2**24), "token id 16777216"),
+    "id 2**32 - 1": (with_id(2**32 - 1), "token id 4294967295"),
+    "id 2**32": (with_id(2**32), "4294967296"),
+    "prefix": (with_model(continuing_subword_prefix="#" * 50), "continuing_subword_prefix"),
+    "charsmap": (TRAINED | {"normalizer": charsmap(b"\xff\xff\xff\xff")}, "Precompiled"),
+    "untyped charsmap": (TRAINED | {"normalizer": {"precompiled_charsmap": "/////w=="}}, "None"),
+    "chunks of 0": (TRAINED | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "FixedLength"),
+    "strip": (TRAINED | {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 2**63}}, "Strip"),
+    "longer": (TRAINED | {"normalizer": REPLACE | {"content": "aaaaaaaa"}}, "Replace"),
+    "pattern": (TRAINED | {"normalizer": REPLACE | {"pattern": {"Regex": ""}}}, "Replace"),
+    "sequence": (TRAINED | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}}, "16"),
+    "long token": (with_token("x" * 10**6), "too long"),
+    "long tokens": (TRAINED | {"model": {"type": "Unigram", "vocab": [["x" * 900, 0]] * 5000}}, "too long"),
+    "twice": (json.dumps(TRAINED).replace('"vocab"', '"vocab": {}, "vocab"'), "twice"),
+    "nested": ("[" * 10**6, "recursion"),
+    "not UTF-8": (json.dumps(TRAINED).encode().replace(b"word", b"w\xffrd"), "utf-8"),
+    "half a pair": (json.dumps(TRAINED).replace("word", "\\ud800"), "hex escape"),
+    "digits": (json.dumps(TRAINED).replace("299", "9" * 5000), "digits"),
+    "large": (b" " * ((64 << 20) + 1), "64 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_TOKENIZERS)
+def test_hostile_tokenizers(tmp_path, case):
+    document, culprit = HOSTILE_TOKENIZERS[case]
+    text = json.dumps(document) if isinstance(document, dict) else document
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with limits(case), pytest.raises(InputError) as raised:
+        load_tokenizer(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert culprit in str(raised.value)
+
+
+def test_absurd_padding_and_truncation_are_left_out(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 2**64 - 1, "strategy": "LongestFirst", "stride": 2**64 - 1}
+    padding = PADDING | {"strategy": {"Fixed": 2**40}, "pad_to_multiple_of": 0}
+    path.write_text(json.dumps(TRAINED | {"truncation": truncation, "padding": padding}))
+    with limits("padding"):
+        assert load_tokenizer(path).encode("word1").ids == Tokenizer.from_str(json.dumps(TRAINED)).encode("word1").ids
+
+
+def test_a_panic_of_the_library_is_an_error_too(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    template["single"] = [{"Sequence": {"id": "B", "type_id": 1}}]  # of a text that is none of a pair
+    path.write_text(json.dumps(TRAINED | {"post_processor": template}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a usable file .*out of bounds"):
+        load_tokenizer(path)
+
+
 def test_tokenizers(tmp_path):
-    trained = train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str()
     parts = {
-        "normalizer": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}],
-        "pre_tokenizer": [json.loads(trained)["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
-        "decoder": [json.loads(trained)["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        "normalizer": [{"type": "NFC"}, REPLACE],
+        "pre_tokenizer": [TRAINED["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
+        "decoder": [TRAINED["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
     }
     children = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-    document = json.loads(trained) | {
-        place: {"type": "Sequence", children[place]: items} for place, items in parts.items()
-    }
+    document = TRAINED | {place: {"type": "Sequence", children[place]: items} for place, items in parts.items()}
     document["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-    document["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 1}
-    document["padding"] |= {"pad_type_id": 0, "pad_token": "<|pad|>"}
+    document["padding"] = PADDING
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(document))
     load_tokenizer(path)  # so that there is something to damage

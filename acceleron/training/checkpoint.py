@@ -56,7 +56,8 @@ def verify_archive(path: Path):
     except Exception as error:  # a damaged archive fails in many ways: BadZipFile, EOFError, NotImplementedError, …
         raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if damaged:
-        raise InputError(f"{path}: damaged: its record {repr(damaged)[1:-1]} does not match its checksum; use another one")
+        name = repr(damaged)[1:-1]  # without what a terminal would act on
+        raise InputError(f"{path}: damaged: its record {name} does not match its checksum; use another one")
     try:
         # As torch.load finds it: of a hostile archive zipfile might show another one.
         calls = pickled_calls(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))

@@ -128,7 +128,7 @@ def test_the_readmes_table_has_every_flag_and_default():
             flag, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
             rows[flag.removeprefix("--")] = default
     for field in dataclasses.fields(TrainOptions):
-        shown = {None: "", False: "off"}.get(field.default, str(field.default))
+        shown = "" if field.default is None else "off" if field.default is False else str(field.default)
         assert field.name in rows, f"--{field.name} is not in the README"
         if shown:
             assert rows[field.name] == shown, field.name
