@@ -80,13 +80,12 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
 
 
 def best_sdpa():
-    """Context in which SDPA tries its backends fastest first; where torch is deterministic, those alone that are.
+    """Context in which SDPA tries its backends fastest first.
 
-    torch.use_deterministic_algorithms(True) does that by itself: it leaves out cuDNN, and has the backward pass of the
-    flash and efficient backends add in one order. With warn_only=True they warn and add in any.
+    torch.use_deterministic_algorithms(True) leaves out cuDNN by itself, and has the backward pass of the others add in
+    one order.
     """
-    only_warns = torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
-    return sdpa_kernel([SDPBackend.MATH] if only_warns else SDPA_BACKENDS, set_priority=True)
+    return sdpa_kernel(SDPA_BACKENDS, set_priority=True)
 
 
 class Linear(nn.Linear):

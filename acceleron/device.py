@@ -78,9 +78,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @contextmanager
 def deterministic_algorithms():
-    """Only such algorithms of torch's; our kernels always are. Where there is none, it warns."""
+    """Only such algorithms of torch's, which raises RuntimeError where there is none; our kernels always are."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     # It would fill what torch.empty returns, which is a check for bugs and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:

@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
 
 from acceleron import attention
 from acceleron.attention import causal_attention
@@ -124,30 +123,3 @@ def test_compiled_flash_attn_is_deterministic_where_torch_is(monkeypatch):
     with deterministic_algorithms():
         assert torch.equal(compiled(q, k, v), q + 1)
     assert torch.equal(compiled(q, k, v), q)
-
-
-def sdpa_backends() -> list[SDPBackend]:
-    """Those that SDPA may take inside of best_sdpa."""
-    enabled = {
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
-    }
-    with attention.best_sdpa():
-        return [backend for backend, is_enabled in enabled.items() if is_enabled()]
-
-
-def test_sdpa_takes_no_backend_that_adds_in_any_order_where_torch_is_deterministic(monkeypatch):
-    """Torch's flash and efficient attention do if it only warns, but not if it raises; then it leaves out cuDNN."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        found = {}
-        for enabled, only_warns in ((False, False), (True, True), (True, False)):
-            torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
-            found[enabled, only_warns] = sdpa_backends()
-    finally:
-        torch.use_deterministic_algorithms(before)
-    assert found[False, False] == found[True, False] == attention.SDPA_BACKENDS
-    assert found[True, True] == [SDPBackend.MATH]

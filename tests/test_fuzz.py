@@ -6,8 +6,10 @@ many there are in all.
 
 import base64
 import copy
+import functools
 import io
 import json
+import operator
 import os
 import pickle
 import random
@@ -310,6 +312,37 @@ def test_the_original_is_usable(run, original):
     """Else a reader that refuses everything would pass."""
     use(run, original)
     assert run.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["format"], torch.zeros(2)),
+        (["step"], -1),
+        (["tokens"], 2**62),
+        (["options", "lr"], torch.zeros(2)),
+        (["environment"], {"torch": doubled(40)}),
+        (["config", "d_model"], 2**40),
+        (["config", "num_layers"], doubled(40)),
+        (["data", "position"], 2**63),
+        (["data", "shards", 0, 0], "../shard_00000.npy"),
+        (["statistics", "unread_steps"], 10**400),
+        (["statistics", "counts"], torch.zeros(1, dtype=torch.int64).expand(10**10)),
+        (["optimizer", "state", 0, "exp_avg"], torch.zeros(())),
+        (["model", "embedding"], torch.zeros(VOCAB_SIZE, 16, dtype=torch.float64)),
+        (["rng", "torch"], torch.zeros(3)),
+        (["rng", "numpy"], []),
+        (["rng", "numpy", 2], 10**5),
+        (["rng", "python"], [3, [2**40], None]),
+    ],
+)
+def test_absurd_values_in_a_checkpoint(run, original, tmp_path, keys, value):
+    contents = torch.load(original, weights_only=True)
+    *path, last = keys
+    functools.reduce(operator.getitem, path, contents)[last] = value
+    torch.save(contents, tmp_path / "bad.pt")
+    with limits(str(keys)), pytest.raises(InputError):
+        use(run, tmp_path / "bad.pt")
 
 
 # Instead of the whole pickle: what takes much memory, or runs code, by each of the opcodes that can.

@@ -115,7 +115,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if tensor_bytes(contents) > path.stat().st_size:  # by strides of 0, or many tensors that share one memory
         raise InputError(f"{path}: its tensors are larger than the file; it is damaged; use another one")
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    version = contents.get("format") if isinstance(contents, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this version (format {FORMAT})")
     wrong = [name for name, kind in KINDS.items() if type(contents.get(name)) not in (kind, OrderedDict)]
     if wrong:

@@ -1,5 +1,6 @@
 """One run at a time in a save_dir."""
 
+import errno
 import fcntl
 import json
 import os
@@ -48,7 +49,14 @@ class DirectoryLock:
             try:
                 # A record lock: unlike flock's, no child process that outlives this one inherits it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    print(
+                        f"warning: nothing keeps a second run out of {self._path.parent}: its file system has no locks "
+                        f"({error.strerror})",
+                        file=sys.stderr,
+                    )
+                    return file
                 holder = _describe(file.read())
                 raise InputError(
                     f"--save_dir {self._path.parent} is in use by {holder}: wait for it, stop it, or name another"

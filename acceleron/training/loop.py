@@ -42,7 +42,8 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
 
     All input is checked, and the first batch read, before anything but a lock is written. Raises InputError for bad
     input, RunFailed if the run can't go on, and RunStopped after SIGTERM, SIGINT or SIGUSR1; what was learned is saved
-    first, unless its last steps had no finite loss or gradient.
+    first, unless its last steps had no finite loss or gradient. A signal before the first step, and a second SIGINT,
+    end the process.
     """
     with StopSignals() as stop:
         if options.memory_test:
@@ -107,7 +108,7 @@ class Trainer:
     def begin(self):
         """Open what the run writes to. Raises InputError if save_dir can't be written."""
         try:
-            self.saver = Saver(self.save_dir, self.options.keep_last)
+            self.saver = Saver(self.save_dir, self.options.keep_last, self.device)
             if self.tokenizer_path and not self.tokenizer_copy.exists():
                 with replacing(self.tokenizer_copy) as file:
                     file.write(self.tokenizer_path.read_bytes())
@@ -151,7 +152,7 @@ class Trainer:
             self.saver.wait()
             self.metrics.close()
             run.loader.close()
-        if self.stop.requested:
+        if self.stop.requested and (run.steps < options.max_steps or run.unread_steps):
             raise RunStopped(f"{self.stop.requested}: stopped at step {run.steps}; {saved}; go on with --resume auto")
 
     def _after_step(self):

@@ -26,7 +26,8 @@ from .options import TrainOptions
 from .schedule import learning_rate
 
 POLL_SECONDS = 0.2
-STALL_SECONDS = 60  # of waiting for data, after which the user is told
+STALL_SECONDS = 60.0  # of waiting for data, after which the user is told
+COMPLAINTS = 20  # of skipped rows, that are told one by one
 
 
 class Run:
@@ -62,6 +63,7 @@ class Run:
         self.guard = StepGuard(device, options.skip_spikes)
         self.steps = self.tokens = 0
         self.batches: list[Tensor] = []  # fetched for the next step
+        self._untold = COMPLAINTS
         self._data_state = self.loader.state_dict()
         self._grad_norm = torch.zeros((), device=device)
         self._reset_statistics()
@@ -102,8 +104,11 @@ class Run:
             elif now - told > STALL_SECONDS:
                 told = now
                 say(f"warning: no data for {now - start:.0f} s: {self.loader.origin(self.loader.position)}")
-        for complaint in self.loader.complaints:
+        for complaint in self.loader.complaints[: self._untold]:
             say(f"warning: skipped: {complaint}")
+            self._untold -= 1
+            if not self._untold:
+                say("warning: further skipped rows are not told, but counted, as skipped_rows")
         self.loader.complaints.clear()
         self.data_wait += time.perf_counter() - start
         return len(self.batches) == self.options.grad_accum

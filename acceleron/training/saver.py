@@ -30,8 +30,9 @@ class Saver:
     then are older ones deleted, but for the last `keep_last` (0: none are). An attempt that fails leaves all as it was.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 0):
-        self.directory, self.keep_last = directory, keep_last
+    def __init__(self, directory: Path, keep_last: int = 0, device: torch.device | None = None):
+        """`device`: where the tensors are, if not on the CPU."""
+        self.directory, self.keep_last, self.device = directory, keep_last, device
         self._buffers: dict[tuple, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -43,9 +44,9 @@ class Saver:
         self.wait()
         copied = self._copy(contents)
         ready = None
-        if torch.cuda.is_available():
+        if self.device is not None and self.device.type == "cuda":
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self.device))
         self._thread = threading.Thread(target=self._write, args=(copied, ready), name="checkpoint")
         self._thread.start()
 

@@ -1,5 +1,7 @@
 """Two runs in one save_dir."""
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -62,6 +64,15 @@ def test_a_damaged_lock_file_is_no_obstacle(tmp_path, content):
     with DirectoryLock(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with DirectoryLock(tmp_path):
+        assert "its file system has no locks (No locks available)" in capsys.readouterr().err
 
 
 def test_a_run_that_is_refused_leaves_no_directory(data_dir, tmp_path):
