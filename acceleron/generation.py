@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from .attention import KVCache, best_sdpa
-from .data.tokenizer import END_OF_TEXT, find_tokenizer, load_tokenizer
+from .data.tokenizer import END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
 from .errors import InputError
 from .model import Acceleron
 from .training.checkpoint import assign_weights
@@ -64,9 +64,9 @@ def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict,
         raise InputError(f"no tokenizer beside {checkpoint} or the scripts: name one with --tokenizer")
     tokenizer = load_tokenizer(path)
     vocab_size = contents["config"].vocab_size
-    if tokenizer.get_vocab_size() > vocab_size:
+    if num_ids(tokenizer) > vocab_size:
         raise InputError(
-            f"{path} has {tokenizer.get_vocab_size()} entries, more than the model's vocabulary of {vocab_size}: "
+            f"{path} has {num_ids(tokenizer)} entries, more than the model's vocabulary of {vocab_size}: "
             "name the tokenizer it was trained with by --tokenizer"
         )
     return tokenizer
@@ -141,8 +141,7 @@ def stream_text(model: Acceleron, tokenizer: Tokenizer, prompt: str, max_new_tok
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid UTF-8") from error
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_id]
-    num_entries = tokenizer.get_vocab_size()
+    prompt_ids = encode(tokenizer, [prompt])[0] or [end_id]
     decoder = DecodeStream(ids=prompt_ids)
-    for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_entries, stop_id=end_id):
+    for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_ids(tokenizer), stop_id=end_id):
         yield decoder.step(tokenizer, token) or ""

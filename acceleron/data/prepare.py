@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .shards import ROW_LENGTH, ROWS_PER_SHARD
-from .tokenizer import END_OF_TEXT, load_tokenizer, pieces, train_tokenizer
+from .tokenizer import END_OF_TEXT, encode, load_tokenizer, pieces, train_tokenizer
 
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
@@ -122,10 +122,8 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
     stream = marked_pieces()
     while batch := list(islice(stream, PIECES_PER_BATCH)):
-        # encode_batch runs on all cores.
-        encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, ends_document) in zip(encodings, batch, strict=True):
-            yield np.array(encoding.ids, dtype=np.int32)
+        for ids, (_, ends_document) in zip(encode(tokenizer, [text for text, _ in batch]), batch, strict=True):
+            yield np.array(ids, dtype=np.int32)
             if ends_document:
                 yield end
 

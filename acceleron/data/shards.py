@@ -20,7 +20,8 @@ ROWS_PER_SHARD = 10_000
 # Of each shard the last rows are held out for validation: contiguous, so that few documents stand in both splits.
 VALIDATION_SHARE = 0.01
 MAX_OPEN_FILES = 128
-MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word alone: 256 GiB as int32
+MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word: 256 GiB as int32
+MAX_LOST_ROWS = 2**24  # of a shard that is not there, for whose rows memory is taken all the same
 _HEADER_BYTES = 2**14  # numpy itself refuses longer headers
 
 
@@ -151,7 +152,7 @@ class Shards:
             if place and place[:2] != entry[1:3]:
                 raise InputError(f"its shape is {file.shape}, and was {tuple(place[:2])}")
         except (OSError, InputError) as error:
-            if place is None:
+            if place is None or place[0] > MAX_LOST_ROWS:
                 raise InputError(f"{path}: {_reason(error)}") from error
             self._lost[index] = _reason(error)
             return [path.name, *place]

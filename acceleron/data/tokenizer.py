@@ -60,10 +60,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: not a usable file of the tokenizers library ({reason}); name another one") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{path}: lacks the token {END_OF_TEXT}, which separates documents")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= MAX_VOCAB_SIZE:
-        raise InputError(f"{path}: has the token id {largest}, but ids must be below {MAX_VOCAB_SIZE}")
+    if num_ids(tokenizer) > MAX_VOCAB_SIZE:
+        raise InputError(f"{path}: has the token id {num_ids(tokenizer) - 1}, but ids must be below {MAX_VOCAB_SIZE}")
     return tokenizer
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """One more than its largest id, which may be above the number of its entries."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Their ids, without what a post-processor would add, on all cores. Raises InputError for what it can't encode."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    except Exception as error:  # of a word-level model that lacks its unknown token, for one
+        raise InputError(f"the tokenizer can't encode this text ({error}): use another one") from error
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
@@ -131,12 +143,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """int64 [vocab_size]: the bytes of text behind each id; 0 for special tokens and ids without an entry."""
     lengths = np.zeros(vocab_size, dtype=np.int64)
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
     byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
     for token, index in tokenizer.get_vocab().items():
-        if token not in special and index < vocab_size:
-            # Byte-level tokens are written with one character a byte.
-            lengths[index] = len(token) if byte_level else len(tokenizer.decode([index]).encode())
+        if not added.get(token) and index < vocab_size:
+            # Byte-level tokens are written with one character a byte, but for those that were added.
+            plain = byte_level and token not in added
+            lengths[index] = len(token) if plain else len(tokenizer.decode([index]).encode())
     return lengths
 
 

@@ -17,7 +17,7 @@ from .. import kernels
 from ..attention import attention_name
 from ..config import ModelConfig, brief, round_up
 from ..data import Shards, validation_batches
-from ..data.tokenizer import find_tokenizer, load_tokenizer, token_bytes
+from ..data.tokenizer import find_tokenizer, load_tokenizer, num_ids, token_bytes
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
 from ..errors import InputError, RunFailed, RunStopped
 from ..files import replacing
@@ -354,7 +354,7 @@ def validate(
 
 def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
     """The preset with its vocabulary. Raises InputError if the tokenizer has more entries, or nano has none."""
-    entries = tokenizer.get_vocab_size() if tokenizer else None
+    entries = num_ids(tokenizer) if tokenizer else None
     overrides = {}
     if options.vocab_size:
         overrides["vocab_size"] = options.vocab_size
