@@ -228,6 +228,7 @@ class Trainer:
             return
         start = time.perf_counter()
         self._settle_save()
+        self.metrics.sync()
         contents = {"format": FORMAT, "config": self.config.to_dict(), "options": asdict(self.options)}
         self.saver.save(contents | self.run.state_dict() | {"environment": self.environment})
         self.save_begun, self.retry_at = self.run.steps, math.inf
