@@ -142,7 +142,7 @@ class Trainer:
                     if self.stop.requested or run.steps >= options.max_steps:
                         break
                     with self._saved_before_errors():
-                        fetched = run.fetch(lambda: self.stop.requested is not None)
+                        fetched = run.fetch(self._stopped)
                     if fetched:
                         run.step(learning_rate(run.steps, options))
                         self.stop.learned = True
@@ -154,6 +154,9 @@ class Trainer:
             run.loader.close()
         if self.stop.requested and (run.steps < options.max_steps or run.unread_steps):
             raise RunStopped(f"{self.stop.requested}: stopped at step {run.steps}; {saved}; go on with --resume auto")
+
+    def _stopped(self) -> bool:
+        return self.stop.requested is not None
 
     def _after_step(self):
         """What is due after the run's last step, be it of this process or of the one before."""
@@ -177,11 +180,11 @@ class Trainer:
     def _log(self, evaluate: bool):
         """A line of the log. An evaluation that a signal cuts short is left, with its line, to the run that resumes."""
         run, options = self.run, self.options
-        seconds = time.perf_counter() - self.interval_start
+        seconds = time.perf_counter() - self.interval_start  # the device has been waited for, by _report_bad_steps
         validation = {}
         if evaluate:
             with self._saved_before_errors():
-                validation = self._validate()
+                validation = validate(run.model, self.shards, options, self.device, self.bytes_of, self._stopped)
             if validation is None:
                 return
         steps = run.steps - self.interval_steps
@@ -194,10 +197,6 @@ class Trainer:
         left = seconds / max(1, steps) * (options.max_steps - run.steps)
         say(describe(record, options.max_steps, left), sys.stdout)
         self._begin_interval()
-
-    def _validate(self) -> dict | None:
-        stopped = lambda: self.stop.requested is not None  # noqa: E731
-        return validate(self.run.model, self.shards, self.options, self.device, self.bytes_of, stopped)
 
     def _report_bad_steps(self):
         """Raises RunFailed after too many in a row."""
