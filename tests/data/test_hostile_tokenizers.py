@@ -1,0 +1,81 @@
+"""Tokenizers made to harm are refused with what is wrong named, or read without what would harm."""
+
+import base64
+import json
+
+import pytest
+from hostile_files import PADDING, REPLACE, TRAINED, limits
+from tokenizers import Tokenizer
+
+from acceleron.data.tokenizer import load_tokenizer
+from acceleron.errors import InputError
+
+
+def charsmap(content: bytes) -> dict:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def with_model(**changes) -> dict:
+    return TRAINED | {"model": TRAINED["model"] | changes}
+
+
+def with_id(token_id: int) -> dict:
+    return with_model(vocab=TRAINED["model"]["vocab"] | {"word": token_id})
+
+
+def with_token(content: str) -> dict:
+    return TRAINED | {"added_tokens": [*TRAINED["added_tokens"], TRAINED["added_tokens"][0] | {"content": content}]}
+
+
+# Some end the process once the library has them.
+HOSTILE_TOKENIZERS = {
+    "id 2**24": (with_id(2**24), "token id 16777216"),
+    "id 2**32 - 1": (with_id(2**32 - 1), "token id 4294967295"),
+    "id 2**32": (with_id(2**32), "4294967296"),
+    "prefix": (with_model(continuing_subword_prefix="#" * 50), "continuing_subword_prefix"),
+    "charsmap": (TRAINED | {"normalizer": charsmap(b"\xff\xff\xff\xff")}, "Precompiled"),
+    "untyped charsmap": (TRAINED | {"normalizer": {"precompiled_charsmap": "/////w=="}}, "None"),
+    "chunks of 0": (TRAINED | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "FixedLength"),
+    "strip": (TRAINED | {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 2**63}}, "Strip"),
+    "longer": (TRAINED | {"normalizer": REPLACE | {"content": "aaaaaaaa"}}, "Replace"),
+    "pattern": (TRAINED | {"normalizer": REPLACE | {"pattern": {"Regex": ""}}}, "Replace"),
+    "sequence": (TRAINED | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}}, "16"),
+    "long token": (with_token("x" * 10**6), "too long"),
+    "long tokens": (TRAINED | {"model": {"type": "Unigram", "vocab": [["x" * 900, 0]] * 5000}}, "too long"),
+    "twice": (json.dumps(TRAINED).replace('"vocab"', '"vocab": {}, "vocab"'), "twice"),
+    "nested": ("[" * 10**6, "recursion"),
+    "not UTF-8": (json.dumps(TRAINED).encode().replace(b"word", b"w\xffrd"), "utf-8"),
+    "half a pair": (json.dumps(TRAINED).replace("word", "\\ud800"), "hex escape"),
+    "digits": (json.dumps(TRAINED).replace("299", "9" * 5000), "digits"),
+    "large": (b" " * ((64 << 20) + 1), "64 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_TOKENIZERS)
+def test_hostile_tokenizers(tmp_path, case):
+    document, culprit = HOSTILE_TOKENIZERS[case]
+    text = json.dumps(document) if isinstance(document, dict) else document
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with limits(case), pytest.raises(InputError) as raised:
+        load_tokenizer(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert culprit in str(raised.value)
+
+
+def test_absurd_padding_and_truncation_are_left_out(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 2**64 - 1, "strategy": "LongestFirst", "stride": 2**64 - 1}
+    padding = PADDING | {"strategy": {"Fixed": 2**40}, "pad_to_multiple_of": 0}
+    path.write_text(json.dumps(TRAINED | {"truncation": truncation, "padding": padding}))
+    with limits("padding"):
+        assert load_tokenizer(path).encode("word1").ids == Tokenizer.from_str(json.dumps(TRAINED)).encode("word1").ids
+
+
+def test_a_panic_of_the_library_is_an_error_too(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    template["single"] = [{"Sequence": {"id": "B", "type_id": 1}}]  # of a text that is none of a pair
+    path.write_text(json.dumps(TRAINED | {"post_processor": template}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a usable file .*out of bounds"):
+        load_tokenizer(path)

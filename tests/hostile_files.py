@@ -1,0 +1,110 @@
+"""What the tests of hostile files share: limits, a small run with a checkpoint of it, and a tokenizer."""
+
+import json
+import random
+import signal
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acceleron import ModelConfig
+from acceleron.data import Shards
+from acceleron.data.tokenizer import train_tokenizer
+from acceleron.generation import load_model
+from acceleron.training import TrainOptions
+from acceleron.training.checkpoint import FORMAT, load_checkpoint
+from acceleron.training.loop import _warn_of_changes
+from acceleron.training.run import Run
+from acceleron.training.saver import Saver
+
+resource = pytest.importorskip("resource")
+
+SECONDS, BYTES = 10, 1 << 30  # a case may take
+VOCAB_SIZE, ROW_LENGTH = 64, 32
+CONFIG = ModelConfig(
+    vocab_size=VOCAB_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, d_ff=16, d_ff_shared=16
+)
+
+TRAINED = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
+PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 1, "pad_type_id": 0}
+PADDING["pad_token"] = "<|pad|>"
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+
+
+@contextmanager
+def limits(case: str):
+    """Too much memory is a MemoryError within, too much time a failure."""
+
+    def too_slow(*_):
+        pytest.fail(f"{case}: above {SECONDS} s")
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, too_slow)
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def small_run(directory: Path) -> Run:
+    """A run of CONFIG on the data that it writes to `directory`."""
+    np.save(directory / "shard_00000.npy", np.arange(40 * ROW_LENGTH, dtype=np.int32).reshape(40, -1) % VOCAB_SIZE)
+    options = TrainOptions(data_dir=str(directory), batch_size=2, seq_len=ROW_LENGTH, num_workers=1)
+    return Run(options, CONFIG, Shards(directory), torch.device("cpu"), torch.float32)
+
+
+def write_checkpoint(run: Run, directory: Path) -> Path:
+    """Of a new run: a checkpoint as train.py writes it, of step 2."""
+    for _ in range(2):
+        run.step(1e-3)
+    run.judgements()
+    contents = {"format": FORMAT, "config": CONFIG.to_dict(), "options": asdict(run.options), "environment": {"a": "b"}}
+    saver = Saver(directory)
+    saver.save(contents | run.state_dict())
+    saver.wait()
+    assert saver.outcome().error is None
+    return directory / "checkpoint_2.pt"
+
+
+def use(run: Run, path: Path):
+    """What train.py and generate.py do with a checkpoint. The random states stay as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        contents = load_checkpoint(path)
+        load_model(contents, path, torch.device("cpu"), torch.float32)
+        run.batches = []
+        run.load_state_dict(contents, path)
+        _warn_of_changes(run.options, {"torch": "2"}, contents)
+        assert 0 <= run.steps < 2**62
+        assert 0 <= np.random.get_state()[2] <= 624  # beyond it numpy reads what isn't its own
+        run.step(1e-3)
+    finally:  # also if a damaged checkpoint's came into force
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def rewritten(original: Path, path: Path, change, **kwargs):
+    """The archive with the records (name, content) that `change` makes of each; their checksums fit."""
+    with zipfile.ZipFile(original) as archive, zipfile.ZipFile(path, "w", **kwargs) as output:
+        for record in archive.infolist():
+            for name, content in change(record.filename, archive.read(record)):
+                output.writestr(name, content)
+
+
+def doubled(depth: int) -> list:
+    """Of few objects, and 2^depth to one who walks it without care."""
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value

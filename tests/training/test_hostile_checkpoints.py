@@ -1,0 +1,133 @@
+"""Checkpoints made to harm, by absurd values, code, memory or compression, are refused."""
+
+import functools
+import operator
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hostile_files import VOCAB_SIZE, doubled, limits, rewritten, small_run, use, write_checkpoint
+
+from acceleron.errors import InputError
+from acceleron.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = small_run(tmp_path_factory.mktemp("data"))
+    yield run
+    run.loader.close()
+
+
+@pytest.fixture(scope="module")
+def original(run, tmp_path_factory) -> Path:
+    return write_checkpoint(run, tmp_path_factory.mktemp("original"))
+
+
+def test_the_original_is_usable(run, original):
+    """Else a reader that refuses everything would pass."""
+    use(run, original)
+    assert run.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["format"], torch.zeros(2)),
+        (["step"], -1),
+        (["tokens"], 2**62),
+        (["options", "lr"], torch.zeros(2)),
+        (["environment"], {"torch": doubled(40)}),
+        (["config", "d_model"], 2**40),
+        (["config", "num_layers"], doubled(40)),
+        (["data", "position"], 2**63),
+        (["data", "shards", 0, 0], "../shard_00000.npy"),
+        (["statistics", "unread_steps"], 10**400),
+        (["statistics", "counts"], torch.zeros(1, dtype=torch.int64).expand(10**10)),
+        (["optimizer", "state", 0, "exp_avg"], torch.zeros(())),
+        (["model", "embedding"], torch.zeros(VOCAB_SIZE, 16, dtype=torch.float64)),
+        (["rng", "torch"], torch.zeros(3)),
+        (["rng", "numpy"], []),
+        (["rng", "numpy", 2], 10**5),
+        (["rng", "python"], [3, [2**40], None]),
+    ],
+)
+def test_absurd_values_in_a_checkpoint(run, original, tmp_path, keys, value):
+    contents = torch.load(original, weights_only=True)
+    *path, last = keys
+    functools.reduce(operator.getitem, path, contents)[last] = value
+    torch.save(contents, tmp_path / "bad.pt")
+    with limits(str(keys)), pytest.raises(InputError):
+        use(run, tmp_path / "bad.pt")
+
+
+# Instead of the whole pickle: what takes much memory, or runs code, by each of the opcodes that can.
+COMMAND = b"X\x0c\x00\x00\x00touch sprung"
+CODE = {
+    "GLOBAL and REDUCE": b"cposix\nsystem\n" + COMMAND + b"\x85R.",
+    "INST": b"(" + COMMAND + b"iposix\nsystem\n.",
+    "OBJ": b"(cposix\nsystem\n" + COMMAND + b"o.",
+    "NEWOBJ": b"csubprocess\nPopen\n" + COMMAND + b"\x85\x81.",
+    "STACK_GLOBAL": b"\x8c\x05posix\x8c\x06system\x93" + COMMAND + b"\x85R.",
+    "BUILD": b"cposix\nsystem\n}X\x08\x00\x00\x00__dict__" + COMMAND + b"sb.",
+    "BUILD of an OrderedDict": b"ccollections\nOrderedDict\n)R}X\x0a\x00\x00\x00__reduce__cposix\nsystem\nsb.",
+    "nested": b"](cos.path\ngenericpath.os.system\n" + COMMAND + b"\x85Re.",
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_a_pickle_that_would_run_code_is_refused_by_name(original, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    rewritten(original, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
+    with pytest.raises(
+        InputError, match=r"bad\.pt: refused: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
+    ):
+        load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_code_would_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for case in ("GLOBAL and REDUCE", "INST", "OBJ", "STACK_GLOBAL"):
+        pickle.loads(b"\x80\x04" + CODE[case])
+        (tmp_path / "sprung").unlink()
+
+
+MEMORY = {
+    "bytearray": b"cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+    "FloatTensor": b"ctorch\nFloatTensor\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+    "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    "bytes": b"\x8e\x00\x00\x00\x00\x00\x01\x00\x00.",
+    "int": b"\x8b\xff\xff\xff\x7f.",
+    "nesting": b"(" * 10**5 + b"t" * 10**5 + b".",
+    "itself": b"]q\x00h\x00a.",
+}
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_pickles_that_take_memory(original, tmp_path, case):
+    rewritten(original, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)])
+    with limits(case), pytest.raises(InputError, match=r"bad\.pt"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("level", [0, 9])
+def test_compressed_records(original, tmp_path, level):
+    """A bomb; and what torch would take for weights as it is, compressed."""
+
+    def change(name, content):
+        return [(name, bytes(1 << 28) if level and name.endswith("data/0") else content)]
+
+    rewritten(original, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
+    assert (tmp_path / "bad.pt").stat().st_size < 1 << 20
+    with limits("bomb"), pytest.raises(InputError, match=r"bad\.pt: not written by torch\.save"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
+def test_tensors_larger_than_the_file(original, tmp_path, extra):
+    torch.save(torch.load(original, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=r"bad\.pt: its tensors are larger than the file"):
+        load_checkpoint(tmp_path / "bad.pt")
