@@ -1,5 +1,6 @@
 """What ends a command, told apart from bugs: printed as one line, each kind with its own exit status."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -22,8 +23,22 @@ class RunFailed(RuntimeError):
     """A run that can't go on. The message says why, what is saved, and what to do."""
 
 
+def file_error(what: str, error: OSError) -> InputError | RunFailed:
+    """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
+    passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return (RunFailed if passing else InputError)(f"{what} ({error.strerror or error})")
+
+
 class RunStopped(Exception):
     """A run that a signal stopped. The message says what is saved and how to go on."""
+
+
+OUT_OF_MEMORY = "out of memory: use a smaller --batch_size, --seq_len or --model_size"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError on CUDA; on a CPU a RuntimeError of a certain wording."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -40,10 +55,9 @@ def run_command(main: Callable[[], None]) -> int:
         print(stopped, file=sys.stderr)
         return STOPPED
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError on CUDA; on a CPU a RuntimeError of this wording.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        print("error: out of memory: use a smaller --batch_size, --seq_len or --model_size", file=sys.stderr)
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:
         # The reader of a pipe left: nothing to say, and nowhere to say it.

@@ -78,7 +78,7 @@ def seconds_of(run: Run, steps: int, saver: Saver | None = None) -> tuple[float,
     if saver:
         run.judgements()
         about = {"format": FORMAT, "config": run.model.config.to_dict(), "options": asdict(run.options)}
-        saver.save(about | run.state_dict() | {"environment": {}})
+        saver.save(about | run.state_dict() | {"environment": {}}, run.steps)
         blocked = time.perf_counter() - start
     for _ in range(steps):
         run.step(LEARNING_RATE)

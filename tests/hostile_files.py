@@ -70,7 +70,7 @@ def write_checkpoint(run: Run, directory: Path) -> Path:
     run.judgements()
     contents = {"format": FORMAT, "config": CONFIG.to_dict(), "options": asdict(run.options), "environment": {"a": "b"}}
     saver = Saver(directory)
-    saver.save(contents | run.state_dict())
+    saver.save(contents | run.state_dict(), 0)
     saver.wait()
     assert saver.outcome().error is None
     return directory / "checkpoint_2.pt"

@@ -1,6 +1,6 @@
 """Text to token shards, and shards to batches."""
 
-from .loader import Loader, validation_batches
+from .loader import Loader, validation_batches, validation_loader
 from .shards import ShardError, Shards
 
-__all__ = ["Loader", "ShardError", "Shards", "validation_batches"]
+__all__ = ["Loader", "ShardError", "Shards", "validation_batches", "validation_loader"]

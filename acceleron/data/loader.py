@@ -1,11 +1,12 @@
 """Shuffled batches from shards: a pure function of the position in an endless stream, whoever computes it."""
 
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import count, groupby
+from itertools import groupby
 from operator import itemgetter
 from queue import Empty, Full, Queue
 
@@ -120,17 +121,16 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def _read_ahead(
-    chunks: Chunks, positions: Iterator[int], batch_size: int, pin_memory: bool, queue: Queue, stop: threading.Event
+    chunks: Chunks, positions: Iterable[int], batch_size: int, pin_memory: bool, queue: Queue, stop: threading.Event
 ):
     """A reader thread: puts (batch, complaints), or at last the exception that ended it, until `stop` is set.
 
     It knows nothing of its Loader, which can thus be garbage collected.
     """
-    item = None
-    while not isinstance(item, Exception):
+    for position in positions:
         try:
             complaints = []
-            batch = chunks.batch(chunks.stream(next(positions), batch_size), complaints)
+            batch = chunks.batch(chunks.stream(position, batch_size), complaints)
             item = (batch.pin_memory() if pin_memory else batch, complaints)
         except Exception as error:
             item = error
@@ -142,10 +142,12 @@ def _read_ahead(
                 break
             except Full:
                 pass
+        if isinstance(item, Exception):
+            return
 
 
 class Loader:
-    """The batches of a training run: `next(loader)` is int64 (batch_size, seq_len), pinned if asked for.
+    """Batches of the training split, without end: `next(loader)` is int64 (batch_size, seq_len), pinned if asked for.
 
     The stream is a sequence of chunks, of which a step takes the next batch_size * world_size, the ranks in turn: every
     chunk comes exactly once an epoch, whatever the numbers of ranks and of the `num_workers` threads that read ahead.
@@ -154,6 +156,8 @@ class Loader:
 
     `position`: chunks consumed by all ranks. `skipped_rows`: how often this rank's batches so far hold another row in
     place of a bad one (`bad_data="skip"`). `complaints`: a line for each, for the caller to show and clear.
+
+    With `validation` it reads the held-out split, and ends: see validation_loader.
     """
 
     def __init__(
@@ -169,11 +173,16 @@ class Loader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        validation: bool = False,
     ):
         if num_workers < 1:
             raise InputError(f"--num_workers {num_workers}: at least one thread must read")
-        self.chunks = Chunks(shards, seq_len, vocab_size, bad_data=bad_data, seed=seed)
-        self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
+        self.chunks = Chunks(shards, seq_len, vocab_size, validation=validation, bad_data=bad_data, seed=seed)
+        self.batch_size, self.end = batch_size, sys.maxsize
+        if validation:
+            self.batch_size = min(batch_size, len(self.chunks))
+            self.end = min(len(self.chunks) // self.batch_size, VALIDATION_BATCHES) * self.batch_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.rank, self.world_size = rank, world_size
         self.skipped_rows = 0
         self.complaints: list[str] = []
@@ -195,7 +204,7 @@ class Loader:
         for index in range(self.num_workers):
             first = self.position + index * step + self.rank * self.batch_size
             queue = Queue(BATCHES_AHEAD)
-            positions = count(first, self.num_workers * step)
+            positions = range(first, self.end, self.num_workers * step)
             thread = threading.Thread(
                 target=_read_ahead,
                 args=(self.chunks, positions, self.batch_size, self.pin_memory, queue, stop),
@@ -216,8 +225,11 @@ class Loader:
     def poll(self, timeout: float) -> torch.Tensor | None:
         """The next batch, or None if there is none after `timeout` seconds. After an error, the next call tries again.
 
-        Raises ShardError for a bad chunk, and RuntimeError, with its cause, if a reader failed in another way.
+        Raises ShardError for a bad chunk, and RuntimeError, with its cause, if a reader failed in another way; and
+        StopIteration after the last batch of a validation.
         """
+        if self.position >= self.end:
+            raise StopIteration
         if not self._readers:
             self._start()
         thread, queue = self._readers[self._step % self.num_workers]
@@ -292,10 +304,15 @@ class Loader:
                     f"cannot resume: the checkpoint's run read {key} {state[key]}, not {current[key]}; "
                     "pass the same data and flags"
                 )
-        changes = _changes(check_fingerprint(state.get("shards")), current["shards"])
+        before, now = check_fingerprint(state.get("shards")), current["shards"]
+        changes = _changes(before, now)
         if changes:
             named = "; ".join(changes[:2]) + (f"; and {len(changes) - 2} more" if len(changes) > 2 else "")
-            raise InputError(f"cannot resume: the checkpoint's run read other shards: {named}; pass the same data")
+            missing = {entry[0] for entry in before} - {entry[0] for entry in now}
+            raise InputError(
+                f"cannot resume: the checkpoint's run read other shards: {named}; pass the same data"
+                + (" (--bad_data skip continues without a missing shard)" if missing else "")
+            )
         self._restart(state["position"])
         self.skipped_rows = state["skipped_rows"]
 
@@ -316,12 +333,33 @@ def _changes(before: list[list], now: list[list]) -> list[str]:
     return changes
 
 
+def validation_loader(
+    shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
+) -> tuple[Loader, int]:
+    """A Loader over the held-out split in a fixed order, and the number of its batches, after which its reader ends.
+
+    These are at most VALIDATION_BATCHES full ones; or a smaller one, if the split has no more.
+    """
+    loader = Loader(
+        shards,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        seed=0,
+        bad_data=bad_data,
+        validation=True,
+    )
+    return loader, loader.end // loader.batch_size
+
+
 def validation_batches(
     shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
 ) -> Iterator[torch.Tensor]:
-    """The held-out split in a fixed order: at most VALIDATION_BATCHES full batches, or one smaller one."""
-    chunks = Chunks(shards, seq_len, vocab_size, validation=True, bad_data=bad_data)
-    order = chunks.stream(0, len(chunks))
-    full = len(order) // batch_size
-    for step in range(max(1, min(full, VALIDATION_BATCHES))):
-        yield chunks.batch(order[step * batch_size : (step + 1) * batch_size])
+    """The batches of a validation_loader, which is closed at the end, also where the caller leaves early."""
+    loader, _ = validation_loader(
+        shards, seq_len=seq_len, batch_size=batch_size, vocab_size=vocab_size, bad_data=bad_data
+    )
+    try:
+        yield from loader
+    finally:
+        loader.close()

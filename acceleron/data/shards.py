@@ -4,7 +4,6 @@ import io
 import math
 import os
 import re
-import sys
 import threading
 import zlib
 from collections import OrderedDict
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..errors import InputError
+from ..log import say
 
 ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
@@ -39,6 +39,9 @@ class _File:
         """Raises InputError, without the path, for what is no shard; OSError if it can't be read."""
         self.fd = fd
         self.state = self._state()
+        status = os.fstat(fd)
+        # The same at the next opening, unless the file was replaced or written to.
+        self.identity = status.st_ino, status.st_mtime_ns, status.st_size
         try:
             header = io.BytesIO(os.pread(fd, _HEADER_BYTES, 0))
             read = npy.read_array_header_1_0 if npy.read_magic(header) == (1, 0) else npy.read_array_header_2_0
@@ -117,6 +120,7 @@ class Shards:
         self.paths = [directory / name for name in sorted(names | places.keys())]
         self._lost: dict[int, str] = {}  # the shards that only keep their place, and why
         self._headers: dict[int, tuple] = {}
+        self._identities: dict[int, tuple] = {}  # of the files whose content is known to be the fingerprint's
         self._files: OrderedDict[int, _File] = OrderedDict()  # the last one used last
         self._lock = threading.Lock()
         self._fingerprint = [self._inspect(index, places.get(path.name)) for index, path in enumerate(self.paths)]
@@ -126,7 +130,7 @@ class Shards:
                 f"({self.paths[0].name}: {self._lost[0]}); pass the same data"
             )
         for index, reason in self._lost.items():
-            print(f"warning: {self.paths[index]}: {reason}; none of its rows can be read", file=sys.stderr)
+            say(f"warning: {self.paths[index]}: {reason}; none of its rows can be read")
         self.row_length = self._fingerprint[0][2]
         for path, (_, _, row_length, _) in zip(self.paths, self._fingerprint, strict=True):
             if row_length != self.row_length:
@@ -147,7 +151,8 @@ class Shards:
         """The shard's entry of the fingerprint, from the file; or, for one that is lost, from its place."""
         path = self.paths[index]
         try:
-            file = self._file(index)
+            file = self._open(index)
+            self._headers[index], self._identities[index] = (file.shape, file.dtype), file.identity
             entry = [path.name, *map(int, file.shape), file.checksum()]
             if place and place[:2] != entry[1:3]:
                 raise InputError(f"its shape is {file.shape}, and was {tuple(place[:2])}")
@@ -159,7 +164,7 @@ class Shards:
         return entry
 
     def _file(self, index: int) -> _File:
-        """The open shard. Raises OSError or, also if its header is not what it was at first, InputError."""
+        """The open shard. Raises OSError or, also if it is not what it was at first, InputError."""
         if index in self._lost:
             raise InputError(self._lost[index])
         with self._lock:
@@ -167,17 +172,23 @@ class Shards:
             if file:
                 self._files.move_to_end(index)
                 return file
-        # Outside the lock, so that a slow disk holds up nobody else. O_NONBLOCK: a pipe fails instead of waiting.
-        file = _File(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
-        header = (file.shape, file.dtype)
-        noted = self._headers.setdefault(index, header)
+        file = self._open(index)  # outside the lock, so that a slow disk holds up nobody else
+        header, noted = (file.shape, file.dtype), self._headers[index]
         if header != noted:
             raise InputError("its header tells of {} {}, and told of {} {}".format(*header, *noted))
+        if file.identity != self._identities[index]:
+            if file.checksum() != self._fingerprint[index][3]:
+                raise InputError("the file has other content than at the start")
+            self._identities[index] = file.identity  # a copy, or only touched
         with self._lock:
             self._files[index] = file
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)
         return file
+
+    def _open(self, index: int) -> _File:
+        # O_NONBLOCK: a pipe fails instead of waiting.
+        return _File(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
 
     def read(self, shard: int, row: int, column: int, out: np.ndarray):
         """Fill `out` (int64, 1-D) with the row's tokens from this column on. Raises ShardError."""

@@ -1,8 +1,8 @@
 """checkpoint_<step>.pt: tensors and plain values only, so that loading runs no code; every record has a checksum."""
 
+import errno
 import pickletools
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, brief
 from ..errors import InputError
+from ..log import say
 
 FORMAT = 2
 KINDS = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)
@@ -20,6 +21,10 @@ KINDS |= dict(statistics=dict, rng=dict, environment=dict)
 CALLS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
 CALLS |= {f"torch.{name}Storage" for name in ("Float", "Double", "Long", "Int", "Byte")}
 MAX_PICKLE_BYTES = 16 << 20  # of objects that take up to 64 times as much; that of a large run is below 5 MB
+
+
+class DamagedCheckpoint(InputError):
+    """A file that is not, or no longer, a checkpoint of this version."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -31,14 +36,14 @@ def list_checkpoints(directory: Path) -> dict[int, Path]:
     found = (
         (re.fullmatch(r"checkpoint_(\d{1,18})\.pt", path.name), path) for path in directory.glob("checkpoint_*.pt")
     )
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_file()))
 
 
 def verify_archive(path: Path):
     """Read all of a checkpoint against its checksums, and see what unpickling it would call.
 
-    Raises InputError, naming the damaged record (torch.load alone takes a flipped bit for a weight), or the calls that
-    tensors and plain values don't need.
+    Raises DamagedCheckpoint, naming the damaged record (torch.load alone takes a flipped bit for a weight) or the calls
+    that tensors and plain values don't need, and InputError for a file that can't be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -47,25 +52,30 @@ def verify_archive(path: Path):
             stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
             # torch.save compresses nothing and writes each record once: what would unfold to more is not its work.
             if not stored or len(names) < len(records) or sum(r.file_size for r in records) > path.stat().st_size:
-                raise InputError(f"{path}: not written by torch.save; use another one")
+                raise DamagedCheckpoint(f"{path}: not written by torch.save; use another one")
             if any(r.filename.endswith(".pkl") and r.file_size > MAX_PICKLE_BYTES for r in records):
-                raise InputError(f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB; use another one")
+                raise DamagedCheckpoint(
+                    f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB; use another one"
+                )
             damaged = archive.testzip()
-    except InputError:
+    except (DamagedCheckpoint, MemoryError):
         raise
     except Exception as error:  # a damaged archive fails in many ways: BadZipFile, EOFError, NotImplementedError, …
-        raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
+        # EINVAL is what a seek to where a damaged directory points ends in; else the file may be whole.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if damaged:
         name = repr(damaged)[1:-1]  # without what a terminal would act on
-        raise InputError(f"{path}: damaged: its record {name} does not match its checksum; use another one")
+        raise DamagedCheckpoint(f"{path}: damaged: its record {name} does not match its checksum; use another one")
     try:
         # As torch.load finds it: of a hostile archive zipfile might show another one.
         calls = pickled_calls(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
     except Exception as error:
-        raise InputError(f"{path}: not a checkpoint; use another one") from error
+        raise DamagedCheckpoint(f"{path}: not a checkpoint; use another one") from error
     if calls - CALLS:
         what = repr(", ".join(sorted(calls - CALLS))[:200])[1:-1]
-        raise InputError(f"{path}: refused: it holds more than tensors and plain values, and would run {what}")
+        raise DamagedCheckpoint(f"{path}: refused: it holds more than tensors and plain values, and would run {what}")
 
 
 def pickled_calls(pickled: bytes) -> set[str]:
@@ -102,50 +112,55 @@ def tensor_bytes(contents) -> int:
 def load_checkpoint(path: str | Path) -> dict:
     """The checkpoint's contents, tensors on the CPU, `config` as a ModelConfig.
 
-    Raises InputError if the file is absent, truncated or damaged anywhere, would run code, or is not a checkpoint of
-    this project.
+    Raises InputError if the file is absent or can't be read, DamagedCheckpoint if it is truncated or damaged anywhere,
+    would run code, or is not a checkpoint of this project and version.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name a checkpoint in it, or pass --resume auto --save_dir {path}")
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     verify_archive(path)
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
     except Exception as error:  # damage inside the pickle fails in many ways: IndexError, AssertionError, …
-        raise InputError(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
+        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
     if tensor_bytes(contents) > path.stat().st_size:  # by strides of 0, or many tensors that share one memory
-        raise InputError(f"{path}: its tensors are larger than the file; it is damaged; use another one")
+        raise DamagedCheckpoint(f"{path}: its tensors are larger than the file; it is damaged; use another one")
     version = contents.get("format") if isinstance(contents, dict) else None
     if type(version) is not int or version != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of this version (format {FORMAT})")
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this version (format {FORMAT})")
     wrong = [name for name, kind in KINDS.items() if type(contents.get(name)) not in (kind, OrderedDict)]
     if wrong:
-        raise InputError(f"{path}: damaged: {', '.join(wrong)} of the wrong type; use another one")
+        raise DamagedCheckpoint(f"{path}: damaged: {', '.join(wrong)} of the wrong type; use another one")
     plain = [*contents["options"].items(), *contents["environment"].items()]
     if not all(type(value) in (str, int, float, bool, type(None)) for pair in plain for value in pair):
-        raise InputError(f"{path}: damaged: its options or environment are no plain values; use another one")
+        raise DamagedCheckpoint(f"{path}: damaged: its options or environment are no plain values; use another one")
     if not (0 <= contents["step"] < 2**62 and 0 <= contents["tokens"] < 2**62):
-        raise InputError(f"{path}: damaged: step {brief(contents['step'])}, tokens {brief(contents['tokens'])}")
+        raise DamagedCheckpoint(f"{path}: damaged: step {brief(contents['step'])}, tokens {brief(contents['tokens'])}")
     try:
         contents["config"] = ModelConfig.from_dict(contents["config"])
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise DamagedCheckpoint(f"{path}: {error}") from error
     return contents
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
     """Path and contents of the directory's newest checkpoint that is whole; None if there is none at all.
 
-    Warns of every one that it passes over. Raises InputError if all are damaged: to begin anew would replace them.
+    Warns of every one that it passes over. Raises InputError if all are damaged, as to begin anew would replace them,
+    and if one can't be read, which may pass.
     """
     paths = list_checkpoints(directory)
     for path in reversed(paths.values()):
         try:
             return path, load_checkpoint(path)
-        except InputError as error:
-            print(f"warning: passed over: {error}", file=sys.stderr)
+        except DamagedCheckpoint as error:
+            say(f"warning: passed over: {error}")
     if paths:
-        raise InputError(f"--resume auto: no checkpoint in {directory} is whole; remove them to begin anew")
+        raise InputError(f"--resume auto: no checkpoint in {directory} is whole; move them away to begin anew")
     return None
 
 

@@ -29,14 +29,14 @@ class StepGuard:
     weighted mean and variance"). A loss beyond the threshold enters them as the threshold, so that one spike does not
     hide the next, and a loss that stays high is soon no spike any more.
 
-    `in_a_row` is the number of skipped steps up to the last one that was read, `longest` the most in a row among those
-    that the last `read` returned.
+    Of the steps that were read, `in_a_row` is how many the last ones were that had to be skipped, and `last_good` the
+    number of the last one that had not; `longest` is the most in a row among those that the last `read` returned.
     """
 
     def __init__(self, device: torch.device, skip_spikes: bool):
         self.skip_spikes = skip_spikes
         self.mean_variance_count = torch.zeros(3, dtype=torch.float64, device=device)
-        self.in_a_row = self.longest = 0
+        self.in_a_row = self.longest = self.last_good = 0
         self._judged: list[tuple[int, int, Tensor]] = []
 
     def judge(self, step: int, position: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ class StepGuard:
         figures = torch.stack([row for _, _, row in self._judged]).tolist() if self._judged else []
         for (step, position, _), (loss, norm, threshold, skipped, spike) in zip(self._judged, figures, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
+            self.last_good = self.last_good if skipped else step
             self.longest = max(self.longest, self.in_a_row)
             if skipped or spike:
                 found.append(Judgement(step, position, loss, norm, bool(skipped), threshold))

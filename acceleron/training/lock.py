@@ -5,11 +5,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, file_error
+from ..log import say
 
 NAME = "run.lock"
 
@@ -31,10 +31,10 @@ class DirectoryLock:
             self._file = self._lock()
         except OSError as error:
             self._remove_made()
-            raise InputError(f"--save_dir {directory}: cannot be written ({error.strerror or error})") from error
+            raise file_error(f"--save_dir {directory}: cannot be written", error) from error
         stale = self._file.read()
         if stale:
-            print(f"note: {self._path} was left by {_describe(stale)}, which is no longer running", file=sys.stderr)
+            say(f"note: {self._path} was left by {_describe(stale)}, which is no longer running")
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
         with suppress(OSError):  # on a full disk the lock holds all the same, only that nobody learns whose it is
             self._file.truncate(0)
@@ -51,10 +51,9 @@ class DirectoryLock:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    print(
+                    say(
                         f"warning: nothing keeps a second run out of {self._path.parent}: its file system has no locks "
-                        f"({error.strerror})",
-                        file=sys.stderr,
+                        f"({error.strerror})"
                     )
                     return file
                 holder = _describe(file.read())
@@ -73,7 +72,8 @@ class DirectoryLock:
                 path.rmdir()
 
     def release(self):
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # the file system may have become read-only; without the lock it is stale
+            self._path.unlink()
         self._file.close()
         self._remove_made()
 

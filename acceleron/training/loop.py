@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,15 @@ from tqdm import tqdm
 from .. import kernels
 from ..attention import attention_name
 from ..config import ModelConfig, brief, round_up
-from ..data import Shards, validation_batches
+from ..data import Shards, validation_loader
 from ..data.tokenizer import find_tokenizer, load_tokenizer, num_ids, token_bytes
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
-from ..errors import InputError, RunFailed, RunStopped
+from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
 from ..files import replacing
-from ..model import Acceleron
+from ..log import say
 from .checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint
 from .lock import DirectoryLock
-from .metrics import Metrics, describe, flops_per_token, say
+from .metrics import Metrics, describe, flops_per_token
 from .options import TrainOptions
 from .run import Run
 from .saver import Saver
@@ -33,8 +34,8 @@ from .stop import StopSignals
 
 # After a checkpoint that could not be written, until the next attempt.
 RETRY_SECONDS = 60.0
-# A run's last checkpoint has no later one to make up for it.
-LAST_ATTEMPTS, LAST_RETRY_SECONDS = 3, 3.0
+# A run's last checkpoint has no later one to make up for it: it is tried so often, and for so long if nobody waits.
+LAST_ATTEMPTS, LAST_RETRY_SECONDS, LAST_PATIENCE = 3, 3.0, 900.0
 
 
 def train(options: TrainOptions, scripts_dir: Path | None = None):
@@ -106,16 +107,20 @@ class Trainer:
         self.run.fetch()
 
     def begin(self):
-        """Open what the run writes to. Raises InputError if save_dir can't be written."""
+        """Open what the run writes to. Raises InputError if save_dir can't be written, RunFailed for a full disk."""
         try:
             self.saver = Saver(self.save_dir, self.options.keep_last, self.device)
             if self.tokenizer_path and not self.tokenizer_copy.exists():
                 with replacing(self.tokenizer_copy) as file:
                     file.write(self.tokenizer_path.read_bytes())
+            if self.options.resume is None:
+                _move_aside(self.save_dir / "metrics.jsonl")
             self.metrics = Metrics(self.save_dir, self.run.steps - (self.run.unread_steps > 0))
         except OSError as error:
-            raise InputError(f"--save_dir {self.save_dir}: cannot be written ({error.strerror or error})") from error
-        self.last_good = self.resumed_from
+            raise file_error(f"--save_dir {self.save_dir}: cannot be written", error) from error
+        # Checkpoints that are whole, by step. They are good once a later step was.
+        self.saved: dict[int, Path] = {}
+        self.diverged = False  # the last evaluation's loss was not finite
         # Nothing to save before the first step, unless a line of the log was left to this process.
         self.saved_step = -1 if self.run.unread_steps else self.run.steps
         self.save_begun = self.run.steps
@@ -132,27 +137,24 @@ class Trainer:
         """Raises InputError, RunFailed and RunStopped as `train` above says."""
         run, options = self.run, self.options
         # The bar is for people: in a pipe there are only the log lines, which carry the ETA too.
+        about = dict(total=options.max_steps, initial=run.steps, unit="step", dynamic_ncols=True)
         try:
-            with (
-                tqdm(total=options.max_steps, initial=run.steps, unit="step", dynamic_ncols=True, disable=None) as bar,
-                run.context(),
-            ):
+            with tqdm(**about, disable=None if sys.stderr else True) as bar, run.context():
                 while True:
                     self._after_step()
-                    if self.stop.requested or run.steps >= options.max_steps:
+                    if self._stopped() or run.steps >= options.max_steps:
                         break
                     with self._saved_before_errors():
-                        fetched = run.fetch(self._stopped)
-                    if fetched:
-                        run.step(learning_rate(run.steps, options))
-                        self.stop.learned = True
-                        bar.update()
+                        if run.fetch(self._stopped):
+                            run.step(learning_rate(run.steps, options))
+                            self.stop.learned = True
+                            bar.update()
             saved = self._save_last()
         finally:
             self.saver.wait()
             self.metrics.close()
             run.loader.close()
-        if self.stop.requested and (run.steps < options.max_steps or run.unread_steps):
+        if self._stopped() and (run.steps < options.max_steps or run.unread_steps):
             raise RunStopped(f"{self.stop.requested}: stopped at step {run.steps}; {saved}; go on with --resume auto")
 
     def _stopped(self) -> bool:
@@ -172,7 +174,11 @@ class Trainer:
         self._report_save()
         due = (save and run.steps > self.save_begun) or self.save_due or time.monotonic() > self.retry_at
         if due and not last:
-            self._save()
+            self._report_bad_steps()
+            # After bad steps: at the next good one.
+            self.save_due = run.guard.in_a_row > 0
+            if not self.save_due:
+                self._save()
 
     def _begin_interval(self):
         self.interval_start, self.interval_steps, self.save_wait = time.perf_counter(), self.run.steps, 0.0
@@ -183,10 +189,12 @@ class Trainer:
         seconds = time.perf_counter() - self.interval_start  # the device has been waited for, by _report_bad_steps
         validation = {}
         if evaluate:
+            validation = None
             with self._saved_before_errors():
-                validation = validate(run.model, self.shards, options, self.device, self.bytes_of, self._stopped)
+                validation = validate(run, self.shards, self.bytes_of, self._stopped)
             if validation is None:
                 return
+            self.diverged = validation["val_loss"] is None
         steps = run.steps - self.interval_steps
         speed = steps * options.tokens_per_step / (seconds - self.save_wait)
         record = {"step": run.steps, "lr": learning_rate(run.steps - 1, options), "tokens": run.tokens}
@@ -210,26 +218,36 @@ class Trainer:
                 f"{what}; trained on {run.origin(judgement)}"
             )
         if run.guard.longest >= options.max_bad_steps:
-            self._settle_save()
-            raise RunFailed(
-                f"stopped at step {run.steps}, after {run.guard.longest} skipped steps in a row, and not saved; "
-                f"{self._last_good()}: go on with --resume auto and a smaller --lr, or other data"
-            )
+            self._fail_diverged(f"after {run.guard.longest} skipped steps in a row")
+
+    def _fail_diverged(self, why: str):
+        """End a run whose model is not worth saving; nor are the checkpoints that no good step came after."""
+        self._settle_save()
+        good = self._good_step()
+        for path in (path for step, path in self.saved.items() if step > good):
+            path.replace(path.with_name(path.name + ".diverged"))
+            say(f"warning: no good step came after {path}: it is now {path.name}.diverged")
+        raise RunFailed(
+            f"stopped at step {self.run.steps}, {why}, and not saved; {self._last_good()}: "
+            "go on with --resume auto and a smaller --lr, or other data"
+        )
+
+    def _good_step(self) -> int:
+        """Of the newest model known to be good, as the next step on it was."""
+        return self.run.guard.last_good - 1
 
     def _last_good(self) -> str:
-        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no good checkpoint yet"
+        path = self.saved.get(max((step for step in self.saved if step <= self._good_step()), default=None))
+        path = path or self.resumed_from
+        return f"the last good checkpoint is {path}" if path else "there is no good checkpoint yet"
 
     def _save(self):
-        """Begin to save, unless the last steps were bad: then after the next good one."""
-        self._report_bad_steps()
-        self.save_due = self.run.guard.in_a_row > 0
-        if self.save_due:
-            return
         start = time.perf_counter()
         self._settle_save()
-        self.metrics.sync()
+        self.metrics.flush(to_disk=True)
         contents = {"format": FORMAT, "config": self.config.to_dict(), "options": asdict(self.options)}
-        self.saver.save(contents | self.run.state_dict() | {"environment": self.environment})
+        contents |= self.run.state_dict() | {"environment": self.environment}
+        self.saver.save(contents, self._good_step())
         self.save_begun, self.retry_at = self.run.steps, math.inf
         self.save_wait += time.perf_counter() - start
 
@@ -243,9 +261,9 @@ class Trainer:
         if outcome is None:
             return
         if outcome.error is None:
-            self.saved_step, self.last_good = outcome.step, outcome.path
-            size = outcome.path.stat().st_size / 1e6
-            say(f"saved {outcome.path}: {size:,.1f} MB in {outcome.seconds:.2f} s", sys.stdout)
+            self.saved_step = outcome.step
+            self.saved[outcome.step] = outcome.path
+            say(f"saved {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.2f} s", sys.stdout)
         else:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             say(f"warning: {outcome.path} could not be written ({outcome.error}); {self._last_good()}")
@@ -253,35 +271,55 @@ class Trainer:
     def _save_last(self) -> str:
         """Save what is not saved yet, and wait until that is done; says what holds the run now.
 
-        Raises RunFailed if it can't be written, or its last steps were bad.
+        After bad steps too, as they left the weights as they were; but not after an evaluation without a finite loss.
+        Raises RunFailed then, and if it can't be written for long.
         """
-        for attempt in range(LAST_ATTEMPTS):
+        run, attempts, give_up = self.run, 0, time.monotonic() + LAST_PATIENCE
+        self._report_bad_steps()
+        if self.diverged and run.steps >= self.options.max_steps and self.saved_step < run.steps:
+            self._fail_diverged("the last one, with a validation loss that is not finite")
+        while True:
             self._settle_save()
-            if self.saved_step == self.run.steps:
-                break
-            if attempt:
+            if self.saved_step == run.steps:
+                path = self.saved.get(run.steps, self.resumed_from)
+                return f"{path} holds all of it" if path else "nothing was learned yet"
+            if attempts >= LAST_ATTEMPTS and (self._stopped() or time.monotonic() > give_up):
+                raise RunFailed(
+                    f"step {run.steps} could not be saved in {attempts} attempts; {self._last_good()}: make room, or "
+                    "mend the disk, and go on with --resume auto"
+                )
+            if attempts:
                 time.sleep(LAST_RETRY_SECONDS)
             self._save()
-            if self.save_due:
-                raise RunFailed(
-                    f"stopped at step {self.run.steps}, and not saved, as the last {self.run.guard.in_a_row} steps had "
-                    f"to be skipped; {self._last_good()}"
-                )
-            self._settle_save()
-        if self.saved_step < self.run.steps:
-            raise RunFailed(
-                f"step {self.run.steps} could not be saved in {LAST_ATTEMPTS} attempts; {self._last_good()}: "
-                "make room and go on with --resume auto"
-            )
-        return f"{self.last_good} holds all of it" if self.last_good else "nothing was learned yet"
+            attempts += 1
 
     @contextmanager
     def _saved_before_errors(self):
-        """Data that can't be read ends a run between two steps, so that nothing of it need be lost."""
+        """What fails between two updates of the weights ends the run, but loses nothing of it.
+
+        Where a stop was asked for, it is taken for a part of it: a signal to all processes of a group ends the compiler
+        too, and with it the compilation.
+        """
         try:
             yield
-        except (InputError, RunFailed) as error:
-            raise type(error)(f"{error}; stopped at step {self.run.steps}; {self._save_last()}") from error
+        except Exception as error:
+            run = self.run
+            if not run.whole or run.steps == self.saved_step:
+                raise
+            if self._stopped():
+                say(f"note: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+                return
+            try:
+                saved = self._save_last()
+            except RunFailed as failure:
+                saved = str(failure)
+            where = f"stopped at step {run.steps}; {saved}"
+            if isinstance(error, (InputError, RunFailed)):
+                raise type(error)(f"{error}; {where}") from error
+            if is_out_of_memory(error):
+                raise RunFailed(f"{OUT_OF_MEMORY}; {where}") from error
+            say(where)
+            raise
 
     def _device_name(self) -> str:
         if self.device.type == "cuda":
@@ -316,40 +354,47 @@ class Trainer:
 
 
 @torch.no_grad()
-def validate(
-    model: Acceleron,
-    shards: Shards,
-    options: TrainOptions,
-    device: torch.device,
-    bytes_of: np.ndarray | None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict | None:
+def validate(run: Run, shards: Shards, bytes_of: np.ndarray | None, stopped: Callable[[], bool]) -> dict | None:
     """val_loss, nats a token over the held-out batches; val_bits_per_byte where the tokens' bytes are known.
 
-    None if `stopped` became true before the end.
+    Both are None if the loss is not finite; the result is None if `stopped` became true before the end.
     """
-    total = targets = num_bytes = 0
-    batches = validation_batches(
+    model, options = run.model, run.options
+    loader, num_batches = validation_loader(
         shards,
         seq_len=options.seq_len,
         batch_size=options.batch_size,
         vocab_size=model.config.vocab_size,
         bad_data=options.bad_data,
     )
-    for batch in batches:
-        if stopped():
-            return None
-        input_ids = batch.to(device)
-        count = batch.numel() - len(batch)
-        total += model(input_ids, labels=input_ids).cross_entropy.double() * count
-        targets += count
-        if bytes_of is not None:
-            num_bytes += int(bytes_of[batch[:, 1:].numpy()].sum())
-    nats = total.item()
-    record = {"val_loss": nats / targets}
+    total = targets = num_bytes = 0
+    try:
+        for _ in range(num_batches):
+            batch = run.next_batch(loader, stopped)
+            if batch is None:
+                return None
+            input_ids = batch.to(run.device)
+            scored = batch.numel() - len(batch)
+            total += model(input_ids, labels=input_ids).cross_entropy.double() * scored
+            targets += scored
+            if bytes_of is not None:
+                num_bytes += int(bytes_of[batch[:, 1:].numpy()].sum())
+    finally:
+        loader.close()
+    nats = total.item() if total.isfinite() else None
+    record = {"val_loss": nats and nats / targets}
     if num_bytes:
-        record["val_bits_per_byte"] = nats / math.log(2) / num_bytes
+        record["val_bits_per_byte"] = nats and nats / math.log(2) / num_bytes
     return record
+
+
+def _move_aside(path: Path):
+    """A new run's log does not go on with another's."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        free = next(name for name in names if not name.exists())
+        path.replace(free)
+        say(f"note: {path}, of another run, is now {free.name}")
 
 
 def model_config(options: TrainOptions, tokenizer) -> ModelConfig:

@@ -4,17 +4,16 @@ import errno
 import json
 import math
 import os
-import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..files import replacing
+from ..log import say
 
 
 def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -> int:
@@ -41,15 +40,6 @@ def expert_health(counts_LE: Tensor) -> dict:
     }
 
 
-def say(line: str, file: TextIO | None = None):
-    """A line for the terminal, by default to stderr, above the progress bar if there is one.
-
-    A log that can't be written, as its pipe was closed or its disk is full, is no reason to end a run.
-    """
-    with suppress(OSError, ValueError):
-        tqdm.write(line, file=file or sys.stderr)
-
-
 class Metrics:
     """Appends one JSON object a line to metrics.jsonl, and the same to TensorBoard where it is installed.
 
@@ -73,6 +63,7 @@ class Metrics:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         except ImportError:
             self._board = None
+        self._hook, threading.excepthook = threading.excepthook, self._quietly
 
     @property
     def has_tensorboard(self) -> bool:
@@ -80,16 +71,7 @@ class Metrics:
 
     def write(self, record: dict):
         self._unwritten.append(json.dumps(record).encode() + b"\n")
-        whole = self._file.seek(0, os.SEEK_END)
-        try:
-            lines = b"".join(self._unwritten)
-            if self._file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._unwritten.clear()
-        except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(whole)  # no half a line
-            say(f"warning: {self._file.name}: {error.strerror}; its lines will be written once that is possible")
+        self.flush()
         try:
             if self._board:
                 for name, value in record.items():
@@ -99,16 +81,36 @@ class Metrics:
             self._board = None
             say(f"warning: {self._file.name}: TensorBoard's files can't be written ({error}), and are given up")
 
-    def sync(self):
-        """Bring the log to the disk, so that a power cut leaves every line up to a checkpoint."""
-        with suppress(OSError):
-            os.fsync(self._file.fileno())
+    def flush(self, to_disk: bool = False):
+        """Write what could not be written before; with `to_disk` so that it outlives a power cut."""
+        try:
+            whole = self._file.seek(0, os.SEEK_END)
+            try:
+                lines = b"".join(self._unwritten)
+                if self._file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(whole)  # no half a line
+                raise
+            self._unwritten.clear()
+            if to_disk:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            say(f"warning: {self._file.name}: {error.strerror}; its lines will be written once that is possible")
+
+    def _quietly(self, failure):
+        """TensorBoard writes in a thread of its own; `write` hears of what fails there, and says so."""
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
 
     def close(self):
+        self.flush()
         self._file.close()
         if self._board:
             with suppress(OSError):
                 self._board.close()
+        threading.excepthook = self._hook
 
 
 def _step_of(line: bytes) -> float:
@@ -144,8 +146,8 @@ def describe(record: dict, max_steps: int, seconds_left: float) -> str:
     if record["skipped_rows"]:
         parts.append(f"skipped {record['skipped_rows']} rows so far")
     if "val_loss" in record:
-        bits = f" ({record['val_bits_per_byte']:.3f} bits/byte)" if "val_bits_per_byte" in record else ""
-        parts.append(f"val_loss {record['val_loss']:.4f}{bits}")
+        bits = f" ({number('val_bits_per_byte', '.3f')} bits/byte)" if "val_bits_per_byte" in record else ""
+        parts.append(f"val_loss {number('val_loss', '.4f')}{bits}")
     minutes, seconds = divmod(round(seconds_left), 60)
     parts.append(f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}")
     return " | ".join(parts)

@@ -33,14 +33,16 @@ class TrainOptions:
     log_interval: int = option(10, "steps between log lines", least=1)
     eval_interval: int = option(1000, "steps between measurements of the validation loss", least=1)
     save_interval: int = option(5000, "steps between checkpoints", least=1)
-    keep_last: int = option(0, "newest checkpoints to keep; 0 keeps all", least=0)
+    keep_last: int = option(0, "newest checkpoints to keep, one of them followed by a good step; 0 keeps all", least=0)
     save_dir: str = option("checkpoints", "directory for checkpoints, metrics.jsonl and TensorBoard files")
     resume: str | None = option(
         None, "checkpoint to continue from, or auto: the newest whole one in save_dir, if there is any"
     )
     num_workers: int = option(2, "threads that read ahead", least=1)
     bad_data: str = option("fail", "what rows do that can't be read: end the run, or be skipped", ("fail", "skip"))
-    max_bad_steps: int = option(10, "steps in a row without a finite loss and gradient that end the run", least=1)
+    max_bad_steps: int = option(
+        10, "skipped steps in a row that end the run; every so many steps it waits for the device", least=1
+    )
     skip_spikes: bool = option(False, "skip the update where the loss is 6 sigma above its running mean")
     seed: int = option(42, "of the initial weights and of the data's order", least=0)
     tokenizer: str | None = option(

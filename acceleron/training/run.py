@@ -17,10 +17,11 @@ from ..config import ModelConfig
 from ..data import Loader, Shards
 from ..device import deterministic_algorithms, peak_memory, synchronize, total_memory
 from ..errors import InputError, RunFailed
+from ..log import say
 from ..model import Acceleron
 from .checkpoint import is_tensor_of, load_weights, restore_optimizer
 from .guard import Judgement, StepGuard
-from .metrics import expert_health, say
+from .metrics import expert_health
 from .optimizer import build_optimizer
 from .options import TrainOptions
 from .schedule import learning_rate
@@ -62,6 +63,7 @@ class Run:
         self.optimizer = build_optimizer(self.model, options.weight_decay)
         self.guard = StepGuard(device, options.skip_spikes)
         self.steps = self.tokens = 0
+        self.whole = True  # but within an update
         self.batches: list[Tensor] = []  # fetched for the next step
         self._untold = COMPLAINTS
         self._data_state = self.loader.state_dict()
@@ -92,31 +94,43 @@ class Run:
         Nothing of the step has begun then, so that what was trained can be saved while the data stalls. Raises
         InputError for data that can't be read.
         """
+        start = time.perf_counter()
+        while len(self.batches) < self.options.grad_accum:
+            batch = self.next_batch(self.loader, stopped)
+            if batch is None:
+                return False
+            self.batches.append(batch)
+        self.data_wait += time.perf_counter() - start
+        return True
+
+    def next_batch(self, loader: Loader, stopped: Callable[[], bool]) -> Tensor | None:
+        """Wait for it, telling of stalls and skipped rows; None if `stopped` became true first."""
         start = told = time.perf_counter()
-        while len(self.batches) < self.options.grad_accum and not stopped():
+        batch = None
+        while batch is None and not stopped():
             try:
-                batch = self.loader.poll(POLL_SECONDS)
+                batch = loader.poll(POLL_SECONDS)
             except RuntimeError as error:
                 raise RunFailed(str(error)) from error
             now = time.perf_counter()
-            if batch is not None:
-                self.batches.append(batch)
-            elif now - told > STALL_SECONDS:
+            if batch is None and now - told > STALL_SECONDS:
                 told = now
-                say(f"warning: no data for {now - start:.0f} s: {self.loader.origin(self.loader.position)}")
-        for complaint in self.loader.complaints[: self._untold]:
+                say(f"warning: no data for {now - start:.0f} s: {loader.origin(loader.position)}")
+        for complaint in loader.complaints[: self._untold]:
             say(f"warning: skipped: {complaint}")
             self._untold -= 1
             if not self._untold:
-                say("warning: further skipped rows are not told, but counted, as skipped_rows")
-        self.loader.complaints.clear()
-        self.data_wait += time.perf_counter() - start
-        return len(self.batches) == self.options.grad_accum
+                say("warning: further skipped rows are not told, but those of the training counted, as skipped_rows")
+        loader.complaints.clear()
+        return batch
 
     def step(self, lr: float):
-        """Train on the next batches. Raises InputError for data that can't be read."""
+        """Train on the next batches. Raises InputError for data that can't be read.
+
+        What fails before the optimizer's update leaves the run as it was, and `whole`.
+        """
         self.fetch()
-        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        losses, counts_LE = torch.zeros_like(self._losses), torch.zeros_like(self._counts_LE)
         for batch in self.batches:
             input_ids = batch.to(self.device, non_blocking=True)
             output = self.model(input_ids, labels=input_ids)
@@ -124,10 +138,13 @@ class Run:
             parts = (output.cross_entropy, output.z_loss, output.balance_loss)
             losses += torch.stack([loss.detach().double() for loss in parts])
             if output.counts_LE is not None:
-                self._counts_LE += output.counts_LE
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+                counts_LE += output.counts_LE
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        self.whole = False
         self.steps += 1
         self.tokens += self.options.tokens_per_step
+        self._grad_norm = grad_norm
+        self._counts_LE += counts_LE
         position = self._data_state["position"]
         skipped = self.guard.judge(self.steps, position, losses[0] / self.options.grad_accum, self._grad_norm)
         finite = losses.isfinite().all()
@@ -142,6 +159,7 @@ class Run:
         self.batches = []
         self._data_state = self.loader.state_dict()
         self.unread_steps += 1
+        self.whole = True
 
     def judgements(self) -> list[Judgement]:
         """The steps since the last call that were skipped or whose loss was a spike. Waits for the device."""
@@ -184,6 +202,7 @@ class Run:
                 "micro_batches": self._micro_batches,
                 "grad_norm": self._grad_norm,
                 "guard": self.guard.mean_variance_count,
+                "in_a_row": self.guard.in_a_row,
                 "unread_steps": self.unread_steps,
                 "skipped_steps": self.skipped_steps,
             },
@@ -207,6 +226,7 @@ class Run:
         )
         self._losses, self._counts_LE, self._micro_batches = losses, counts, micro_batches
         self._grad_norm, self.guard.mean_variance_count = grad_norm, guard
+        self.guard.in_a_row = saved["in_a_row"]
         self.unread_steps, self.skipped_steps = saved["unread_steps"], saved["skipped_steps"]
         try:
             set_rng_state(checkpoint["rng"], self.device)

@@ -24,7 +24,7 @@ from counting_shards import (
     write_shards,
 )
 
-from acceleron.data import Loader, ShardError, Shards, validation_batches
+from acceleron.data import Loader, ShardError, Shards, validation_batches, validation_loader
 from acceleron.data import shards as shards_module
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
@@ -67,6 +67,7 @@ DAMAGE = {
     "other dtype": (lambda path: replace(path, np.load(path).astype(np.int64)), r"int64, and told of .* int32"),
     # Into the same file: what is read at the old place may look like tokens.
     "overwritten": (lambda path: np.save(path, np.load(path).astype(np.int64)), r"int64, and told of .* int32"),
+    "other content": (lambda path: replace(path, np.load(path)[::-1]), "the file has other content than at the start"),
     "of floats": (lambda path: replace(path, np.load(path).astype(np.float32)), "but this holds float32"),
     "now a directory": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "now a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "Illegal seek"),
@@ -96,6 +97,35 @@ def test_a_shard_that_comes_back_is_read_again(shards):
         read(shards, BAD, 3)
     hidden.rename(shards.paths[BAD])
     assert np.array_equal(read(shards, BAD, 3), row_of(BAD, 3))
+
+
+@pytest.mark.parametrize("row", [0, 102, 204])
+def test_other_content_written_into_a_shard_is_told(shards, row):
+    """The first, the middle and the last row are compared; that the row itself is as it was makes no difference."""
+    path = shards.paths[BAD]
+    assert np.array_equal(read(shards, BAD, 50), row_of(BAD, 50))
+    np.lib.format.open_memmap(path, mode="r+")[row, 3] += 1
+    os.utime(path, ns=(0, 0))  # so that the clock's resolution does not matter
+    with pytest.raises(
+        ShardError, match=f"{path}: row 50 cannot be read: the file has other content than at the start"
+    ):
+        read(shards, BAD, 50)
+
+
+def test_a_shard_is_compared_when_its_file_is_another_one_and_not_whenever_it_is_opened(shards, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 1)
+    path, compared, plain = shards.paths[BAD], [], shards_module._File.checksum
+    monkeypatch.setattr(shards_module._File, "checksum", lambda file: compared.append(1) or plain(file))
+    for change, expected in (
+        (lambda: None, 0),
+        (lambda: replace(path, np.load(path)), 1),  # a copy, which is as good
+        (lambda: os.utime(path, ns=(0, 0)), 2),
+        (lambda: None, 2),
+    ):
+        change()
+        for shard in (BAD, 0) * 3:
+            assert np.array_equal(read(shards, shard, 1), row_of(shard, 1))
+        assert len(compared) == expected
 
 
 def test_an_io_error_is_told_if_it_stays(shards, monkeypatch):
@@ -286,6 +316,87 @@ def test_nothing_readable_is_an_error_even_when_skipping(shards):
         path.unlink()
     with pytest.raises(ShardError, match=r"no readable data: .*shard_0000\d.npy: row \d+ cannot be read: .* vanished"):
         next(make_loader(shards, bad_data="skip"))
+
+
+def make_validation(shards, **changes):
+    settings = {"seq_len": ROW_LENGTH // 4, "batch_size": 5, "vocab_size": VOCAB_SIZE} | changes
+    return validation_loader(shards, **settings)
+
+
+def held_out_order(seq_len):
+    """The held-out chunks as validation takes them, computed without the loader."""
+    chunks = all_rows()[1].reshape(-1, seq_len)
+    return torch.from_numpy(chunks[np.random.default_rng([0, 0]).permutation(len(chunks))])
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 20), (5, [5] * 4), (24, [24]), (25, [24])])
+def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shards, batch_size, sizes):
+    """24 chunks, of which at most 20 batches are taken: the reader reads no others."""
+    read_rows, plain = [], Shards.read
+    with ending_readers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
+        loader, count = make_validation(shards, batch_size=batch_size)
+        assert count == len(sizes)
+        batches = [loader.poll(30) for _ in range(count)]
+        for reader in readers():
+            reader.join(5)
+        assert not readers()
+        assert len(read_rows) == sum(sizes)
+        assert torch.equal(torch.cat(batches), held_out_order(ROW_LENGTH // 4)[: sum(sizes)])
+        assert [len(batch) for batch in batches] == sizes
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                loader.poll(0)
+        assert not readers()
+
+
+def test_a_stalled_validation_can_be_left(shards, monkeypatch):
+    with ending_readers():
+        gate, plain = threading.Event(), Shards.read
+        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(30) and plain(*arguments))
+        loader, _ = make_validation(shards)
+        assert loader.poll(0.05) is None
+        loader.close()
+        assert not gate.is_set()
+        gate.set()
+
+
+def test_leaving_validation_early_ends_its_reader(shards):
+    with ending_readers():
+        settings = dict(seq_len=1, batch_size=1, vocab_size=VOCAB_SIZE)  # more batches than are read ahead
+        for batch in validation_batches(shards, **settings):
+            assert torch.equal(batch, held_out_order(1)[:1])
+            assert len(readers()) == 1
+            break
+
+
+def test_what_validation_skips_is_told(shards):
+    expected = held_out_order(ROW_LENGTH // 4)
+    shards.paths[BAD].unlink()
+    loader, count = make_validation(shards, bad_data="skip")
+    batches = torch.cat([next(loader) for _ in range(count)])
+    kept = shards_of(expected[:20]) != BAD
+    assert torch.equal(batches[kept], expected[:20][kept])
+    assert not (shards_of(batches) == BAD).any()
+    rows = (expected[:20, 0][~kept] // ROW_LENGTH - sum(ROWS[:BAD])).tolist()
+    assert 0 < len(rows) == loader.skipped_rows
+    assert loader.complaints == [
+        f"{shards.paths[BAD]}: row {row} cannot be read: the file has vanished" for row in rows
+    ]
+    loader, count = make_validation(shards)
+    with pytest.raises(ShardError, match=f"{shards.paths[BAD]}: row {rows[0]} cannot be read: the file has vanished"):
+        list(loader)
+
+
+def test_resuming_without_a_shard_names_the_flag_that_lets_it(shards):
+    state, directory = make_loader(shards).state_dict(), shards.paths[0].parent
+    shards.paths[BAD].unlink()
+    told = r"shard_00002\.npy is missing; pass the same data \(--bad_data skip continues without a missing shard\)$"
+    with pytest.raises(InputError, match=told):
+        make_loader(Shards(directory)).load_state_dict(state)
+    write_shards(directory, (*ROWS, 7))  # one more, of which the flag makes nothing
+    with pytest.raises(InputError, match=r"shard_00004\.npy is new; pass the same data$"):
+        make_loader(Shards(directory)).load_state_dict(state)
 
 
 KEPT = {

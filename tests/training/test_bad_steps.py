@@ -1,6 +1,7 @@
 """Steps without a finite loss and gradient change nothing, and are told with their origin, as are spikes."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -112,11 +113,12 @@ def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(data_di
     run = options(data_dir, tmp_path, max_steps=40, save_interval=2, max_bad_steps=3, log_interval=50, eval_interval=50)
     with pytest.raises(RunFailed) as failure:
         train(run)
-    # Steps 5 and 6 were two; 8 to 10 are three.
+    # Steps 5 and 6 were two; 8 to 10 are three. That of step 7 may be what they come from.
     assert "after 3 skipped steps in a row, and not saved" in str(failure.value)
-    assert f"the last good checkpoint is {tmp_path / 'checkpoint_7.pt'}" in str(failure.value)
-    assert list(list_checkpoints(tmp_path)) == [2, 4, 7]
-    assert all(bool(w.isfinite().all()) for w in load_checkpoint(tmp_path / "checkpoint_7.pt")["model"].values())
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint_4.pt'}" in str(failure.value)
+    assert list(list_checkpoints(tmp_path)) == [2, 4]
+    assert (tmp_path / "checkpoint_7.pt.diverged").exists()
+    assert all(bool(w.isfinite().all()) for w in load_checkpoint(tmp_path / "checkpoint_4.pt")["model"].values())
     assert "warning: step 9: loss nan" in capsys.readouterr().err
 
 
@@ -129,10 +131,58 @@ def test_a_log_of_bad_steps_alone_is_still_json(data_dir, tmp_path, poison):
     assert 3.9 < strict[2]["loss"] < 4.4
 
 
-def test_a_diverged_model_is_never_saved(data_dir, tmp_path):
-    with pytest.raises(RunFailed, match="10 skipped steps in a row"):
-        train(options(data_dir, tmp_path, lr=1e30, grad_clip=0.0))
+def test_a_diverged_model_is_no_good_checkpoint(data_dir, tmp_path, capsys):
+    """The step that blew up had a finite loss and gradient, and was saved: only the next one tells."""
+    run = options(data_dir, tmp_path, lr=1e30, grad_clip=0.0, warmup_steps=0, save_interval=1, keep_last=1)
+    with pytest.raises(RunFailed, match="10 skipped steps in a row, and not saved; there is no good checkpoint yet"):
+        train(run)
     assert not list_checkpoints(tmp_path)
+    assert (tmp_path / "checkpoint_1.pt.diverged").exists()
+    assert "checkpoint_1.pt: it is now checkpoint_1.pt.diverged" in capsys.readouterr().err
+
+
+def test_a_good_checkpoint_is_kept_until_a_later_one_is_known_to_be_good(data_dir, tmp_path):
+    good = options(data_dir, tmp_path, max_steps=3, save_interval=1, keep_last=1)
+    train(good)
+    assert list(list_checkpoints(tmp_path)) == [2, 3]
+    diverging = dataclasses.replace(good, max_steps=30, lr=1e30, grad_clip=0.0, resume="auto")
+    with pytest.raises(RunFailed, match=f"the last good checkpoint is {tmp_path / 'checkpoint_3.pt'}"):
+        train(diverging)
+    assert 3 in list_checkpoints(tmp_path)
+    train(dataclasses.replace(good, max_steps=5, resume="auto"))
+    assert list(list_checkpoints(tmp_path)) == [4, 5]
+
+
+def test_a_model_whose_last_evaluation_is_not_finite_is_not_saved(data_dir, tmp_path, monkeypatch):
+    forward = Acceleron.forward
+
+    def evaluated(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return output if torch.is_grad_enabled() else nan_loss(output)
+
+    monkeypatch.setattr(Acceleron, "forward", evaluated)
+    with pytest.raises(RunFailed, match="validation loss that is not finite, and not saved"):
+        train(options(data_dir, tmp_path, max_steps=2, save_interval=100))
+    assert not list_checkpoints(tmp_path)
+    assert records(tmp_path)[-1]["val_loss"] is None
+
+
+def test_a_bad_step_at_the_end_is_no_reason_not_to_save(data_dir, tmp_path, poison):
+    """It left the weights as they were."""
+    poison({4, 5}, nan_loss)
+    train(options(data_dir, tmp_path, max_steps=5, save_interval=100))
+    saved = load_checkpoint(tmp_path / "checkpoint_5.pt")
+    assert saved["statistics"]["in_a_row"] == 2
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(data_dir, tmp_path, poison):
+    poison({4, 5}, nan_loss)
+    run = options(data_dir, tmp_path, max_steps=5, save_interval=100, max_bad_steps=3)
+    train(run)
+    poison({1}, nan_loss)
+    with pytest.raises(RunFailed, match="stopped at step 6, after 3 skipped steps in a row"):
+        train(dataclasses.replace(run, max_steps=20, resume="auto"))
 
 
 def judged(losses, skip_spikes=False):

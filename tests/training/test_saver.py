@@ -65,7 +65,7 @@ def test_what_was_given_is_written_though_it_changes_at_once(tmp_path, monkeypat
     for step in (1, 2):  # the second copies into the memory of the first
         given = contents(step, seed=step)
         start = time.perf_counter()
-        saver.save(given)
+        saver.save(given, step)
         blocked = time.perf_counter() - start
         for weight in given["model"].values():
             weight.zero_()
@@ -84,18 +84,42 @@ def test_the_last_ones_are_kept_and_no_others_touched(tmp_path):
         (tmp_path / name).write_text("the user's, or a later one that is damaged")
     saver = Saver(tmp_path, keep_last=2)
     for step in range(1, 6):
-        saver.save(contents(step))
+        saver.save(contents(step), step)
         saver.wait()
         assert saver.outcome().error is None
     assert list(list_checkpoints(tmp_path)) == [4, 5, 9]
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def test_only_whole_ones_that_are_known_to_be_good_count_for_those_kept(tmp_path, capsys):
+    saver = Saver(tmp_path)
+    for step in range(1, 6):
+        saver.save(contents(step), 0)
+        saver.wait()
+    for step in (3, 5):
+        path = tmp_path / f"checkpoint_{step}.pt"
+        path.write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "checkpoint_2.pt").unlink()
+    (tmp_path / "checkpoint_2.pt").mkdir()
+    again = Saver(tmp_path, keep_last=2)
+    for step, good_step, expected in (
+        (6, 0, [1, 3, 4, 5, 6]),  # none is known to be good
+        (7, 3, [1, 3, 4, 5, 6, 7]),  # that is 1, as 3 is damaged
+        (8, 4, [4, 5, 6, 7, 8]),
+        (9, 8, [8, 9]),
+    ):
+        again.save(contents(step), good_step)
+        again.wait()
+        assert again.outcome().error is None
+        assert sorted(list_checkpoints(tmp_path)) == expected
+    assert (tmp_path / "checkpoint_2.pt").is_dir()
+
+
 @pytest.mark.parametrize("fault", ["write", "fsync", "read back"])
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, full_disk, fault):
     """Retention deletes nothing before the new one has been read back whole."""
     saver = Saver(tmp_path, keep_last=1)
-    saver.save(contents(1))
+    saver.save(contents(1), 100)
     saver.wait()
     before = (tmp_path / "checkpoint_1.pt").read_bytes()
     saver.outcome()
@@ -117,7 +141,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, full_dis
 
         monkeypatch.setattr(torch, "save", save_and_flip)
         reason = "does not match its checksum"
-    saver.save(contents(2))
+    saver.save(contents(2), 100)
     saver.wait()
     outcome = saver.outcome()
     assert (outcome.step, outcome.path.name) == (2, "checkpoint_2.pt")
@@ -134,7 +158,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 def test_every_flipped_bit_that_matters_is_found(tmp_path):
     """In each record of a checkpoint, its first, middle and last byte; torch.load alone takes all in the tensors."""
     saver = Saver(tmp_path)
-    saver.save(contents(1))
+    saver.save(contents(1), 100)
     saver.wait()
     path = tmp_path / "checkpoint_1.pt"
     original = path.read_bytes()
@@ -181,6 +205,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_says_what_rem
     data_dir, tmp_path, monkeypatch, full_disk
 ):
     monkeypatch.setattr(loop, "LAST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "LAST_PATIENCE", 0.0)
     full_disk(2, 3, 4)
     first = tmp_path / "checkpoint_6.pt"
     with pytest.raises(RunFailed, match=f"step 12 could not be saved in 3 attempts; the last good .* is {first}"):

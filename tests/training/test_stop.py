@@ -41,17 +41,28 @@ def slow_steps():
     Acceleron.forward = lambda *args, **kwargs: time.sleep(0.1) or forward(*args, **kwargs)
 
 
-def slow_evaluation():
+def slow_evaluation(stalls: bool = False):
+    """Of 50 batches, each of which takes a while, or of one that never comes."""
     shrink_nano()
-    batches = loop.validation_batches
+    make = loop.validation_loader
 
-    def slowly(*args, **kwargs):
-        for batch in list(batches(*args, **kwargs)) * 50:
+    def make_slow(*args, **kwargs):
+        loader, _ = make(*args, **kwargs)
+        batch = next(loader)
+
+        def poll(timeout):
             print("evaluating", flush=True)
             time.sleep(0.2)
-            yield batch
+            return None if stalls else batch
 
-    loop.validation_batches = slowly
+        loader.poll = poll
+        return loader, 50
+
+    loop.validation_loader = make_slow
+
+
+def stalling_evaluation():
+    slow_evaluation(stalls=True)
 
 
 def stalling_data():
@@ -77,6 +88,7 @@ PHASES = {  # hook, the text that tells that it is in that phase
     "warm-up": (slow_steps, "step 3/"),  # of the learning rate, which takes 4 steps
     "evaluation": (slow_evaluation, "evaluating"),
     "data stall": (stalling_data, "step 3/"),
+    "data stall in an evaluation": (stalling_evaluation, "evaluating"),
     "writing a checkpoint": (very_slow_saves, "step 3/"),
 }
 
@@ -90,6 +102,7 @@ PHASES = {  # hook, the text that tells that it is in that phase
         ("warm-up", signal.SIGHUP),
         ("evaluation", signal.SIGTERM),
         ("data stall", signal.SIGUSR1),
+        ("data stall in an evaluation", signal.SIGTERM),
         ("writing a checkpoint", signal.SIGINT),
     ],
 )
@@ -109,7 +122,7 @@ def test_a_signal_saves_and_ends_the_run_within_a_step(data_dir, tmp_path, unint
     assert f"{number.name}: stopped at step {step}; {tmp_path}/run/checkpoint_{step}.pt holds all of it" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "run.lock").exists()
-    expected_steps = {"evaluation": (10, 10), "data stall": (5, 5)}.get(phase, (3, 5))
+    expected_steps = {"data stall": (5, 5)}.get(phase, (10, 10) if "evaluation" in phase else (3, 5))
     assert expected_steps[0] <= step <= expected_steps[1]
     assert seconds < (8 if phase == "writing a checkpoint" else 2)  # one or two writes of 1.5 s
 
@@ -122,10 +135,9 @@ def test_a_signal_saves_and_ends_the_run_within_a_step(data_dir, tmp_path, unint
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_path, number, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_path, number):
     run = settings(data_dir, tmp_path / "run", no_compile=False)
-    child = Child(run, tmp_path / "output", fresh_cache(tmp_path / "cache"))
+    child = Child(run, tmp_path / "output", FreshCache(tmp_path / "cache"))
     child.wait_for("writing to")
     time.sleep(1)
     assert "step" not in child.output.read_text().rpartition("writing to")[2]
@@ -136,14 +148,35 @@ def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
-class fresh_cache:
+class FreshCache:
     """Nothing compiled before is found. A class, as the child must be able to unpickle it."""
 
-    def __init__(self, directory):
-        self.directory = str(directory)
+    def __init__(self, directory, hook=shrink_nano):
+        self.directory, self.hook = str(directory), hook
 
     def __call__(self):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.directory
+        self.hook()
+
+
+def in_a_group_of_its_own():
+    shrink_nano()
+    os.setsid()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_compiler_too_loses_nothing(data_dir, tmp_path, number):
+    """As a terminal or a scheduler sends it: to all processes of the group, while the first evaluation compiles."""
+    run = settings(data_dir, tmp_path / "run", no_compile=False, batch_size=8, eval_interval=2, log_interval=1)
+    child = Child(run, tmp_path / "output", FreshCache(tmp_path / "cache", in_a_group_of_its_own))
+    child.wait_for("step 1/", 300)
+    time.sleep(1.5)
+    assert "step 2/" not in child.output.read_text()
+    os.killpg(child.process.pid, number)
+    assert child.status(60) == STOPPED, child.output.read_text()
+    assert list(list_checkpoints(tmp_path / "run")) == [2]
+    assert "Traceback" not in child.output.read_text()
 
 
 def test_a_second_interrupt_ends_at_once_and_harms_no_file(data_dir, tmp_path, uninterrupted):
