@@ -42,8 +42,8 @@ def clock(monkeypatch):
         now[0] += seconds
         events.append(name)
 
-    def saves(self, contents):
-        save(self, contents)
+    def saves(self, contents, good_step):
+        save(self, contents, good_step)
         passes(0.1, "save")
 
     def waits(self):
@@ -124,7 +124,7 @@ def test_a_file_altered_on_the_disk_fails_the_check_with_all_its_tensors(run, tm
     run.judgements()
     saver, state = Saver(tmp_path), run.state_dict()
     about = {"format": checkpoints.FORMAT, "config": run.model.config.to_dict(), "options": {}, "environment": {}}
-    saver.save(about | state)
+    saver.save(about | state, 0)
     saver.wait()
     path, saved = saver.outcome().path, dict(checkpoints.tensors(state))
     assert checkpoints.wrong_tensors(path, saved) == 0
