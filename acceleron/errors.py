@@ -25,7 +25,7 @@ class RunFailed(RuntimeError):
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
     """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
-    passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     return (RunFailed if passing else InputError)(f"{what} ({error.strerror or error})")
 
 

@@ -72,9 +72,10 @@ class DirectoryLock:
                 path.rmdir()
 
     def release(self):
-        with suppress(OSError):  # the file system may have become read-only; without the lock it is stale
+        with suppress(OSError):  # the disk may be full, or have become read-only; a lock that stays is stale
             self._path.unlink()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         self._remove_made()
 
     def __enter__(self) -> "DirectoryLock":
