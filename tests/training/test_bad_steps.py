@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, options, records, write_shard
+from runs import assert_same_bits, learned, options, records, write_shard
 
 from acceleron import ModelConfig
 from acceleron.data import Loader, Shards
@@ -183,6 +183,32 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume(data_dir, tmp_path, 
     poison({1}, nan_loss)
     with pytest.raises(RunFailed, match="stopped at step 6, after 3 skipped steps in a row"):
         train(dataclasses.replace(run, max_steps=20, resume="auto"))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (MemoryError(), RunFailed, r"out of memory.*; stopped at step 4; .*checkpoint_4\.pt holds all of it"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_a_step_that_fails_loses_none_before_it(data_dir, tmp_path, poison, capsys, error, raised, said):
+    """Nor leaves anything of itself: the run that goes on ends as one that did not fail."""
+
+    def fail(output):
+        raise error
+
+    run = options(
+        data_dir, tmp_path / "run", grad_accum=2, batch_size=2, max_steps=6, save_interval=100, log_interval=6
+    )
+    train(dataclasses.replace(run, save_dir=str(tmp_path / "whole")))
+    poison({10}, fail)  # the second micro-batch of the fifth step
+    with pytest.raises(raised, match=said):
+        train(run)
+    assert list(list_checkpoints(tmp_path / "run")) == [4]
+    poison(set(), fail)
+    train(dataclasses.replace(run, resume="auto"))
+    assert_same_bits(learned(tmp_path / "run", 6), learned(tmp_path / "whole", 6))
 
 
 def judged(losses, skip_spikes=False):

@@ -1,19 +1,21 @@
 """What a run does when its data goes bad under it: what was trained is saved, whatever happens."""
 
 import dataclasses
+import errno
 import os
 import re
 import time
 
 import numpy as np
 import pytest
+import torch
 from runs import assert_same_bits, learned, options, records, write_shard
 
 from acceleron.data.loader import Chunks
 from acceleron.data.shards import Shards
 from acceleron.errors import InputError, RunFailed
+from acceleron.training import loop, train
 from acceleron.training import run as run_module
-from acceleron.training import train
 from acceleron.training.checkpoint import load_checkpoint
 
 
@@ -125,6 +127,19 @@ def test_a_reader_that_dies_ends_the_run_saved(data_dir, tmp_path, before_batch)
     with pytest.raises(RunFailed, match=r"a reader thread failed: MemoryError: no room; stopped at step 4; .*_4\.pt"):
         train(options(data_dir, tmp_path / "run", save_interval=100))
     assert load_checkpoint(tmp_path / "run" / "checkpoint_4.pt")["step"] == 4
+
+
+def test_data_and_disk_that_both_fail_are_both_told(data_dir, tmp_path, before_batch, monkeypatch):
+    monkeypatch.setattr(loop, "LAST_PATIENCE", 0.0)
+    monkeypatch.setattr(loop, "LAST_RETRY_SECONDS", 0.0)
+
+    def full(contents, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    before_batch(5, lambda: os.remove(data_dir / "shard_00001.npy"))
+    with pytest.raises(InputError, match=r"has vanished; stopped at step .*could not be saved in 3 attempts"):
+        train(options(data_dir, tmp_path / "run", max_steps=30, eval_interval=30, save_interval=100))
 
 
 def test_a_stall_is_told_and_measured(data_dir, tmp_path, before_batch, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 import zipfile
 
@@ -11,7 +12,14 @@ from runs import SlowFile, assert_same_bits, learned, options, records, write_sh
 
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
-from acceleron.training.checkpoint import FORMAT, list_checkpoints, load_checkpoint, verify_archive
+from acceleron.training.checkpoint import (
+    FORMAT,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    verify_archive,
+)
+from acceleron.training.metrics import Metrics
 from acceleron.training.saver import Saver
 
 
@@ -155,6 +163,16 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_was_moved_away_is_made_again(tmp_path):
+    saver = Saver(tmp_path / "run")
+    saver.save(contents(1), 0)
+    saver.wait()
+    (tmp_path / "run").rename(tmp_path / "away")
+    saver.save(contents(2), 1)
+    saver.wait()
+    verify_archive(tmp_path / "run" / "checkpoint_2.pt")
+
+
 def test_every_flipped_bit_that_matters_is_found(tmp_path):
     """In each record of a checkpoint, its first, middle and last byte; torch.load alone takes all in the tensors."""
     saver = Saver(tmp_path)
@@ -218,8 +236,6 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_says_what_rem
 
 def test_a_log_that_cannot_be_written_is_written_later(data_dir, tmp_path, monkeypatch, capsys):
     """Half a line, that a full disk took, is taken back."""
-    from acceleron.training.metrics import Metrics
-
     metrics = Metrics(tmp_path, 0)
     metrics.write({"step": 1})
     file, room = metrics._file, [4]
@@ -239,5 +255,73 @@ def test_a_log_that_cannot_be_written_is_written_later(data_dir, tmp_path, monke
     assert "No space left on device" in capsys.readouterr().err
     room[0] = None
     metrics.write({"step": 3})
-    metrics.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    room[0] = 4
+    metrics.write({"step": 4})
+    room[0] = None
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 3}\n{"step": 4}\n')
+
+
+def test_a_line_that_was_not_written_comes_before_the_checkpoint_that_is(data_dir, tmp_path, monkeypatch):
+    """Killed after it, nothing would write the line again."""
+    write, full = Metrics.write, [False]
+
+    def write_while_full(self, record):
+        full[0] = record["step"] == 5
+        write(self, record)
+
+    def flush(self, to_disk=False):
+        if not full[0] or to_disk:
+            full[0] = False
+            real_flush(self, to_disk)
+
+    real_flush = Metrics.flush
+    monkeypatch.setattr(Metrics, "write", write_while_full)
+    monkeypatch.setattr(Metrics, "flush", flush)
+    save = torch.save
+
+    def check_and_save(saved, file):
+        assert [line["step"] for line in records(tmp_path)] == list(range(1, saved["step"] + 1))
+        save(saved, file)
+
+    monkeypatch.setattr(torch, "save", check_and_save)
+    train(options(data_dir, tmp_path, max_steps=5, eval_interval=10))
+    assert list(list_checkpoints(tmp_path)) == [5]
+
+
+def test_the_log_of_another_run_is_moved_aside(data_dir, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "precious": true}\n')
+    train(options(data_dir, tmp_path, max_steps=1))
+    assert (tmp_path / "metrics.1.jsonl").read_text() == '{"step": 1, "precious": true}\n'
+    assert [line["step"] for line in records(tmp_path)] == [1]
+
+
+def test_tensorboards_thread_fails_quietly(tmp_path, capsys):
+    before = threading.excepthook
+    metrics = Metrics(tmp_path, 0)
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    metrics.close()
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch):
+    """It may be whole: to continue from an older one would lose what is in it."""
+    saver = Saver(tmp_path)
+    for step in (1, 2):
+        saver.save(contents(step), 0)
+        saver.wait()
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    with pytest.raises(InputError, match=r"checkpoint_2\.pt: cannot be read \(Input/output error\)"):
+        newest_checkpoint(tmp_path)
