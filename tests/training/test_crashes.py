@@ -102,7 +102,8 @@ def test_memory_and_open_files_stay_flat(tmp_path):
     print(f"{steps} steps: {first.mean() / 1e6:.1f} MB, then {second.mean() / 1e6:.1f} MB; files {set(files)}")
     assert steps > seconds  # more than one a second
     assert second.mean() < 1.02 * first.mean()
-    assert max(files[len(files) // 2 :]) <= max(files[: len(files) // 2])
+    # A checkpoint on its way holds one or two for a moment; a leak would be one a checkpoint, some dozens.
+    assert max(files[len(files) // 2 :]) <= max(files[: len(files) // 2]) + 2
 
 
 def resources(pid: int) -> tuple[int, int]:
