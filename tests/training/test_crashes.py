@@ -49,15 +49,18 @@ def kill_again_and_again(data_dir, directory: Path, kills: int, seed: int):
         runs += 1
         save_dir, steps_before = directory / f"run{runs}", []
         while True:
-            child = Child(settings(data_dir, save_dir), output, small_model_and_slow_saves)
+            child = Child(settings(data_dir, save_dir), directory / f"output{killed}", small_model_and_slow_saves)
             if killed < kills:
-                child.process.join(moments.uniform(0.1, 1.2))
+                if moments.random() < 0.7:  # from when it begins to train, however slow the machine
+                    while child.process.is_alive() and "writing to" not in child.output.read_text():
+                        time.sleep(0.002)
+                child.process.join(moments.uniform(0.0, 0.8))
                 child.process.kill()
             status = child.status()
             partial_there = any(save_dir.glob("*.partial"))
             if status == 0:
                 break
-            assert status == -9, output.read_text()
+            assert status == -9, child.output.read_text()
             killed += 1
             within_a_write += partial_there
             steps = whole_checkpoints(save_dir)
