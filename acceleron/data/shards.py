@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import struct
 import threading
 import zlib
 from collections import OrderedDict
@@ -29,6 +30,30 @@ class ShardError(InputError):
     """A row that can't be read, or holds what it must not. The message names the file, the row and the cause."""
 
 
+# As np.save writes it; other spellings are numpy's to read.
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|][iu][1248])', 'fortran_order': (True|False), 'shape': \((\d+), (\d+)\), \} *\n"
+)
+
+
+def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, fortran_order, dtype) of a .npy file, and the file's position after it. Raises one of many exceptions.
+
+    numpy asks Python's compiler to read it, which in Python 3.11 fails at random while another thread compiles too
+    (SystemError, "AST constructor recursion depth mismatch"), as a reader or torch.compile does.
+    """
+    version = npy.read_magic(file)
+    start = file.tell()
+    size, length = (2, "<H") if version == (1, 0) else (4, "<I")
+    (length,) = struct.unpack(length, file.read(size))
+    found = _HEADER.fullmatch(file.read(length))
+    if found:
+        shape = int(found[3]), int(found[4])
+        return shape, found[2] == b"True", np.dtype(found[1].decode())
+    file.seek(start)
+    return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+
+
 class _File:
     """An open shard, read at offsets: a map would kill the process when the file is truncated under it.
 
@@ -44,8 +69,7 @@ class _File:
         self.identity = status.st_ino, status.st_mtime_ns, status.st_size
         try:
             header = io.BytesIO(os.pread(fd, _HEADER_BYTES, 0))
-            read = npy.read_array_header_1_0 if npy.read_magic(header) == (1, 0) else npy.read_array_header_2_0
-            self.shape, fortran_order, self.dtype = read(header)
+            self.shape, fortran_order, self.dtype = _read_header(header)
             self.offset = header.tell()
             if self.dtype.kind not in "iu":
                 raise InputError(f"token ids must be integers, but this holds {self.dtype!s:.100}")
