@@ -225,8 +225,11 @@ class Trainer:
         self._settle_save()
         good = self._good_step()
         for path in (path for step, path in self.saved.items() if step > good):
-            path.replace(path.with_name(path.name + ".diverged"))
-            say(f"warning: no good step came after {path}: it is now {path.name}.diverged")
+            try:
+                path.replace(path.with_name(path.name + ".diverged"))
+                say(f"warning: no good step came after {path}: it is now {path.name}.diverged")
+            except OSError as error:
+                say(f"warning: no good step came after {path}, but it can't be renamed ({error.strerror})")
         raise RunFailed(
             f"stopped at step {self.run.steps}, {why}, and not saved; {self._last_good()}: "
             "go on with --resume auto and a smaller --lr, or other data"
@@ -304,11 +307,13 @@ class Trainer:
             yield
         except Exception as error:
             run = self.run
-            if not run.whole or run.steps == self.saved_step:
+            if not run.whole:
                 raise
             if self._stopped():
-                say(f"note: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+                say(f"note: {type(error).__name__}: {str(error).strip()[:200]}".splitlines()[0])
                 return
+            if run.steps == self.saved_step:
+                raise
             try:
                 saved = self._save_last()
             except RunFailed as failure:
@@ -448,17 +453,8 @@ def _find_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
 
 def _warn_of_changes(options: TrainOptions, environment: dict, checkpoint: dict):
     """A changed setting is the user's right on resuming, but seldom meant."""
-    free = {
-        "resume",
-        "save_dir",
-        "data_dir",
-        "log_interval",
-        "eval_interval",
-        "save_interval",
-        "keep_last",
-        "tokenizer",
-    }
-    free |= {"num_workers", "device", "bad_data", "max_bad_steps", "memory_test"}
+    free = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
+    free |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
     saved = checkpoint["options"]
     for name, value in asdict(options).items():
         if name not in free and name in saved and saved[name] != value:

@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from runs import assert_same_bits, learned, options, records, write_shard
 
 from acceleron import ModelConfig
 from acceleron.data import Loader, Shards
-from acceleron.errors import RunFailed
+from acceleron.errors import RunFailed, RunStopped
 from acceleron.model import Acceleron
 from acceleron.training import guard, train
 from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
@@ -209,6 +212,21 @@ def test_a_step_that_fails_loses_none_before_it(data_dir, tmp_path, poison, caps
     poison(set(), fail)
     train(dataclasses.replace(run, resume="auto"))
     assert_same_bits(learned(tmp_path / "run", 6), learned(tmp_path / "whole", 6))
+
+
+def test_a_step_that_fails_because_of_a_stop_is_a_part_of_it(data_dir, tmp_path, poison):
+    """As when the compiler got the signal too. An error may say nothing, and all may be saved already."""
+
+    def fail(output):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # in which the signal is heard
+        raise MemoryError
+
+    for name, interval in (("unsaved", 100), ("saved", 4)):
+        poison({5}, fail)
+        with pytest.raises(RunStopped, match=r"SIGTERM: stopped at step 4; .*checkpoint_4\.pt holds all of it"):
+            train(options(data_dir, tmp_path / name, save_interval=interval))
+        assert list(list_checkpoints(tmp_path / name)) == [4]
 
 
 def judged(losses, skip_spikes=False):

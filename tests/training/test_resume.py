@@ -105,9 +105,9 @@ def test_resuming_with_other_flags_uses_them_and_says_so(data_dir, tmp_path, cap
     train(options(data_dir, tmp_path, max_steps=6))
     checkpoint = str(tmp_path / "checkpoint_6.pt")
     capsys.readouterr()
-    train(options(data_dir, tmp_path, max_steps=12, weight_decay=0.5, batch_size=2, resume=checkpoint))
+    train(options(data_dir, tmp_path, max_steps=12, weight_decay=0.5, batch_size=2, bad_data="skip", resume=checkpoint))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert [line.split()[1] for line in warnings] == ["--batch_size", "--max_steps", "--weight_decay"]
+    assert [line.split()[1] for line in warnings] == ["--batch_size", "--max_steps", "--weight_decay", "--bad_data"]
     assert warnings[0] == "warning: --batch_size is 2, but was 4 before"
     contents = load_checkpoint(tmp_path / "checkpoint_12.pt")
     assert [group["weight_decay"] for group in contents["optimizer"]["param_groups"]] == [0.5, 0.0]
