@@ -36,7 +36,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; without a residual it is x."""
         return kernels.rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -67,14 +68,14 @@ class Block(nn.Module):
         )
 
     def layer(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, index: int = 0):
-        attended = self.attention(self.attention_norm(x), cos_SC, sin_SC, cache, index)
+        normed, x = self.attention_norm(x)
+        attended = self.attention(normed, cos_SC, sin_SC, cache, index)
         normed, x = self.ffn_norm(attended, residual=x)
         if hasattr(self, "mlp"):
             return x + self.mlp(normed), None
         if cache is not None and x.device.type == "cpu" and normed.shape[:2] == (1, 1):
             return x + self.moe.decode_token(normed), None
-        y, stats = self.moe(normed)
-        return x + y, stats
+        return self.moe(normed, residual=x)
 
 
 class Acceleron(nn.Module):
@@ -160,7 +161,7 @@ class Acceleron(nn.Module):
             layers.append(stats)
         if cache:
             cache.length = end
-        return self.norm(x), layers
+        return self.norm(x)[0], layers
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""

@@ -48,13 +48,14 @@ class MoE(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
-        x_TD = x.reshape(-1, x.shape[-1]).contiguous()
-        routing = kernels.route_top2(kernels.router_logits(x_TD, self.router))
-        plan = kernels.dispatch_plan(routing.experts_TK, self.router.shape[0])
-        w13, w2 = self.w13_E2FD.to(x.dtype), self.w2_EDF.to(x.dtype)
-        y_TD = kernels.expert_mlp(x_TD, routing.weights_TK, plan, w13, w2, self.shared(x_TD))
-        return y_TD.view_as(x), MoEStats(routing.z_loss, routing.balance_loss, routing.counts_E)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+        """A residual of x's shape is added to y. The steps are those of `kernels.reference.moe`."""
+        x_TD, residual_TD = (v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (x, residual))
+        shared = self.shared
+        y_TD, *stats = kernels.moe(
+            x_TD, self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2, residual_TD=residual_TD
+        )
+        return y_TD.view_as(x), MoEStats(*stats)
 
     def decode_token(self, x: Tensor) -> Tensor:
         """y of a single token, x (1, 1, D), on a CPU and without gradients: `forward` with less around it."""

@@ -100,6 +100,9 @@ def compiling(arch: str, device_name: str = "any"):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        for x in args:
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                x.zero_()  # torch's ops index by what the kernels would have written
         launched.append((self, kernel, kwargs))
         return kernel
 
@@ -161,16 +164,19 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     routing = kernels.route_top2(empty(T, E, dtype=torch.float32))
     both([routing.weights_TK, routing.z_loss, routing.balance_loss])
     plan = kernels.dispatch_plan(routing.experts_TK, E)
-    weights_TK = empty(T, 2, dtype=torch.float32)
-    w13, w2 = empty(E, 2 * F, D), empty(E, D, F)
-    both(kernels.expert_mlp(empty(T, D), weights_TK, plan, w13, w2, empty(T, D)))
+    w13, w2 = empty(E, 2 * F, D, dtype=torch.float32), empty(E, D, F, dtype=torch.float32)
+    x, residual, router = empty(T, D), empty(T, D), empty(E, D, dtype=torch.float32)
+    shared = empty(2 * config.d_ff_shared, D), empty(D, config.d_ff_shared)
+    both(kernels.moe(x, router, w13, w2, *shared, residual))
     with torch.no_grad():
-        kernels.expert_mlp(empty(T, D), weights_TK, plan, w13, w2)
-    both(kernels.grouped_gemm(empty(2 * T, D), w13, plan))
+        kernels.moe(x, router, w13, w2, *shared, residual)
+    both(kernels.expert_mlp(x, empty(T, 2, dtype=torch.float32), plan, w13.to(dtype), w2.to(dtype)))
+    both(kernels.grouped_gemm(empty(2 * T, D), w13.to(dtype), plan))
     for width in (config.d_ff_shared, config.d_ff_dense):
         both(kernels.swiglu(empty(T, 2 * width)))
-    qkv = empty(1, T, H + 2 * G, C).split([H, G, G], dim=2)
-    both(kernels.rope(*qkv[:2], *(empty(T, C, dtype=torch.float32, grad=False) for _ in range(2))))
+    qkv, angles = empty(1, T, H + 2 * G, C), [empty(T, C, dtype=torch.float32, grad=False) for _ in range(2)]
+    both(kernels.rope(*qkv.split([H, G, G], dim=2)[:2], *angles))
+    both(kernels.split_rope(qkv, *angles, H, G))
     weight = empty(D, dtype=torch.float32)
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))

@@ -79,6 +79,9 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
     def plain_weight_grad(a, b):
         return (reference._grouped_weight_grad(a, b, offsets),)
 
+    def our_weight_grad(gather: str):  # in fp32, as parameters are
+        return lambda a, b: (grouped_weight_grad(a, b, offsets, order, gather, torch.float32),)
+
     return [
         Case("up", (E, D, F), lambda x, w: expert_up(x, w, order, offsets, True), plain_up, (x_TD, w13)),
         Case(
@@ -91,11 +94,11 @@ def cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.de
             lambda x, w: (reference.grouped_gemm(x, w.transpose(1, 2).contiguous(), plan),), (h_N2F, w13),
         ),
         Case(
-            "weight_grad", (E, 2 * F, D, GATHER_RIGHT), lambda a, b: (grouped_weight_grad(a, b, offsets, order, "b"),),
+            "weight_grad", (E, 2 * F, D, GATHER_RIGHT), our_weight_grad("b"),
             lambda a, b: plain_weight_grad(a, b[tokens_N]), (h_N2F, x_TD),
         ),
         Case(
-            "weight_grad", (E, D, F, GATHER_LEFT), lambda a, b: (grouped_weight_grad(a, b, offsets, order, "a"),),
+            "weight_grad", (E, D, F, GATHER_LEFT), our_weight_grad("a"),
             lambda a, b: plain_weight_grad(a[tokens_N], b), (dy_TD, act_NF),
         ),
     ]  # fmt: skip

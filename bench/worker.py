@@ -1,11 +1,14 @@
 """Trainings that are measured in turns, each in a process of its own: a crash ends but one, and memory is its own."""
 
 import math
+import sys
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -81,19 +84,24 @@ def balanced_routing(device: torch.device):
     It is added to the logits of those two, of which a fresh router's have a spread of 0.5. Compiled graphs read it like
     any tensor, so that the graph that is checked with one value is the graph that is timed with the other.
     """
-    router_logits, strength = kernels.router_logits, torch.zeros((), device=device)
+    strength = torch.zeros((), device=device)
 
-    def balanced(x_TD, weight_ED):
-        logits_TE = router_logits(x_TD, weight_ED)
-        T, E = logits_TE.shape
-        turns = torch.arange(T, device=x_TD.device)[:, None] - torch.arange(E, device=x_TD.device)
-        return logits_TE + strength * (turns.remainder(E) < 2)
+    def balanced(router_logits: Callable) -> Callable:
+        def logits(x_TD, weight_ED):
+            logits_TE = router_logits(x_TD, weight_ED)
+            T, E = logits_TE.shape
+            turns = torch.arange(T, device=x_TD.device)[:, None] - torch.arange(E, device=x_TD.device)
+            return logits_TE + strength * (turns.remainder(E) < 2)
 
-    kernels.router_logits = balanced
-    try:
+        return logits
+
+    # Where `moe` calls it: in the reference, and in the kernels where they can be imported.
+    moe = sys.modules.get("acceleron.kernels.moe")
+    with ExitStack() as stack:
+        for module, name in ((kernels.reference, "router_logits"), (moe, "router_logits_forward")):
+            if module:
+                stack.enter_context(mock.patch.object(module, name, balanced(getattr(module, name))))
         yield strength
-    finally:
-        kernels.router_logits = router_logits
 
 
 def write_truth(case: Case, path: str):

@@ -21,7 +21,7 @@ else:
     import torch
 
     from . import reference
-    from .reference import Plan, Routing, expert_mlp_token
+    from .reference import MoEOutput, Plan, Routing, expert_mlp_token
 
     try:
         from triton.tools.ragged_tma import load_ragged  # noqa: F401 - older ones lack it
@@ -30,7 +30,7 @@ else:
     else:
         _missing = None
         # The modules first: a function below that has a module's name must be the one that remains.
-        from . import cross_entropy, expert_mlp, grouped_gemm, launch, rms_norm, rope, router, routing, swiglu
+        from . import cross_entropy, expert_mlp, grouped_gemm, launch, moe, rms_norm, rope, router, routing, swiglu
 
     ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
     _triton = (
@@ -41,10 +41,12 @@ else:
             "expert_mlp": expert_mlp.expert_mlp,
             "grouped_gemm": grouped_gemm.grouped_gemm,
             "linear_cross_entropy": cross_entropy.linear_cross_entropy,
+            "moe": moe.moe,
             "rms_norm": rms_norm.rms_norm,
             "rope": rope.rope,
             "route_top2": routing.route_top2,
             "router_logits": router.router_logits,
+            "split_rope": rope.split_rope,
             "swiglu": swiglu.swiglu,
         }
     )
@@ -72,14 +74,17 @@ else:
     expert_mlp = _op("expert_mlp")
     grouped_gemm = _op("grouped_gemm")
     linear_cross_entropy = _op("linear_cross_entropy")
+    moe = _op("moe")
     rms_norm = _op("rms_norm")
     rope = _op("rope")
     route_top2 = _op("route_top2")
     router_logits = _op("router_logits")
+    split_rope = _op("split_rope")
     swiglu = _op("swiglu")
 
 __all__ = [
     "ROUTING_OPS",
+    "MoEOutput",
     "Plan",
     "Routing",
     "dispatch_plan",
@@ -87,11 +92,13 @@ __all__ = [
     "expert_mlp_token",
     "grouped_gemm",
     "linear_cross_entropy",
+    "moe",
     "rms_norm",
     "rope",
     "route_top2",
     "router_logits",
     "select",
+    "split_rope",
     "swiglu",
 ]
 

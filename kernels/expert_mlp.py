@@ -3,9 +3,9 @@
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
 Forward, three launches: h_N2F and act_NF from gathered rows of x; rows_ND from act; y_TD as each token's weighted sum
-of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward, five launches: dH with the SwiGLU's
-derivative and the routing weights' gradient in the epilogue, from gathered rows of dy; dX's rows; the sum of each
-token's two; dW13 and dW2. The gathered x, act, and the down-projection's output are never kept.
+of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward: dH with the SwiGLU's derivative and the
+routing weights' gradient in the epilogue, from gathered rows of dy; dW2 and dW13; dX's rows; the sum of each token's
+two. The gathered x, act, and the down-projection's output are never kept.
 """
 
 import torch
@@ -184,10 +184,10 @@ def _hidden_grad_kernel(
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, inverse_ptr, weights_ptr, shared_ptr, y_ptr, T,
-    D: tl.constexpr, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, inverse_ptr, weights_ptr, shared_ptr, residual_ptr, y_ptr, T,
+    D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum over k of weights[t, k] * rows[inverse[t, k]], plus shared[t]."""
+    """y[t] = sum over k of weights[t, k] * rows[inverse[t, k]], plus shared[t], plus residual[t]."""
     ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = ts < T
@@ -200,15 +200,18 @@ def _combine_kernel(
     tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
     if SHARED:
         y += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + tile, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _token_grad_kernel(
-    rows_ptr, inverse_ptr, dots_ptr, dx_ptr, dweights_ptr, T,
-    D: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, inverse_ptr, shared_ptr, dlogits_ptr, router_ptr, dx_ptr, T,
+    D: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, ROUTER: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx[t] = the sum of rows[inverse[t, k]] over k; dweights[t, k] = the sum of dots[inverse[t, k]]."""
+    """dx[t] = sum over k of rows[inverse[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
     ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = ts < T
@@ -217,12 +220,16 @@ def _token_grad_kernel(
     for k in tl.static_range(2):
         row = tl.load(inverse_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
         dx += tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
-        if tl.program_id(1) == 0:
-            dweight = tl.zeros((BLOCK_T,), dtype=tl.float32)
-            for part in range(PARTS):
-                dweight += tl.load(dots_ptr + row * PARTS + part, mask=inside, other=0.0)
-            tl.store(dweights_ptr + 2 * ts + k, dweight, mask=inside)
-    tl.store(dx_ptr + ts.to(tl.int64)[:, None] * D + ds[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
+    if SHARED:
+        dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    if ROUTER:
+        # In fp32, without tensor cores: 2 E FLOPs a value that is moved, which at E = 8 wait for memory.
+        for e in range(E):
+            dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=inside, other=0.0)
+            weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)
+            dx += dlogit[:, None] * weight[None, :]
+    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _token_blocks(T: int, D: int) -> tuple[tuple[int, int], dict]:
@@ -268,8 +275,9 @@ def expert_down(
     inverse_TK: Tensor,
     offsets: Tensor,
     shared_TD: Tensor | None,
+    residual_TD: Tensor | None,
 ) -> Tensor:
-    """y_TD: each token's weighted sum of its two rows of w2[e] @ act, plus shared."""
+    """y_TD: each token's weighted sum of its two rows of w2[e] @ act, plus shared and residual."""
     T, D = weights_TK.shape[0], w2_EDF.shape[1]
     rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
     y_TD = rows_ND.new_empty(T, D)
@@ -278,26 +286,30 @@ def expert_down(
     grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
-            rows_ND, inverse_TK, weights_TK, shared_TD, y_TD, T, D=D, SHARED=shared_TD is not None, **blocks
-        )
+            rows_ND, inverse_TK, weights_TK, shared_TD, residual_TD, y_TD, T,
+            D=D, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, **blocks,
+        )  # fmt: skip
     return y_TD
 
 
 @expert_down.register_fake
-def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD):
+def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD, residual_TD):
     return act_NF.new_empty(weights_TK.shape[0], w2_EDF.shape[1])
 
 
+@torch.library.custom_op("acceleron_triton::hidden_grad", mutates_args=())
 def hidden_grad(
     dy_TD: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F; act_NF times its row's routing weight; and dots [N, column tiles], which sum to the weights' gradient."""
+    """dh_N2F; act_NF times its row's routing weight; and dots [N, parts], which sum to the weights' gradient."""
     (E, D, F), N = w2_EDF.shape, order.numel()
     device = device_of(dy_TD)
     config = find_config("hidden_grad", device, dy_TD.dtype, (E, D, F))
-    tma = tma_serves(device, config, D, w2_EDF)
     dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
     dots = weights_TK.new_empty(N, triton.cdiv(F, config.block_n))
+    if N == 0:
+        return dh_N2F, act_NF, dots
+    tma = tma_serves(device, config, D, w2_EDF)
     with torch.cuda.device_of(dy_TD):
         _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
             dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
@@ -307,8 +319,42 @@ def hidden_grad(
     return dh_N2F, act_NF, dots
 
 
-@torch.library.custom_op("acceleron_triton::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(
+@hidden_grad.register_fake
+def _(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets):
+    N, sizes = order.shape[0], tuple(map(int, w2_EDF.shape))  # a weight's are no symbols
+    parts = triton.cdiv(sizes[2], find_config("hidden_grad", device_of(dy_TD), dy_TD.dtype, sizes).block_n)
+    return torch.empty_like(h_N2F), h_N2F.new_empty(N, sizes[2]), weights_TK.new_empty(N, parts)
+
+
+@torch.library.custom_op("acceleron_triton::token_grad", mutates_args=())
+def token_grad(
+    rows_ND: Tensor,
+    inverse_TK: Tensor,
+    shared_TD: Tensor | None,
+    dlogits_TE: Tensor | None,
+    router_ED: Tensor | None,
+) -> Tensor:
+    """dx_TD: the sum of each token's two rows, plus shared, plus dlogits @ router."""
+    T, D = inverse_TK.shape[0], rows_ND.shape[1]
+    dx_TD = rows_ND.new_empty(T, D)
+    if T == 0:
+        return dx_TD
+    E = 1 if router_ED is None else router_ED.shape[0]
+    grid, blocks = _token_blocks(T, D)
+    with torch.cuda.device_of(dx_TD):
+        _token_grad_kernel[grid](
+            rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,
+            D=D, E=E, SHARED=shared_TD is not None, ROUTER=router_ED is not None, **blocks,
+        )  # fmt: skip
+    return dx_TD
+
+
+@token_grad.register_fake
+def _(rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED):
+    return rows_ND.new_empty(inverse_TK.shape[0], rows_ND.shape[1])
+
+
+def expert_grads(
     dy_TD: Tensor,
     x_TD: Tensor,
     h_N2F: Tensor,
@@ -318,79 +364,55 @@ def expert_mlp_backward(
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    need_w13: bool,
-    need_w2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x_TD, weights_TK, w13_E2FD and w2_EDF; the last two are empty unless needed."""
-    T, D = x_TD.shape
-    dx_TD, dweights_TK = torch.empty_like(x_TD), torch.empty_like(weights_TK)
-    dw13_E2FD, dw2_EDF = x_TD.new_empty(0), x_TD.new_empty(0)
-    if T == 0:
-        weights = ((w13_E2FD, need_w13), (w2_EDF, need_w2))
-        return dx_TD, dweights_TK, *(w.new_zeros(w.shape if need else 0) for w, need in weights)
+    dtype13: torch.dtype | None,
+    dtype2: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dX's expert-sorted rows, and the gradients of weights_TK and, in these dtypes if any, of w13 and w2."""
     dh_N2F, act_NF, dots = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
-    if need_w2:
-        dw2_EDF = grouped_weight_grad(dy_TD, act_NF, offsets, order, "a")
+    dweights_TK = dots.sum(dim=1).index_select(0, inverse_TK.flatten()).view_as(weights_TK)
+    dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_TD, act_NF, offsets, order, "a", dtype2)
     del act_NF
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
-    if need_w13:
-        dw13_E2FD = grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b")
-    grid, blocks = _token_blocks(T, D)
-    with torch.cuda.device_of(x_TD):
-        _token_grad_kernel[grid](rows_ND, inverse_TK, dots, dx_TD, dweights_TK, T, D=D, PARTS=dots.shape[1], **blocks)
-    return dx_TD, dweights_TK, dw13_E2FD, dw2_EDF
-
-
-@expert_mlp_backward.register_fake
-def _(dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, need_w13, need_w2):
-    weights = (w.new_empty(w.shape if need else 0) for w, need in ((w13_E2FD, need_w13), (w2_EDF, need_w2)))
-    return torch.empty_like(x_TD), torch.empty_like(weights_TK), *weights
+    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b", dtype13)
+    return rows_ND, dweights_TK, dw13_E2FD, dw2_EDF
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD, with_h):
-        h_N2F, act_NF = expert_up(x_TD, w13_E2FD, order, offsets, with_h)
+    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, with_h):
+        w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
+        h_N2F, act_NF = expert_up(x_TD, w13, order, offsets, with_h)
         if with_h:
-            ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF)
-        return expert_down(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD)
+            ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13, w2)
+            ctx.dtypes = w13_E2FD.dtype, w2_EDF.dtype
+        return expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, None, None)
 
     @staticmethod
     def backward(ctx, dy_TD):
-        dshared_TD = dy_TD if ctx.needs_input_grad[7] else None
         saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
-        if not saved:  # only shared_TD needs a gradient
-            return None, None, None, None, None, None, None, dshared_TD, None
-        need_w13, need_w2 = ctx.needs_input_grad[5:7]
-        dx_TD, dweights_TK, dw13_E2FD, dw2_EDF = expert_mlp_backward(dy_TD.contiguous(), *saved, need_w13, need_w2)
-        dw13_E2FD, dw2_EDF = dw13_E2FD if need_w13 else None, dw2_EDF if need_w2 else None
-        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, dshared_TD, None
+        inverse_TK = saved[4]
+        dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
+        rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
+        dx_TD = token_grad(rows_ND, inverse_TK, None, None, None)
+        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, None
 
 
-def expert_mlp(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    plan: Plan,
-    w13_E2FD: Tensor,
-    w2_EDF: Tensor,
-    shared_TD: Tensor | None = None,
-) -> Tensor:
-    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), plus shared_TD if given.
+def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)).
 
-    x_TD, w13_E2FD (gate rows w1 first, then up rows w3), w2_EDF and shared_TD are contiguous and share one dtype, bf16,
-    fp16 or fp32, which is the result's; weights_TK is fp32; sums are fp32. `plan` is `dispatch_plan`'s for the same T
-    and E. For backward it keeps x, the pre-activation, the weights and the plan: 2 D + 8 F bytes a token in bf16,
-    and 24 more. Deterministic. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    x_TD is bf16, fp16 or fp32, which is the result's dtype; w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF
+    are fp32 or in x's dtype, are cast to x's for the GEMMs, and get gradients in their own dtype, from fp32 sums;
+    weights_TK is fp32. All contiguous. `plan` is `dispatch_plan`'s for the same T and E. For backward it keeps x, the
+    pre-activation, the weights and the plan: 2 D + 8 F bytes a token in bf16, and 24 more. Deterministic. Raises
+    ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
     check("expert_mlp: x_TD", x_TD, (None, None))
     (T, D), (E, F) = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1])
-    check("expert_mlp: w2_EDF", w2_EDF, (None, D, None), x_TD.dtype, x_TD)
-    check("expert_mlp: w13_E2FD", w13_E2FD, (E, 2 * F, D), x_TD.dtype, x_TD)
+    dtypes = tuple({x_TD.dtype, torch.float32})
+    check("expert_mlp: w2_EDF", w2_EDF, (None, D, None), dtypes, x_TD)
+    check("expert_mlp: w13_E2FD", w13_E2FD, (E, 2 * F, D), dtypes, x_TD)
     check("expert_mlp: weights_TK", weights_TK, (T, TOP_K), torch.float32, x_TD)
-    if shared_TD is not None:
-        check("expert_mlp: shared_TD", shared_TD, (T, D), x_TD.dtype, x_TD)
     check_plan("expert_mlp", plan, T, E, x_TD)
     # What backward alone reads is not written for an evaluation.
     with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
-    order, inverse_TK, offsets = plan
-    return _ExpertMLP.apply(x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, shared_TD, with_h)
+    return _ExpertMLP.apply(x_TD, weights_TK, *plan, w13_E2FD, w2_EDF, with_h)

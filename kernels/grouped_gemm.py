@@ -205,14 +205,16 @@ GATHERS = ("", "a", "b")
 
 
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
-def grouped_weight_grad(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, gather: str) -> Tensor:
-    """out_EMN[e] = a[rows].T @ b[rows] over the rows of each expert e; 0 for an expert without rows.
+def grouped_weight_grad(
+    a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, gather: str, dtype: torch.dtype
+) -> Tensor:
+    """out_EMN[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
 
     a [N, M], b [N, N']; the one that `gather` names ("a", "b" or "") has a row for each token, found through `order`.
     """
     (M, N), E = (a.shape[1], b.shape[1]), offsets.numel() - 1
     if order.numel() == 0:
-        return a.new_zeros(E, M, N)
+        return a.new_zeros((E, M, N), dtype=dtype)
     device = device_of(a)
     config = find_config("weight_grad", device, a.dtype, (E, M, N, GATHERS.index(gather)))
     rowwise = [x for name, x in (("a", a), ("b", b)) if name != gather]
@@ -222,19 +224,19 @@ def grouped_weight_grad(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, ga
         return create_ragged_descriptor(x, [config.block_k, width]) if tma and name != gather else x
 
     split = config.split
-    out = a.new_empty((split, E, M, N), dtype=a.dtype if split == 1 else torch.float32)
+    out = a.new_empty((split, E, M, N), dtype=dtype if split == 1 else torch.float32)
     tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     with torch.cuda.device_of(a):
         _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
             operand(a, "a", config.block_m), operand(b, "b", config.block_n), out, offsets, order, split,
             E=E, M=M, N=N, TOP_K=TOP_K, GATHER=gather, TMA=tma, **config.blocks(),
         )  # fmt: skip
-    return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
+    return out[0] if split == 1 else out.sum(dim=0).to(dtype)
 
 
 @grouped_weight_grad.register_fake
-def _(a, b, offsets, order, gather):
-    return a.new_empty(offsets.numel() - 1, a.shape[1], b.shape[1])
+def _(a, b, offsets, order, gather, dtype):
+    return a.new_empty((offsets.numel() - 1, a.shape[1], b.shape[1]), dtype=dtype)
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -248,7 +250,7 @@ class _GroupedGemm(torch.autograd.Function):
         x_ND, w_EFD, order, offsets = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x_ND = grouped_rows(grad_NF, w_EFD, offsets, False)
-        return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, order, ""), None, None
+        return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, order, "", w_EFD.dtype), None, None
 
 
 def check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):

@@ -45,6 +45,15 @@ class Plan(NamedTuple):
     offsets: Tensor
 
 
+class MoEOutput(NamedTuple):
+    """Of a Mixture-of-Experts layer: its output, and what `Routing` says of the router."""
+
+    y_TD: Tensor
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_E: Tensor
+
+
 # The two routing decisions are ops of their own, not for speed but to have a name: selective checkpointing saves
 # the outputs of ROUTING_OPS, so a recomputation whose logits differ in the last bit can't send a token elsewhere.
 
@@ -259,23 +268,39 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
-def expert_mlp(
+def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)).
+
+    w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which is the result's; weights_TK
+    is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
+    """
+    w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
+    x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
+    y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
+    return _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
+
+
+def moe(
     x_TD: Tensor,
-    weights_TK: Tensor,
-    plan: Plan,
+    router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_TD: Tensor | None = None,
-) -> Tensor:
-    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), plus shared_TD if given.
+    shared_w13_2SD: Tensor,
+    shared_w2_DS: Tensor,
+    residual_TD: Tensor | None = None,
+) -> MoEOutput:
+    """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
 
-    x_TD, w13_E2FD (gate rows w1 first, then up rows w3), w2_EDF and shared_TD share one dtype, which is the result's;
-    weights_TK is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
+    S is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's.
     """
-    x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
-    y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13_E2FD, plan)), w2_EDF, plan)
-    y_TD = _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
-    return y_TD if shared_TD is None else y_TD + shared_TD
+    routing = route_top2(router_logits(x_TD, router_ED))
+    plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
+    y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
+    shared_w13, shared_w2 = shared_w13_2SD.to(x_TD.dtype), shared_w2_DS.to(x_TD.dtype)
+    y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
+    if residual_TD is not None:
+        y_TD = residual_TD + y_TD
+    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.counts_E)
 
 
 def _swiglu(gate_up_N2F):
@@ -332,17 +357,27 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     return rotate(q_BSHC), rotate(k_BSGC)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def split_rope(
+    qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_BSHC, k_BSGC and v_BSGC of one qkv, which has the query heads first, then the key, then the value heads.
+
+    q and k are rotated as by `rope`, v is a view. N = H + 2 G, of H = num_heads and G = num_kv_heads.
+    """
+    q, k, v = qkv_BSNC.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    return *rope(q, k, cos_SC, sin_SC), v
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
 
-    With a `residual` (same shape and dtype as x) the sum x + residual is normed, and `(norm, sum)` is returned: the
-    sum is the new residual. Without one, the norm alone.
+    Returns `(norm, sum)`. With a `residual` (same shape and dtype as x) the sum is x + residual, and is what is normed;
+    without one it is x itself. Who goes on with the sum, and not with x, saves Triton's backward pass an addition.
     """
     if residual is not None:
         x = x + residual
     # torch's rms_norm computes in fp32 and casts back, but multiplies a weight given to it before the cast.
-    normed = F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
-    return normed if residual is None else (normed, x)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype), x
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

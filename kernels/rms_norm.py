@@ -50,7 +50,7 @@ def _rms_norm_kernel(
 @triton.jit
 def _rms_norm_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, N, D, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_TOTAL: tl.constexpr,
 ):  # fmt: skip
     """A program takes `tiles` consecutive tiles of rows, and leaves its share of the weight's gradient."""
     program = tl.program_id(0)
@@ -68,7 +68,7 @@ def _rms_norm_backward_kernel(
         grad_weight += grad * normed
         grad *= weight[None, :]
         grad_x = rstd * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
-        if HAS_RESIDUAL:
+        if HAS_GRAD_TOTAL:
             grad_x += tl.load(grad_total_ptr + offset, mask, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
     tl.store(partial_ptr + program.to(tl.int64) * D + col, tl.sum(grad_weight, axis=0), col < D)
@@ -107,7 +107,7 @@ def _(x, weight, eps, residual):
 def _rms_norm_backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x (and of the residual, the same) and of the weight. x is the sum, if there was a residual."""
+    """The gradients of x (and of the residual, the same) and of the weight. x is the sum, grad_total its gradient."""
     N, D = prod(x.shape[:-1]), x.shape[-1]
     rows, block, warps = _blocks(D, BACKWARD_TILE)
     programs = min(PROGRAMS_PER_PROCESSOR * device_of(x).processors, triton.cdiv(N, rows))
@@ -120,7 +120,7 @@ def _rms_norm_backward(
             _rms_norm_backward_kernel[(programs,)](
                 grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x, weight, rstd,
                 grad_x, partial, N, D, tiles,
-                ROWS=rows, BLOCK=block, HAS_RESIDUAL=grad_total is not None, num_warps=warps,
+                ROWS=rows, BLOCK=block, HAS_GRAD_TOTAL=grad_total is not None, num_warps=warps,
             )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
@@ -134,20 +134,24 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
         norm, total, rstd = _rms_norm(x, weight, eps, residual)
-        ctx.save_for_backward(x if residual is None else total, weight, rstd)
-        return norm if residual is None else (norm, total)
+        total = x if residual is None else total
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)  # an unused sum, as the last norm's, has no gradient to be read
+        return norm, total
 
     @staticmethod
-    def backward(ctx, grad, grad_total=None):
-        grad_x, grad_weight = _rms_norm_backward(grad, grad_total, *ctx.saved_tensors)
-        return grad_x, grad_weight, None, None if grad_total is None else grad_x
+    def backward(ctx, grad, grad_total):
+        grad_x, grad_weight = grad_total, None
+        if grad is not None:
+            grad_x, grad_weight = _rms_norm_backward(grad, grad_total, *ctx.saved_tensors)
+        return grad_x, grad_weight, None, grad_x if ctx.needs_input_grad[3] else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
 
-    With a `residual` the sum x + residual is normed, and `(norm, sum)` is returned: the sum is the new residual, and
-    is rounded to the dtype before it is normed. Without one, the norm alone.
+    Returns `(norm, sum)`. With a `residual` the sum is x + residual, rounded to the dtype before it is normed; without
+    one it is x itself. Who goes on with the sum, and not with x, has its gradient added to the norm's in one kernel.
 
     x: (..., D), contiguous, bf16, fp16 or fp32, D of at most 64 KiB. weight: (D,), any of these dtypes, cast to x's;
     its gradient is summed in fp32 and has its own dtype. residual: like x. Backward keeps the (summed) input and 4

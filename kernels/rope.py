@@ -1,6 +1,9 @@
 """Rotary position embedding of q and k in one launch; its backward is the inverse rotation, by the same kernel.
 
-Legend: B batch, S sequence, H query heads, G key heads, C head_dim. Channels i and i + C/2 are one pair.
+Where q, k and v are views of one qkv, backward also copies v's gradient, so that qkv's is whole without a kernel more.
+
+Legend: B batch, S sequence, H query heads, G key (and value) heads, N = H + 2 G, C head_dim. Channels i and i + C/2 are
+one pair.
 """
 
 import torch
@@ -17,72 +20,110 @@ PAIRS, WARPS = 2048, 4
 @triton.jit
 def _rotate(
     x_ptr, stride_b, stride_s, stride_h, out_ptr, cos_ptr, sin_ptr, b, s_start, S,
-    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr,
-    POSITIONS: tl.constexpr, INVERSE: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, OUT_HEADS: tl.constexpr,
+    HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
+    """TURN: 1 forwards, -1 back, 0 not at all. The output has OUT_HEADS heads a position, and these from out_ptr on."""
     row = tl.arange(0, POSITIONS * HEADS_P2)[:, None]
     col = tl.arange(0, HALF_P2)[None, :]
     s = s_start + row // HEADS_P2
     head = row % HEADS_P2
     mask = (s < S) & (head < HEADS) & (col < HALF)
-    # The heads of a position read the same angles: all but the first from L1.
-    angle = s * (2 * HALF) + col
-    cos = tl.load(cos_ptr + angle, mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask, other=0.0).to(tl.float32)
-    if INVERSE:
-        sin = -sin
+    if TURN != 0:
+        # The heads of a position read the same angles: all but the first from L1.
+        angle = s * (2 * HALF) + col
+        cos = tl.load(cos_ptr + angle, mask, other=0.0).to(tl.float32)
+        sin = TURN * tl.load(sin_ptr + angle, mask, other=0.0).to(tl.float32)
     x_ptr += b * stride_b + s.to(tl.int64) * stride_s + head * stride_h + col
     first = tl.load(x_ptr, mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + HALF, mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    out_ptr += ((b * S + s) * HEADS + head) * (2 * HALF) + col
-    tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask)
-    tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask)
+    out_ptr += ((b * S + s) * OUT_HEADS + head) * (2 * HALF) + col
+    if TURN == 0:
+        tl.store(out_ptr, first.to(dtype), mask)
+        tl.store(out_ptr + HALF, second.to(dtype), mask)
+    else:
+        tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask)
+        tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask)
 
 
 @triton.jit
 def _rope_kernel(
     q_ptr, q_stride_b, q_stride_s, q_stride_h, q_out_ptr, k_ptr, k_stride_b, k_stride_s, k_stride_h, k_out_ptr,
-    cos_ptr, sin_ptr, S,
+    v_ptr, v_stride_b, v_stride_s, v_stride_h, v_out_ptr, cos_ptr, sin_ptr, S,
     H: tl.constexpr, H_P2: tl.constexpr, G: tl.constexpr, G_P2: tl.constexpr,
-    HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, INVERSE: tl.constexpr,
+    HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """A program turns all query and key heads of POSITIONS positions of one sequence."""
+    """A program turns all query and key heads of POSITIONS positions of one sequence.
+
+    HAS_V: it copies the value heads too, and the outputs are the parts of one qkv.
+    """
     blocks = tl.cdiv(S, POSITIONS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s_start = tl.program_id(0) % blocks * POSITIONS
     _rotate(
         q_ptr, q_stride_b, q_stride_s, q_stride_h, q_out_ptr, cos_ptr, sin_ptr, b, s_start, S,
-        H, H_P2, HALF, HALF_P2, POSITIONS, INVERSE,
+        H, H_P2, H + 2 * G if HAS_V else H, HALF, HALF_P2, POSITIONS, TURN,
     )  # fmt: skip
     _rotate(
         k_ptr, k_stride_b, k_stride_s, k_stride_h, k_out_ptr, cos_ptr, sin_ptr, b, s_start, S,
-        G, G_P2, HALF, HALF_P2, POSITIONS, INVERSE,
+        G, G_P2, H + 2 * G if HAS_V else G, HALF, HALF_P2, POSITIONS, TURN,
     )  # fmt: skip
+    if HAS_V:
+        _rotate(
+            v_ptr, v_stride_b, v_stride_s, v_stride_h, v_out_ptr, cos_ptr, sin_ptr, b, s_start, S,
+            G, G_P2, H + 2 * G, HALF, HALF_P2, POSITIONS, 0,
+        )  # fmt: skip
+
+
+def _launch(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tensor, turn: int):
+    """Turn q and k, of any strides, into contiguous outputs; or q, k and v, which is copied, into parts of one qkv."""
+    (B, S, H, C), G = inputs[0].shape, inputs[1].shape[2]
+    H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
+    positions = max(1, PAIRS // (H_P2 * HALF_P2))
+    arguments = []
+    for x, out in zip(inputs, outputs, strict=True):
+        # Gradients come with any strides; `out.sum().backward()` gives them a last axis of stride 0.
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        arguments += [x, *x.stride()[:3], out]
+    has_v = len(inputs) == 3
+    if not has_v:
+        arguments += [None, 0, 0, 0, None]
+    if B * S:
+        with torch.cuda.device_of(cos):
+            _rope_kernel[(B * triton.cdiv(S, positions),)](
+                *arguments, cos, sin, S,
+                H=H, H_P2=H_P2, G=G, G_P2=G_P2, HALF=C // 2, HALF_P2=HALF_P2, POSITIONS=positions, TURN=turn,
+                HAS_V=has_v, num_warps=WARPS,
+            )  # fmt: skip
 
 
 @torch.library.custom_op("acceleron_triton::rope", mutates_args=())
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """With `inverse` the rotation by the negated angles, which is the backward pass."""
-    # Gradients come with any strides; `out.sum().backward()` gives them a last axis of stride 0.
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    (B, S, H, C), G = q.shape, k.shape[2]
-    H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
-    positions = max(1, PAIRS // (H_P2 * HALF_P2))
-    if B * S:
-        with torch.cuda.device_of(q):
-            _rope_kernel[(B * triton.cdiv(S, positions),)](
-                q, *q.stride()[:3], q_out, k, *k.stride()[:3], k_out, cos, sin, S,
-                H=H, H_P2=H_P2, G=G, G_P2=G_P2, HALF=C // 2, HALF_P2=HALF_P2, POSITIONS=positions, INVERSE=inverse,
-                num_warps=WARPS,
-            )  # fmt: skip
+    _launch([q, k], [q_out, k_out], cos, sin, -1 if inverse else 1)
     return q_out, k_out
 
 
 @_rope.register_fake
 def _(q, k, cos, sin, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("acceleron_triton::split_rope_backward", mutates_args=())
+def _split_rope_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of qkv, whole: with those of q, k and v apart, torch would read and write all of it once more."""
+    (B, S, H, C), G = grad_q.shape, grad_k.shape[2]
+    grad_qkv = grad_q.new_empty(B, S, H + 2 * G, C)
+    _launch([grad_q, grad_k, grad_v], grad_qkv.split([H, G, G], dim=2), cos, sin, -1)
+    return grad_qkv
+
+
+@_split_rope_backward.register_fake
+def _(grad_q, grad_k, grad_v, cos, sin):
+    (B, S, H, C), G = grad_q.shape, grad_k.shape[2]
+    return grad_q.new_empty(B, S, H + 2 * G, C)
 
 
 class _Rope(torch.autograd.Function):
@@ -94,6 +135,24 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_q, grad_k):
         return *_rope(grad_q, grad_k, *ctx.saved_tensors, True), None, None
+
+
+class _SplitRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, num_heads, num_kv_heads):
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+        return *_rope(q, k, cos, sin, False), v
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _split_rope_backward(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def _check_angles(op: str, cos: Tensor, sin: Tensor, like: Tensor):
+    S, C = like.shape[1], like.shape[3]
+    check(f"{op}: cos_SC", cos, (S, C), FLOATS, like=like)
+    check(f"{op}: sin_SC", sin, (S, C), cos.dtype, like=like)
 
 
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +171,24 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     check("rope: k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, like=q_BSHC, contiguous=False)
     if not q_BSHC.shape[2] or not k_BSGC.shape[2]:
         raise ValueError(f"rope: expected heads, but got {tuple(q_BSHC.shape)} and {tuple(k_BSGC.shape)}")
-    check("rope: cos_SC", cos_SC, (S, C), FLOATS, like=q_BSHC)
-    check("rope: sin_SC", sin_SC, (S, C), cos_SC.dtype, like=q_BSHC)
+    _check_angles("rope", cos_SC, sin_SC, like=q_BSHC)
     return _Rope.apply(q_BSHC, k_BSGC, cos_SC, sin_SC)
+
+
+def split_rope(
+    qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_BSHC, k_BSGC and v_BSGC of one qkv, which has the query heads first, then the key, then the value heads.
+
+    q and k are rotated as by `rope`, new and contiguous; v is a view. The gradient of qkv is written by one kernel.
+    qkv_BSNC: N = H + 2 G, of H = num_heads and G = num_kv_heads; otherwise, and cos_SC and sin_SC, as `rope` takes
+    them. Raises ValueError for anything else, and for a device that Triton can't run on.
+    """
+    check("split_rope: qkv_BSNC", qkv_BSNC, (None, None, num_heads + 2 * num_kv_heads, None), contiguous=False)
+    if qkv_BSNC.shape[3] % 2:
+        raise ValueError(f"split_rope: qkv_BSNC: expected an even head_dim, but got {tuple(qkv_BSNC.shape)}")
+    if num_heads < 1 or num_kv_heads < 1:
+        heads = f"{num_heads} and {num_kv_heads}"
+        raise ValueError(f"split_rope: num_heads and num_kv_heads: expected at least 1 of each, but got {heads}")
+    _check_angles("split_rope", cos_SC, sin_SC, like=qkv_BSNC)
+    return _SplitRope.apply(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)

@@ -93,7 +93,7 @@ def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
 
 
 @torch.library.custom_op("acceleron_triton::router_logits", mutates_args=())
-def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def router_logits_forward(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     T, E = x_TD.shape[0], weight_ED.shape[0]
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
     t_tiles, e_tiles, _, arguments = _sizes(x_TD, E)
@@ -103,42 +103,57 @@ def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return logits_TE
 
 
-@_router_logits.register_fake
+@router_logits_forward.register_fake
 def _(x_TD, weight_ED):
     return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("acceleron_triton::router_logits_backward", mutates_args=())
-def _router_logits_backward(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """dx_TD and dweight_ED."""
-    T, (E, D) = x_TD.shape[0], weight_ED.shape
-    dx_TD = torch.empty_like(x_TD)
+@torch.library.custom_op("acceleron_triton::router_input_grad", mutates_args=())
+def _input_grad(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """dx_TD."""
+    T, dx_TD = x_TD.shape[0], torch.empty_like(x_TD)
+    t_tiles, _, d_tiles, arguments = _sizes(x_TD, weight_ED.shape[0])
+    if T:
+        with torch.cuda.device_of(x_TD):
+            _input_grad_kernel[(t_tiles, d_tiles)](dlogits_TE, weight_ED, dx_TD, T, **arguments)
+    return dx_TD
+
+
+@_input_grad.register_fake
+def _(dlogits_TE, x_TD, weight_ED):
+    return torch.empty_like(x_TD)
+
+
+@torch.library.custom_op("acceleron_triton::router_weight_grad", mutates_args=())
+def router_weight_grad(dlogits_TE: Tensor, x_TD: Tensor) -> Tensor:
+    """dweight_ED in fp32."""
+    (T, D), E = x_TD.shape, dlogits_TE.shape[1]
     if T == 0:
-        return dx_TD, torch.zeros_like(weight_ED)
+        return dlogits_TE.new_zeros(E, D)
     t_tiles, e_tiles, d_tiles, arguments = _sizes(x_TD, E)
     blocks = triton.cdiv(t_tiles * d_tiles, WEIGHT_GRAD_PROGRAMS)
     shares = triton.cdiv(t_tiles, blocks)
-    partial = weight_ED.new_empty((shares, E, D), dtype=torch.float32)
+    partial = dlogits_TE.new_empty(shares, E, D)
     with torch.cuda.device_of(x_TD):
-        _input_grad_kernel[(t_tiles, d_tiles)](dlogits_TE, weight_ED, dx_TD, T, **arguments)
         _router_grad_kernel[(shares, d_tiles, e_tiles)](dlogits_TE, x_TD, partial, T, blocks, **arguments)
-    return dx_TD, partial.sum(dim=0).to(weight_ED.dtype)
+    return partial.sum(dim=0)
 
 
-@_router_logits_backward.register_fake
-def _(dlogits_TE, x_TD, weight_ED):
-    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
+@router_weight_grad.register_fake
+def _(dlogits_TE, x_TD):
+    return dlogits_TE.new_empty(dlogits_TE.shape[1], x_TD.shape[1])
 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
-        return _router_logits(x_TD, weight_ED)
+        return router_logits_forward(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx, dlogits_TE):
-        return _router_logits_backward(dlogits_TE.contiguous(), *ctx.saved_tensors)
+        (x_TD, weight_ED), dlogits_TE = ctx.saved_tensors, dlogits_TE.contiguous()
+        return _input_grad(dlogits_TE, x_TD, weight_ED), router_weight_grad(dlogits_TE, x_TD).to(weight_ED.dtype)
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
 
 
 @torch.library.custom_op("acceleron_triton::route_top2", mutates_args=())
-def _route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """weights_TK, experts_TK, z_loss, balance_loss and counts_E of `Routing`."""
     T, E = logits_TE.shape
     fp32, int32 = (dict(dtype=dtype, device=logits_TE.device) for dtype in (torch.float32, torch.int32))
@@ -163,7 +163,7 @@ def _route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return weights_TK, experts_TK, z_loss, balance_loss, counts_E
 
 
-@_route.register_fake
+@route.register_fake
 def _(logits_TE):
     T, E = logits_TE.shape
     fp32 = logits_TE.new_empty(T, TOP_K, dtype=torch.float32)
@@ -172,7 +172,7 @@ def _(logits_TE):
 
 
 @torch.library.custom_op("acceleron_triton::route_top2_backward", mutates_args=())
-def _route_backward(
+def route_backward(
     logits_TE: Tensor, experts_TK: Tensor, counts_E: Tensor, dweights_TK: Tensor, dz: Tensor, dbalance: Tensor
 ) -> Tensor:
     """dlogits_TE."""
@@ -188,7 +188,7 @@ def _route_backward(
     return dlogits_TE
 
 
-@_route_backward.register_fake
+@route_backward.register_fake
 def _(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance):
     return torch.empty_like(logits_TE)
 
@@ -196,14 +196,14 @@ def _(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance):
 class _RouteTop2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE):
-        weights_TK, experts_TK, z_loss, balance_loss, counts_E = _route(logits_TE)
+        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE)
         ctx.mark_non_differentiable(experts_TK, counts_E)
         ctx.save_for_backward(logits_TE, experts_TK, counts_E)
         return weights_TK, experts_TK, z_loss, balance_loss, counts_E
 
     @staticmethod
     def backward(ctx, dweights_TK, _experts, dz, dbalance, _counts):
-        return _route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance)
+        return route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance)
 
 
 def route_top2(logits_TE: Tensor) -> Routing:
@@ -268,7 +268,7 @@ def _place_kernel(
 
 
 @torch.library.custom_op("acceleron_triton::dispatch_plan", mutates_args=())
-def _plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """order, inverse_TK and offsets of `Plan`."""
     N, E = experts_TK.numel(), num_experts
     int32 = dict(dtype=torch.int32, device=experts_TK.device)
@@ -287,7 +287,7 @@ def _plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return order, inverse_TK, offsets
 
 
-@_plan.register_fake
+@plan.register_fake
 def _(experts_TK, num_experts):
     shapes = (experts_TK.numel(), experts_TK.shape, num_experts + 1)
     return tuple(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes)
@@ -302,7 +302,7 @@ def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
     check("dispatch_plan: experts_TK", experts_TK, (None, TOP_K), INTEGERS)
     if not TOP_K <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"dispatch_plan: num_experts must be 2 to {MAX_EXPERTS}, but is {num_experts}")
-    return Plan(*_plan(experts_TK, num_experts))
+    return Plan(*plan(experts_TK, num_experts))
 
 
 ROUTING_OPS = frozenset(

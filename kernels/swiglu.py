@@ -61,25 +61,25 @@ def _launch(kernel, gate_up: Tensor, *tensors: Tensor):
 
 
 @torch.library.custom_op("acceleron_triton::swiglu", mutates_args=())
-def _swiglu(gate_up: Tensor) -> Tensor:
+def swiglu_forward(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     _launch(_swiglu_kernel, gate_up, gate_up, out)
     return out
 
 
-@_swiglu.register_fake
+@swiglu_forward.register_fake
 def _(gate_up):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 @torch.library.custom_op("acceleron_triton::swiglu_backward", mutates_args=())
-def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad_gate_up = gate_up.new_empty(gate_up.shape)
     _launch(_swiglu_backward_kernel, gate_up, grad.contiguous(), gate_up, grad_gate_up)
     return grad_gate_up
 
 
-@_swiglu_backward.register_fake
+@swiglu_backward.register_fake
 def _(grad, gate_up):
     return gate_up.new_empty(gate_up.shape)
 
@@ -88,11 +88,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        return _swiglu(gate_up)
+        return swiglu_forward(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
-        return _swiglu_backward(grad, *ctx.saved_tensors)
+        return swiglu_backward(grad, *ctx.saved_tensors)
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:

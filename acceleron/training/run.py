@@ -139,7 +139,7 @@ class Run:
             losses += torch.stack([loss.detach().double() for loss in parts])
             if output.counts_LE is not None:
                 counts_LE += output.counts_LE
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        grad_norm = torch.nn.utils.get_total_norm(weight.grad for weight in self.model.parameters())
         self.whole = False
         self.steps += 1
         self.tokens += self.options.tokens_per_step
@@ -152,8 +152,11 @@ class Run:
         self._micro_batches += finite * self.options.grad_accum
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The fused AdamW's own way to leave weights and state as they are, which GradScaler uses too.
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+        # The fused AdamW's own ways, which GradScaler uses too, to divide gradients as it reads them, which spares
+        # clipping a reading and writing of them all, and to leave weights and state as they are.
+        clip = self.options.grad_clip
+        self.optimizer.grad_scale = ((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else None
+        self.optimizer.found_inf = skipped.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.batches = []

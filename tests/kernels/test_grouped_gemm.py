@@ -162,7 +162,7 @@ def test_weight_gradient_of_gathered_rows(gather, dtype):
     rows = [x[tokens] if gather == name else x for name, x in (("a", a), ("b", b))]
     plain = reference._grouped_weight_grad(*rows, plan.offsets)
     truth = reference._grouped_weight_grad(*(x.double() for x in rows), plan.offsets)
-    ours = module.grouped_weight_grad(a, b, plan.offsets, plan.order, gather)
+    ours = module.grouped_weight_grad(a, b, plan.offsets, plan.order, gather, a.dtype)
     assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + floor(100)
     assert not ours[[1, 3]].any()
 
@@ -173,7 +173,7 @@ def test_shares_are_summed_in_fp32(monkeypatch):
     _, _, plan, grad = inputs(64, 1, 40, 2, None, torch.float16)
     x = randn(128, 40, dtype=torch.float16)
     truth = reference._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
-    ours = module.grouped_weight_grad(grad, x, plan.offsets, plan.order, "")
+    ours = module.grouped_weight_grad(grad, x, plan.offsets, plan.order, "", x.dtype)
     assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
 
 
@@ -248,7 +248,7 @@ def test_custom_ops_pass_opcheck():
     torch.library.opcheck(ops.grouped_rows.default, (x, w, plan.offsets, True))
     torch.library.opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
     for a, b, gather in ((grad, x, ""), (grad[:3], x, "a"), (grad, x[:3], "b")):
-        torch.library.opcheck(ops.grouped_weight_grad.default, (a, b, plan.offsets, plan.order, gather))
+        torch.library.opcheck(ops.grouped_weight_grad.default, (a, b, plan.offsets, plan.order, gather, a.dtype))
 
 
 def test_compiles_without_a_graph_break():

@@ -229,6 +229,19 @@ def test_rope_is_a_rotation_by_position_times_frequency(head_dim):
     torch.testing.assert_close(torch.autograd.grad(results, (q, k), results)[0], q, rtol=1e-12, atol=1e-12)
 
 
+def test_split_rope_is_rope_of_the_views():
+    qkv, angles = randn(2, 9, 8, 16).requires_grad_(), randn(9, 8, seed=1).repeat(1, 2)
+    q, k, v = kernels.split_rope(qkv, angles.cos(), angles.sin(), 4, 2)
+    assert torch.equal(v, qkv[:, :, 6:])
+    assert v.data_ptr() == qkv[:, :, 6:].data_ptr()
+    turned = kernels.rope(qkv[:, :, :4], qkv[:, :, 4:6], angles.cos(), angles.sin())
+    for ours, expected in zip((q, k), turned, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, expected)
+    # The inverse rotation of q and k, and v's own: the gradient of the results themselves is the input.
+    torch.testing.assert_close(torch.autograd.grad((q, k, v), qkv, (q, k, v))[0], qkv, rtol=1e-12, atol=1e-12)
+
+
 def test_rope_rounds_once():
     q = randn(1, 64, 2, 32, dtype=torch.bfloat16)
     angles = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) * 100
@@ -243,10 +256,9 @@ def test_rms_norm(with_residual):
     x, weight, residual = randn(6, 10).requires_grad_(), randn(10, seed=1).requires_grad_(), randn(6, 10, seed=2)
     total = x + residual if with_residual else x
     expected = total / (total.pow(2).sum(-1, keepdim=True) / 10 + 1e-6).sqrt() * weight
-    result = kernels.rms_norm(x, weight, 1e-6, residual if with_residual else None)
-    if with_residual:
-        torch.testing.assert_close(result[1], total, rtol=0, atol=0)
-    torch.testing.assert_close(result[0] if with_residual else result, expected, rtol=1e-12, atol=1e-12)
+    norm, summed = kernels.rms_norm(x, weight, 1e-6, residual if with_residual else None)
+    torch.testing.assert_close(summed, total, rtol=0, atol=0)
+    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=1e-12)
     residuals = (residual.requires_grad_(),) if with_residual else ()
     assert torch.autograd.gradcheck(lambda x, w, *r: kernels.rms_norm(x, w, 1e-6, *r), (x, weight, *residuals))
 
@@ -257,7 +269,7 @@ def test_rms_norm_has_llamas_order():
     x, weight = randn(8, 64, dtype=torch.bfloat16) * 3, randn(64, seed=1, dtype=torch.bfloat16)
     norm = llama.LlamaRMSNorm(64, eps=1e-6)
     norm.weight = torch.nn.Parameter(weight)
-    assert torch.equal(kernels.rms_norm(x, weight, 1e-6), norm(x))
+    assert torch.equal(kernels.rms_norm(x, weight, 1e-6)[0], norm(x))
 
 
 # --- linear cross-entropy ---

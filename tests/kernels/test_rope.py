@@ -5,7 +5,7 @@ import torch
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron.kernels import reference
-from acceleron.kernels.rope import rope
+from acceleron.kernels.rope import rope, split_rope
 
 # The kernel may fuse a multiplication and an addition where torch rounds in between, or the other way round.
 FLOOR = torch.finfo(torch.float32).eps
@@ -34,6 +34,18 @@ def inputs(B, S, H, G, C, dtype=torch.float32):
     return qkv, H, *angles(S, C), (randn(B, S, H, C, seed=1, dtype=dtype), randn(B, S, G, C, seed=2, dtype=dtype))
 
 
+def run_split(function, qkv, H, cos, sin, grads):
+    """q, k, v and the gradient of qkv, for gradients of q, k and v."""
+    leaf = qkv.detach().requires_grad_()
+    out = function(leaf, cos.to(qkv) if qkv.dtype == torch.float64 else cos, sin, H, (qkv.shape[2] - H) // 2)
+    return *out, *torch.autograd.grad(out, leaf, [grad.to(qkv.dtype) for grad in grads])
+
+
+def split_inputs(B, S, H, G, C, dtype=torch.float32):
+    *arguments, grads = inputs(B, S, H, G, C, dtype)
+    return *arguments, (*grads, randn(B, S, G, C, seed=3, dtype=dtype))
+
+
 # B, S, H, G, C: the named sizes' head_dims (48 and 96 are no powers of two), and positions that no tile divides, in
 # several tiles; one position; heads that are no powers of two; a half of odd width; a single pair.
 CASES = [(2, 19, 16, 4, 32), (1, 9, 16, 4, 48), (2, 5, 16, 4, 64), (1, 5, 16, 4, 96)]
@@ -50,6 +62,52 @@ def test_output_and_gradient(case, dtype):
     for name, ours, plain, truth in zip(names, run(rope, *arguments), plains, truths, strict=True):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
         assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_split_outputs_and_gradient(case, dtype):
+    arguments = split_inputs(*case, dtype)
+    (qkv, H, *_, (_, _, grad_v)), G = arguments, case[3]
+    truths = run_split(reference.split_rope, qkv.double(), *arguments[1:])
+    plains = run_split(reference.split_rope, *arguments)
+    *turned, v, grad = run_split(split_rope, *arguments)
+    for name, ours, plain, truth in zip(("q", "k"), turned, plains, truths, strict=False):
+        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
+        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+    assert torch.equal(v, qkv[:, :, H + G :])
+    assert (grad.dtype, grad.shape, grad.is_contiguous()) == (dtype, qkv.shape, True)
+    assert torch.equal(grad[:, :, H + G :], grad_v)
+    for part in (slice(H), slice(H, H + G)):
+        ours, plain, truth = (x[:, :, part] for x in (grad, plains[-1], truths[-1]))
+        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR
+
+
+def test_split_gradients_of_any_strides():
+    """As attention returns them, in (B, H, S, C) order; and of a stride of 0 along each axis."""
+    qkv, H, cos, sin, grads = split_inputs(2, 9, 4, 2, 16)
+    orders = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads]
+    wanted = run_split(split_rope, qkv, H, cos, sin, grads)[-1]
+    assert torch.equal(run_split(split_rope, qkv, H, cos, sin, orders)[-1], wanted)
+    expanded = [grad[:1, :1, :1, :1].expand_as(grad) for grad in grads]
+    wanted = run_split(split_rope, qkv, H, cos, sin, [grad.contiguous() for grad in expanded])[-1]
+    assert wanted.any()
+    assert torch.equal(run_split(split_rope, qkv, H, cos, sin, expanded)[-1], wanted)
+
+
+@pytest.mark.parametrize("unused", [0, 1, 2], ids=["q", "k", "v"])
+def test_split_with_an_output_that_is_not_used(unused):
+    qkv, H, cos, sin, grads = split_inputs(2, 9, 4, 2, 16)
+
+    def gradient(function):
+        leaf = qkv.detach().requires_grad_()
+        out = function(leaf, cos, sin, H, 2)
+        used = [(x, grad) for index, (x, grad) in enumerate(zip(out, grads, strict=True)) if index != unused]
+        return torch.autograd.grad([x for x, _ in used], leaf, [grad for _, grad in used])[0]
+
+    ours = gradient(split_rope)
+    assert [bool(part.any()) for part in ours.split([H, 2, 2], dim=2)] == [index != unused for index in range(3)]
+    torch.testing.assert_close(ours, gradient(reference.split_rope), rtol=1e-6, atol=1e-6)
 
 
 def test_any_strides_but_the_last():
@@ -77,16 +135,21 @@ def test_expanded_gradient():
     torch.testing.assert_close(k.grad, expected.expand_as(k), rtol=1e-6, atol=1e-6)
 
 
-def test_inputs_stay_and_outputs_are_new():
+def test_inputs_stay_and_outputs_are_new_but_v():
     qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
     before = qkv.clone()
     with torch.no_grad():
         out = rope(*split(qkv, H), cos, sin)
+        *turned, v = split_rope(qkv, cos, sin, H, 2)
     assert torch.equal(qkv, before)
-    assert all(x.is_contiguous() and x.untyped_storage().data_ptr() != qkv.data_ptr() for x in out)
+    assert all(x.is_contiguous() and x.untyped_storage().data_ptr() != qkv.data_ptr() for x in (*out, *turned))
+    assert v.untyped_storage().data_ptr() == qkv.data_ptr()
 
 
-def test_one_launch_each_way(monkeypatch):
+@pytest.mark.parametrize(
+    "passes", [lambda: run(rope, *inputs(1, 9, 4, 2, 16)), lambda: run_split(split_rope, *split_inputs(1, 9, 4, 2, 16))]
+)
+def test_one_launch_each_way(monkeypatch, passes):
     from importlib import import_module
 
     module, launches = import_module("acceleron.kernels.rope"), []
@@ -98,13 +161,14 @@ def test_one_launch_each_way(monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(module, "_rope_kernel", Counted())
-    run(rope, *inputs(1, 9, 4, 2, 16))
+    passes()
     assert len(launches) == 2
 
 
 def test_no_positions():
     qkv, H, cos, sin, grads = inputs(2, 0, 4, 2, 16)
     assert [x.shape[1] for x in run(rope, qkv, H, cos, sin, grads)] == [0, 0, 0]
+    assert [x.shape[1] for x in run_split(split_rope, *split_inputs(2, 0, 4, 2, 16))] == [0, 0, 0, 0]
 
 
 def test_same_bits_every_time():
@@ -137,15 +201,40 @@ def test_refusals_name_the_argument(name, change, message):
         rope(**arguments)
 
 
-def test_custom_op_passes_opcheck():
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qkv_BSNC", dict(qkv_BSNC=torch.zeros(2, 9, 8, 16).double()), "expected bfloat16 or float16 or float32"),
+        ("qkv_BSNC", dict(qkv_BSNC=torch.zeros(2, 9, 8, 15)), "an even head_dim"),
+        ("qkv_BSNC", dict(num_heads=5), r"expected shape \(any, any, 9, any\)"),
+        ("num_heads and num_kv_heads", dict(num_heads=8, num_kv_heads=0), "at least 1"),
+        ("cos_SC", dict(cos_SC=torch.zeros(9, 8)), "expected shape"),
+        ("sin_SC", dict(sin_SC=torch.zeros(9, 16).half()), "expected float32"),
+    ],
+)
+def test_split_refusals_name_the_argument(name, change, message):
+    cos, sin = angles(9, 16)
+    arguments = dict(qkv_BSNC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
+    arguments |= {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
+    with pytest.raises(ValueError, match=f"^split_rope: {name}: .*{message}"):
+        split_rope(**arguments)
+
+
+def test_custom_ops_pass_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
     for inverse in (False, True):
         torch.library.opcheck(torch.ops.acceleron_triton.rope, (*split(qkv, H), cos, sin, inverse))
+    *_, grads = split_inputs(1, 9, 4, 2, 16)
+    torch.library.opcheck(torch.ops.acceleron_triton.split_rope_backward, (*grads, cos, sin))
 
 
 def test_compiles_without_a_graph_break():
     arguments = inputs(2, 9, 4, 2, 16)
     compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(run(compiled, *arguments), run(rope, *arguments), strict=True):
+        assert torch.equal(ours, eager)
+    arguments = split_inputs(2, 9, 4, 2, 16)
+    compiled = torch.compile(split_rope, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run_split(compiled, *arguments), run_split(split_rope, *arguments), strict=True):
         assert torch.equal(ours, eager)

@@ -67,6 +67,7 @@ def test_after_triton_was_asked_for_what_it_lacks_is_refused():
         "x_TD": lambda: kernels.expert_mlp(x, torch.ones(3, 2), plan, w, w[:, :, :2]),
         "x_ND": lambda: kernels.grouped_gemm(x.repeat(2, 1), w, plan),
         "x": lambda: kernels.rms_norm(x, x[0], 1e-6),
+        "qkv_BSNC": lambda: kernels.split_rope(x.view(1, 3, 1, 4).repeat(1, 1, 4, 1), x, x, 2, 1),
     }
     for name, call in cases.items():
         with pytest.raises(ValueError, match=rf"\b{name}: expected bfloat16 or float16 or float32, but got float64"):

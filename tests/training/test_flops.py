@@ -56,12 +56,12 @@ def plain_attention(attention, x, model):
 def plain_cross_entropy(model, ids):
     x = F.embedding(ids, model.embedding)
     for block in model.blocks:
-        x = x + plain_attention(block.attention, block.attention_norm(x), model)
-        normed = block.ffn_norm(x).flatten(0, 1)
+        x = x + plain_attention(block.attention, block.attention_norm(x)[0], model)
+        normed = block.ffn_norm(x)[0].flatten(0, 1)
         dense = model.config.dense
         y = swiglu_mlp(normed, block.mlp.w13, block.mlp.w2) if dense else plain_moe(block.moe, normed)
         x = x + y.view_as(x)
-    logits = F.linear(model.norm(x), model.embedding)
+    logits = F.linear(model.norm(x)[0], model.embedding)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 

@@ -1,0 +1,175 @@
+"""The whole layer as one op. Its error against float64 may be FACTOR times that of the reference's steps."""
+
+import importlib
+
+import pytest
+import torch
+from compare import DEVICE, DTYPES, FACTOR, error, randn
+
+from acceleron import ModelConfig
+from acceleron.config import PRESETS
+from acceleron.kernels import reference
+
+module = importlib.import_module("acceleron.kernels.moe")
+moe = module.moe
+NAMES = ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual")
+OUTPUTS = ("y", "z_loss", "balance_loss")
+
+
+def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None, residual=True):
+    """Weights of scale 1 / sqrt(fan-in), so that every tensor is at unit scale; `used` are the experts that are."""
+    router = randn(E, D, seed=1) / D**0.5
+    x = randn(T, D, dtype=dtype)
+    if used:
+        # One feature that is 1 in every token keeps the others' logits down.
+        x[:, 0], router[:, 0] = 1, 0
+        router[[e for e in range(E) if e not in used], 0] = -100
+    shapes = [(E, 2 * width, D), (E, D, width), (2 * shared, D), (D, shared)]
+    experts = [randn(*s, seed=2 + i).div(s[-1] ** 0.5).to(weights or dtype) for i, s in enumerate(shapes)]
+    return [x, router, *experts, randn(T, D, seed=6, dtype=dtype) if residual else None]
+
+
+def run(function, tensors, coefficients=(1.0, 0.3, 0.2)):
+    """y and both losses, and the gradients of the inputs for the weighted sum of all three; then the counts."""
+    leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
+    y, z_loss, balance_loss, counts = function(*leaves)
+    grad = randn(*y.shape, seed=7, dtype=y.dtype)
+    losses = zip(coefficients, ((y * grad).sum(), z_loss, balance_loss), strict=True)
+    total = sum(c * value * (1 if i == 0 else len(y)) for i, (c, value) in enumerate(losses))
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return [y, z_loss, balance_loss, *torch.autograd.grad(total, wanted)], counts
+
+
+def check_errors(tensors, **how):
+    x, used = tensors[0], [t for t in tensors if t is not None]
+    truths, counts = run(reference.moe, [t if t is None else t.double() for t in tensors], **how)
+    plains, _ = run(reference.moe, tensors, **how)
+    results, ours_counts = run(moe, tensors, **how)
+    assert torch.equal(ours_counts, counts)
+    dtypes = [x.dtype, torch.float32, torch.float32, *(t.dtype for t in used)]
+    # As in test_expert_mlp.py: sums of fp32 products, one after another.
+    length = max(max(t.shape) for t in used)
+    floor = max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
+    for name, dtype, ours, plain, truth in zip((*OUTPUTS, *NAMES), dtypes, results, plains, truths, strict=False):
+        assert (ours.dtype, ours.shape) == (dtype, truth.shape), name
+        if not truth.any():
+            assert not ours.any(), name
+            continue
+        few = torch.finfo(x.dtype).eps / 2 if ours.numel() < 40 else 0
+        assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + floor + few, name
+    return results
+
+
+# T, D, F, E, S, and which experts are in use; the interpreter's blocks are 32 x 32 x 32.
+CASES = {
+    "tiny": (60, 16, 44, 4, 22),
+    "small": (20, 24, 28, 8, 20),
+    "one token": (1, 32, 64, 4, 32),
+    "empty experts": (37, 32, 40, 6, 24, (1, 3, 4)),
+    "hot experts": (40, 64, 32, 5, 16, (4, 2)),
+    "two experts": (33, 32, 32, 2, 8),
+    "many experts": (16, 8, 8, 64, 8),
+    "odd widths": (33, 33, 17, 5, 9),
+    "wide rows": (9, 264, 8, 3, 8),
+}
+RUNS = [(case, torch.float16) for case in CASES] + [("odd widths", torch.float32), ("hot experts", torch.float32)]
+if DEVICE == "cuda":
+    for size in PRESETS:
+        config = ModelConfig.preset(size)
+        CASES[f"{size} itself"] = (8192, config.d_model, config.d_ff, config.num_experts, config.d_ff_shared)
+    RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
+def test_outputs_and_every_gradient(case, dtype):
+    """Of fp32 weights, as the model has them."""
+    check_errors(inputs(*CASES[case], dtype=dtype, weights=torch.float32))
+
+
+def test_weights_of_16_bits_and_no_residual():
+    check_errors(inputs(*CASES["two experts"], dtype=torch.float16, residual=False))
+
+
+def test_bfloat16():
+    check_errors(inputs(*CASES["two experts"], dtype=torch.bfloat16, weights=torch.float32))
+
+
+@pytest.mark.parametrize("only", range(3), ids=OUTPUTS)
+def test_each_outputs_gradient_alone(only):
+    """The output's reaches the router by the weights alone, and the losses' by the logits alone."""
+    results = check_errors(inputs(*CASES["tiny"]), coefficients=[float(i == only) for i in range(3)])
+    _, router, *experts, residual = results[3:]
+    assert router.abs().max() > 1e-3
+    assert bool(residual.any()) == all(bool(grad.any()) for grad in experts) == (only == 0)
+
+
+def test_each_gradient_alone():
+    """As each is asked for alone, the others' absence changes no bit."""
+    tensors = inputs(*CASES["odd widths"], dtype=torch.float16, weights=torch.float32)
+    together = run(moe, tensors)[0][3:]
+    for index, (name, expected) in enumerate(zip(NAMES, together, strict=True)):
+        leaves = [t.detach().requires_grad_(i == index) for i, t in enumerate(tensors)]
+        y, z_loss, balance_loss, _ = moe(*leaves)
+        grad = randn(*y.shape, seed=7, dtype=y.dtype)
+        total = (y * grad).sum() + len(y) * (0.3 * z_loss + 0.2 * balance_loss)
+        assert torch.equal(torch.autograd.grad(total, leaves[index])[0], expected), name
+
+
+def test_no_tokens_and_no_gradients():
+    tensors = inputs(*CASES["odd widths"], dtype=torch.float16)
+    with torch.no_grad():
+        y, *_ = moe(*tensors)
+    assert torch.equal(y, run(moe, tensors)[0][0])
+    x, *weights, residual = tensors
+    results, counts = run(moe, [x[:0], *weights, residual[:0]], coefficients=(1.0, 0.0, 0.0))
+    assert results[0].shape == (0, 33)
+    assert not counts.any()
+    assert not any(grad.any() for grad in results[5:9])
+
+
+def test_same_bits_every_time():
+    tensors = inputs(*CASES["tiny"], dtype=torch.float16)
+    first, second = (run(moe, tensors)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_backward_keeps():
+    """2 D + 8 F + 6 S bytes a token in 16 bits, and 4 E and 32 of logits, weights, experts and plan."""
+    T, D, width, E, S = 51, 40, 48, 8, 24
+    leaves = [t.detach().requires_grad_() for t in inputs(T, D, width, E, S, dtype=torch.float16)]
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+        moe(*leaves)
+    known = {leaf.data_ptr() for leaf in leaves[1:]}
+    kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
+    assert kept == T * (2 * D + 8 * width + 6 * S + 4 * E + 32) + 4 * (E + 1) + 8 * E  # offsets, and int64 counts
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x_TD", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
+        ("x_TD", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("router_ED", lambda router: router[1:], "expected shape"),
+        ("w13_E2FD", lambda w13: w13.half(), "expected float32, but got float16"),
+        ("w13_E2FD", lambda w13: w13[:, 1:].contiguous(), r"expected shape \(5, 34, 33\)"),
+        ("w2_EDF", lambda w2: w2[:1], "of 2 to 256 experts, but are of 1"),
+        ("shared_w13_2SD", lambda w: w[1:], "expected shape"),
+        ("shared_w2_DS", lambda w: w.half(), "expected float32, but got float16"),
+        ("residual_TD", lambda residual: residual[1:], "expected shape"),
+        ("residual_TD", lambda residual: residual.half(), "expected float32, but got float16"),
+    ],
+)
+def test_refusals_name_the_argument(name, change, message):
+    names = ("x_TD", "router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2SD", "shared_w2_DS", "residual_TD")
+    arguments = dict(zip(names, inputs(*CASES["odd widths"]), strict=True))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=rf"moe: {name}.*{message}"):
+        moe(**arguments)
+
+
+def test_compiles_without_a_graph_break():
+    tensors = inputs(*CASES["two experts"], dtype=torch.float16, weights=torch.float32)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run(compiled, tensors)[0], run(moe, tensors)[0], strict=True):
+        assert torch.equal(ours, eager)
