@@ -67,6 +67,7 @@ run() {
         part ops 70 ops --size tiny sonicmoe-768 small sonicmoe-1536 --output "$output" --provider triton reference torch \
             acceleron "SDPA cuDNN" "SDPA flash" liger "liger fused_moe" moe-ops cut-cross-entropy sonic-moe scattermoe
         part memory 45 memory --size tiny small --output "$output"
+        part "reference's throughput" 70 throughput --size tiny --mode compiled --kernels triton reference --batch_size 32 --rounds 3 --seconds 1 --output "$output"
         part "more throughput" 500 throughput --size tiny --mode predecessor balanced deterministic eager checkpointed --rounds 3 --output "$output"
     fi
     part report "$report" report "$output"

@@ -1,6 +1,8 @@
 """Training tokens/s end to end: forward, backward, optimizer and the real data loader, for the MoE and its dense twin.
 
-Each size is trained as MoE and as dense twin, by the Triton kernels where they can run and by the reference, in modes:
+Each size is trained as MoE and as dense twin, by the Triton kernels where they can run, and on a CPU by the reference
+too. On a GPU the reference has to be asked for (--kernels triton reference), with half the default --batch_size: its
+activations are half as large again, and the states of four trainings are on the device (large's don't fit). Modes:
   compiled            torch.compile, all activations kept
   eager               without torch.compile
   checkpointed        compiled, with gradient checkpointing
@@ -57,16 +59,20 @@ MODES = {
     "predecessor": Mode(True, True),
 }
 GPU_MODES = ("deterministic", "predecessor")  # measured on a CPU only if asked for
-# Sequences a micro-batch, and their length.
-GPU_BATCH, GPU_SEQ_LEN = {"nano": 64, "tiny": 32, "small": 16, "medium": 8, "large": 4}, 2048
+# Sequences a micro-batch, and their length. On a GPU 128, or as many as an H100 holds by `python -m bench roofline`: of
+# its 79 GiB at most 68 are for the peak of the MoE or its twin and the state of the other, which waits there for a turn
+# (12 bytes a parameter, 22 GiB of large's MoE); the rest is for CUDA's contexts, workspaces and fragmentation. So they
+# are 63, 60, 45 and 60 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 73, 16 of large 69.
+GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}, 2048
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
 CORPUS_CHARACTERS = 4_000_000
 
 
 def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
-    """MoE and dense twin, by Triton where it can run and by the reference.
+    """MoE and dense twin, by each of the kernels asked for.
 
     The twin too: compiled, the reference's few ops may serve it better than kernels that inductor can't fuse into.
+    Raises InputError if Triton is asked for where it can't run.
     """
     compiled, checkpointing, balanced, deterministic = MODES[mode]
     on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
@@ -84,10 +90,12 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
         no_gradient_checkpointing=not checkpointing,
         num_workers=2 if on_gpu else 1,
     )
+    served = arguments.kernels or (["triton"] if on_gpu else ["triton", "reference"])
     try:
         kernels.select("triton", device)
-        served = ["triton", "reference"]
-    except ValueError:
+    except ValueError as error:
+        if arguments.kernels and "triton" in served:
+            raise InputError(str(error)) from error
         served = ["reference"]
     return [
         Case(dataclasses.replace(options, dense=dense, kernels=by), balanced)
@@ -143,12 +151,23 @@ def print_rows(rows: list[dict]):
         )
 
 
+def check_batch(arguments: argparse.Namespace):
+    """Raise InputError for a --batch_size, --grad_accum or --seq_len, where given, that no training can have."""
+    for name in ("batch_size", "grad_accum", "seq_len"):
+        value = getattr(arguments, name)
+        if value is not None and (value < 1 or (name == "seq_len" and (value < 2 or ROW_LENGTH % value))):
+            wanted = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
+            raise InputError(f"--{name} {value}: expected {wanted}")
+
+
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines each time that it is used
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
     text = f"default: all on a GPU, all but {' and '.join(GPU_MODES)} on a CPU"
     parser.add_argument("--mode", nargs="+", choices=MODES, help=text)
+    text = "default: triton, and on a CPU both; the reference alone where Triton can't run"
+    parser.add_argument("--kernels", nargs="+", choices=("triton", "reference"), help=text)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
@@ -160,11 +179,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.rounds < 1 or not 0 < arguments.seconds < float("inf"):
         raise InputError("--rounds and --seconds: expected at least one round of some seconds")
-    for name in ("batch_size", "grad_accum", "seq_len"):
-        value = getattr(arguments, name)
-        if value is not None and (value < 1 or (name == "seq_len" and (value < 2 or ROW_LENGTH % value))):
-            wanted = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
-            raise InputError(f"--{name} {value}: expected {wanted}")
+    check_batch(arguments)
     device = resolve_device(arguments.device)
     on_gpu = device.type == "cuda"
     sizes = arguments.size or ([*GPU_BATCH][1:] if on_gpu else ["nano", "tiny"])

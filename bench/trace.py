@@ -7,8 +7,8 @@ pass for a CPU's, as torch's CPU build holds no others, and inductor's Triton ba
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from math import prod
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,6 +20,7 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 from torch._library.custom_ops import OPDEFS
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _foreach_utils
@@ -33,6 +34,7 @@ from acceleron.data import Shards
 from acceleron.data.shards import ROW_LENGTH
 from acceleron.kernels import launch
 from acceleron.kernels.launch import Device
+from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
@@ -57,12 +59,16 @@ class Launch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The launches of one optimizer step, the most bytes that its tensors took at one time, and those of the state."""
+    """The launches of one optimizer step, and the most bytes that its tensors took at one time.
+
+    Of these state_bytes are weights, gradients and the optimizer's. model_flops: as train.py's MFU counts them.
+    """
 
     launches: list[Launch]
     peak_bytes: int
     state_bytes: int
     tokens: int
+    model_flops: int
 
 
 def nbytes(value) -> int:
@@ -107,19 +113,18 @@ def triton_launch(function: JITFunction, grid: tuple, args: tuple, kwargs: dict)
         moved += nbytes(a["logits_ptr"])  # read, and overwritten; its second reading is from L2
     elif name == "_logits_kernel":
         flops = 2 * nbytes(a["logits_ptr"]) / 4 * a["D"]
-    elif name in ("_input_grad_kernel", "_router_grad_kernel"):
+    elif name in ("_input_grad_kernel", "_token_grad_kernel", "_router_grad_kernel"):
         flops = 2 * nbytes(a["dlogits_ptr"]) / 4 * a["D"]
     return Launch(name, flops, moved, **gemm)
 
 
-# Ops of torch that launch nothing; others launch one kernel, or a few that are counted as one.
+# Ops of torch, besides views, that launch nothing. Others launch one kernel, or a few that are counted as one.
 SILENT = {
-    *("alias", "as_strided", "detach", "device", "expand", "flatten", "permute", "reshape", "select", "slice", "split"),
-    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("_record_function_enter_new", "_record_function_exit", "scalar_tensor", "lift_fresh", "to"),
+    *("device", "empty", "empty_like", "new_empty", "scalar_tensor", "_unsafe_view"),
+    *("_record_function_enter_new", "_record_function_exit"),
 }
-EXTERN = ("mm", "addmm", "bmm")  # what inductor leaves to libraries, besides attention
+LIBRARY_GEMMS = ("mm", "addmm", "bmm")  # what inductor leaves to libraries, besides attention
+SHAPES = {"permute", "reshape", "view", "expand", "unsqueeze"}  # not worth a name in what inductor fuses
 
 
 def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
@@ -159,7 +164,7 @@ class Recorder(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.in_graph = False
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak_bytes = 0
+        self.held_bytes = self.peak_bytes = 0  # the former of `storages`, of which some may be gone
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -176,7 +181,8 @@ class Recorder(TorchDispatchMode):
             return results
         results = func(*args, **kwargs)
         attention = name.startswith("_scaled_dot_product")
-        if name not in SILENT and (not self.in_graph or name in EXTERN or attention):
+        silent = func.is_view or name in SILENT
+        if not silent and (not self.in_graph or name in LIBRARY_GEMMS or attention):
             self.launches.append(torch_launch(func, name, args, kwargs, results))
         self.hold(results)
         return results
@@ -186,10 +192,14 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self.storages or self.storages[storage._cdata][0].expired():
+                if storage._cdata not in self.storages:
                     self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.storages.values()))
+                    self.held_bytes += storage.nbytes()
+        # Who is gone is looked for only where the peak might rise: there may be a thousand, at each of 10,000 calls.
+        if self.held_bytes > self.peak_bytes:
+            self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+            self.held_bytes = sum(size for _, size in self.storages.values())
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def run_kernel(self, function: JITFunction, *args, grid, warmup, **kwargs):
         """In place of JITFunction.run."""
@@ -203,8 +213,10 @@ class Recorder(TorchDispatchMode):
         for node in graph.scheduler.nodes:
             if not (node.is_extern() or type(node).__name__.startswith("Nop")):
                 origins = {origin.target for part in node.get_nodes() for origin in part.node.get_origins()}
-                names = {str(target).partition(".")[2].partition(".")[0] or str(target) for target in origins}
-                name = "inductor: " + ", ".join(sorted(names - {"permute", "view", "expand", "unsqueeze"}))
+                origins = [str(origin).split(".") for origin in origins]
+                names = {name for library, name, *_ in origins if library in ("aten", "prims")} - SHAPES
+                names = {name for name in names if not name.startswith("_scaled_dot_product")}
+                name = "inductor: " + (", ".join(sorted(names)) or "copy")
                 fused.append(Launch(name, 0.0, node.get_read_write_buffers_sizes()))
 
         def call(values: list):
@@ -216,6 +228,19 @@ class Recorder(TorchDispatchMode):
                 self.in_graph = False
 
         return SimpleNamespace(call=call, __file__=__file__, __name__="graph")
+
+
+# Under checkpointing attention comes in these, as it may have dropout; ours has none.
+@run_and_save_rng_state.py_impl(Recorder)
+def _(recorder: Recorder, op, *args, **kwargs):
+    with recorder:
+        return torch.empty(0), op(*args, **kwargs)
+
+
+@run_with_rng_state.py_impl(Recorder)
+def _(recorder: Recorder, state: Tensor, op, *args, **kwargs):
+    with recorder:
+        return op(*args, **kwargs)
 
 
 @contextmanager
@@ -270,14 +295,16 @@ def trace_step(
             config = ModelConfig.preset(size, dense=dense, **overrides)
             run = Run(options, config, shards, torch.device("cpu"), torch.bfloat16)
             run.model.compile_blocks()
-            run.step(1e-3)  # compiles, and makes the optimizer's state
-            run.fetch()
-            recorder.launches.clear()
-            weights = [*run.model.parameters()]
-            state = [x for s in run.optimizer.state.values() for x in s.values()]
-            recorder.hold([weights, state])
-            with recorder:
-                run.step(1e-3)
-            run.loader.close()
+            with closing(run.loader):  # whose threads would else outlive a step that fails
+                run.step(1e-3)  # compiles, and makes the optimizer's state
+                run.fetch()
+                recorder.launches.clear()
+                weights = [*run.model.parameters()]
+                state = [x for s in run.optimizer.state.values() for x in s.values()]
+                recorder.hold([weights, state])
+                with recorder:
+                    run.step(1e-3)
         state_bytes = sum(map(nbytes, weights)) * 2 + sum(map(nbytes, state))
-    return Step(recorder.launches, recorder.peak_bytes, state_bytes, options.tokens_per_step)
+        tokens, active = options.tokens_per_step, run.model.num_parameters()[1]
+    model_flops = tokens * flops_per_token(config, active, seq_len)
+    return Step(recorder.launches, recorder.peak_bytes, state_bytes, tokens, model_flops)

@@ -51,8 +51,9 @@ def traced() -> tuple[dict[str, Step], str]:
     command = [sys.executable, "-c", SCRIPT]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    steps, waits = json.loads(process.stdout.splitlines()[-1])
-    return {name: Step([Launch(*launch) for launch in launches], *rest) for name, (launches, *rest) in steps.items()}, waits
+    found, waits = json.loads(process.stdout.splitlines()[-1])
+    steps = {name: Step([Launch(*each) for each in launches], *rest) for name, (launches, *rest) in found.items()}
+    return steps, waits
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def launches_of(step: Step, name: str) -> list[Launch]:
 def test_flops_of_all_launches_are_those_of_the_shapes(steps, name, config):
     mlp = 3 * config.d_ff_dense if config.dense else 2 * 3 * F + 3 * config.d_ff_shared + E
     weights = L * (D * (D + 2 * KV) + D * D + D * mlp) + V * D  # that a token meets, of qkv, out, MLP and head
-    # Of attention, whose causal half is L S D FLOPs a GEMM and token, utilisation counts the forward pass's two GEMMs and
-    # twice as many backward; there are five, as the scores are computed again.
+    # Of attention, whose causal half is S D FLOPs a layer, GEMM and token, utilisation counts the forward pass's two
+    # GEMMs and twice as many backward; there are five, as the scores are computed again. Neither counts norms.
     assert sum(launch.flops for launch in steps[name].launches) == T * (6 * weights + 7 * L * S * D)
     assert steps[name].model_flops == T * (6 * weights + 6 * L * S * D)
 
@@ -163,7 +164,7 @@ def test_bounds_and_predictions_of_made_up_launches():
 
 
 def test_the_command_prints_both_models_and_the_targets(steps, monkeypatch, capsys):
-    monkeypatch.setattr(roofline.launch, "INTERPRETED", False)
+    monkeypatch.setattr(roofline, "INTERPRETED", False)
     monkeypatch.setattr(roofline, "trace_step", lambda size, dense, *_: steps["twin" if dense else "MoE"])
     monkeypatch.setattr("sys.argv", ["roofline", "--size", "tiny"])
     roofline.main()
@@ -180,7 +181,7 @@ def test_mistakes_are_told(monkeypatch):
     monkeypatch.setattr("sys.argv", ["roofline", "--batch_size", "0"])
     with pytest.raises(InputError, match="--batch_size 0"):
         roofline.main()
-    monkeypatch.setattr(roofline.launch, "INTERPRETED", True)
+    monkeypatch.setattr(roofline, "INTERPRETED", True)
     monkeypatch.setattr("sys.argv", ["roofline"])
     with pytest.raises(SystemExit, match="unset it"):
         roofline.main()

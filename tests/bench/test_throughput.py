@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from acceleron import kernels
+from acceleron import Acceleron, ModelConfig, kernels
 from acceleron.attention import best_sdpa
 from acceleron.training.options import TrainOptions
 from bench import op_shares, throughput, worker
+from bench.memory import saved_per_token
 from bench.worker import Case
 
 
@@ -196,7 +197,7 @@ def test_a_row_has_what_the_report_needs(options):
 
 
 def test_cases_are_moe_and_twin_by_both():
-    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1)
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=None)
     cases = throughput.make_cases("nano", "predecessor", torch.device("cpu"), "data", arguments)
     served = [(case.options.kernels, case.options.dense) for case in cases]
     # Triton's can run in these tests: interpreted.
@@ -206,7 +207,7 @@ def test_cases_are_moe_and_twin_by_both():
 
 
 def test_the_deterministic_mode_is_the_compiled_one_but_for_the_flag(options):
-    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1)
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=None)
     compiled, deterministic = (
         throughput.make_cases("nano", mode, torch.device("cpu"), "data", arguments)
         for mode in ("compiled", "deterministic")
@@ -234,6 +235,45 @@ def test_what_tells_of_a_gpu_is_measured_on_a_cpu_only_if_asked_for(device, meas
     throughput.main()
     assert {"compiled", "balanced"} <= set(modes)
     assert ("deterministic" in modes, "predecessor" in modes) == (measured, measured)
+
+
+def test_on_a_gpu_the_reference_is_trained_if_asked_for(monkeypatch):
+    """Where the default batch leaves no memory for it."""
+    gpu = torch.device("cuda")
+
+    def served(asked: list[str] | None) -> list[str]:
+        arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=asked)
+        return [case.options.kernels for case in throughput.make_cases("tiny", "compiled", gpu, "data", arguments)]
+
+    monkeypatch.setattr(kernels, "select", lambda choice, device: "can run")
+    assert served(None) == ["triton"] * 2
+    assert served(["triton", "reference"]) == ["triton"] * 2 + ["reference"] * 2
+
+    def refuse(choice, device):
+        raise ValueError("an old GPU")
+
+    monkeypatch.setattr(kernels, "select", refuse)
+    assert served(None) == served(["reference"]) == ["reference"] * 2
+    with pytest.raises(throughput.InputError, match="an old GPU"):
+        served(["triton"])
+
+
+@pytest.mark.parametrize("size", throughput.GPU_BATCH)
+def test_who_trains_and_who_waits_fit_on_a_gpu_and_twice_the_batch_does_not(size):
+    configs = [ModelConfig.preset(size, dense=dense) for dense in (False, True)]
+    with torch.device("meta"):
+        parameters = [Acceleron(config).num_parameters()[0] for config in configs]
+
+    def taken(batch_size: int) -> float:
+        """Of the larger: weights, moments and 2 bytes of copies; what blocks save; and who waits: weights, moments."""
+        tokens = batch_size * throughput.GPU_SEQ_LEN
+        saved = [tokens * config.num_layers * saved_per_token(config, "block", 2) for config in configs]
+        moe, twin = parameters
+        return max(14 * moe + saved[0] + 12 * twin, 14 * twin + saved[1] + 12 * moe)
+
+    batch_size = throughput.GPU_BATCH[size]
+    assert taken(batch_size) < 68 * 2**30
+    assert batch_size == 128 or taken(2 * batch_size) > 68 * 2**30
 
 
 def test_our_kernels_go_by_their_file():
