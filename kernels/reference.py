@@ -173,7 +173,8 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_ND, weights_TK, order, inverse_TK)
         y_TD = y_ND.index_select(0, inverse_TK[:, 0]) * weights_TK[:, :1]
         y_TD.addcmul_(y_ND.index_select(0, inverse_TK[:, 1]).to(y_TD.dtype), weights_TK[:, 1:])
-        return y_TD.to(y_ND.dtype)
+        # Where .to has nothing to do, and its result is what forward returns, torch 2.11 compiles gradients of zero.
+        return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):
