@@ -171,9 +171,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_ND, weights_TK, order, inverse_TK):
         ctx.save_for_backward(y_ND, weights_TK, order, inverse_TK)
-        y_TD = y_ND.index_select(0, inverse_TK[:, 0]) * weights_TK[:, :1]
-        y_TD.addcmul_(y_ND.index_select(0, inverse_TK[:, 1]).to(y_TD.dtype), weights_TK[:, 1:])
-        # Where .to has nothing to do, and its result is what forward returns, torch 2.11 compiles gradients of zero.
+        first, second = (y_ND.index_select(0, inverse_TK[:, k]) for k in range(TOP_K))
+        # What forward returns must be made by an op of its own: of a result that was changed in place, or of a .to that
+        # has nothing to do, torch 2.11 compiles gradients of zero.
+        y_TD = torch.addcmul(first * weights_TK[:, :1], second.to(weights_TK.dtype), weights_TK[:, 1:])
         return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
     @staticmethod
