@@ -20,7 +20,7 @@ from acceleron.config import PRESETS
 from acceleron.kernels.launch import INTERPRETED
 
 from .compile import SIZES
-from .throughput import GPU_BATCH, GPU_SEQ_LEN, check_batch
+from .throughput import GPU_SEQ_LEN, GPU_STEP, check_batch, shape_of
 from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
 
 # Measured on the H100 that the project is for: a cuBLAS GEMM of 8192 cubed in bf16, and a copy.
@@ -145,7 +145,7 @@ def print_totals(size: str, steps: list[Step], wholes: list[Kind]):
 
 
 def print_size(size: str, arguments: argparse.Namespace):
-    micro, accum, seq_len = arguments.batch_size or GPU_BATCH[size], arguments.grad_accum, arguments.seq_len
+    micro, accum, seq_len = shape_of(size, True, arguments)
     steps, wholes = [], []
     for model in ("MoE", "dense twin"):
         steps.append(trace_step(size, model != "MoE", micro, accum, arguments.checkpointing, seq_len))
@@ -161,8 +161,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], default=list(SIZES))
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: that of bench throughput)")
-    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--seq_len", type=int, default=GPU_SEQ_LEN)
+    parser.add_argument("--grad_accum", type=int, help=f"micro-batches a step (default: {GPU_STEP} sequences')")
+    parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN}")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     arguments = parser.parse_args()
     check_batch(arguments)

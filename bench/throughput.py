@@ -60,12 +60,21 @@ MODES = {
 }
 GPU_MODES = ("deterministic", "predecessor")  # measured on a CPU only if asked for
 # Sequences a micro-batch, and their length. On a GPU 128, or as many as an H100 holds by `python -m bench roofline`: of
-# its 79 GiB at most 68 are for the peak of the MoE or its twin and the state of the other, which waits there for a turn
+# its 79 GiB at most 70 are for the peak of the MoE or its twin and the state of the other, which waits there for a turn
 # (12 bytes a parameter, 22 GiB of large's MoE); the rest is for CUDA's contexts, workspaces and fragmentation. So they
-# are 63, 60, 45 and 60 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 73, 16 of large 69.
-GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}, 2048
+# are 63, 60, 45 and 69 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 73.
+GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 16}, 2048
+# And of a whole step, which is then 262,144 tokens, as in the predecessor's own command.
+GPU_STEP = 128
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
 CORPUS_CHARACTERS = 4_000_000
+
+
+def shape_of(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """Sequences a micro-batch, micro-batches a step, and tokens a sequence: as asked for, or by size and device."""
+    batch_size = arguments.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)[size]
+    grad_accum = arguments.grad_accum or (max(1, GPU_STEP // batch_size) if on_gpu else 1)
+    return batch_size, grad_accum, arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN)
 
 
 def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
@@ -76,13 +85,13 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
     """
     compiled, checkpointing, balanced, deterministic = MODES[mode]
     on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
-    batch_size = arguments.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)[size]
+    batch_size, grad_accum, seq_len = shape_of(size, on_gpu, arguments)
     options = TrainOptions(
         data_dir=data_dir,
         model_size=size,
         batch_size=32 if predecessor else batch_size,
-        grad_accum=4 if predecessor else arguments.grad_accum,
-        seq_len=arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN),
+        grad_accum=4 if predecessor else grad_accum,
+        seq_len=seq_len,
         dtype=arguments.dtype,
         device=str(device),
         deterministic=deterministic,
@@ -171,7 +180,8 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
-    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches a step")
+    text = f"micro-batches a step (default: {GPU_STEP} sequences' on a GPU, 1 on a CPU)"
+    parser.add_argument("--grad_accum", type=int, help=text)
     parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of training a round, in whole steps")

@@ -197,7 +197,7 @@ def test_a_row_has_what_the_report_needs(options):
 
 
 def test_cases_are_moe_and_twin_by_both():
-    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=None)
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=None, kernels=None)
     cases = throughput.make_cases("nano", "predecessor", torch.device("cpu"), "data", arguments)
     served = [(case.options.kernels, case.options.dense) for case in cases]
     # Triton's can run in these tests: interpreted.
@@ -207,7 +207,7 @@ def test_cases_are_moe_and_twin_by_both():
 
 
 def test_the_deterministic_mode_is_the_compiled_one_but_for_the_flag(options):
-    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=None)
+    arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=None, kernels=None)
     compiled, deterministic = (
         throughput.make_cases("nano", mode, torch.device("cpu"), "data", arguments)
         for mode in ("compiled", "deterministic")
@@ -242,7 +242,7 @@ def test_on_a_gpu_the_reference_is_trained_if_asked_for(monkeypatch):
     gpu = torch.device("cuda")
 
     def served(asked: list[str] | None) -> list[str]:
-        arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=1, kernels=asked)
+        arguments = SimpleNamespace(batch_size=None, seq_len=None, dtype="auto", grad_accum=None, kernels=asked)
         return [case.options.kernels for case in throughput.make_cases("tiny", "compiled", gpu, "data", arguments)]
 
     monkeypatch.setattr(kernels, "select", lambda choice, device: "can run")
@@ -271,9 +271,11 @@ def test_who_trains_and_who_waits_fit_on_a_gpu_and_twice_the_batch_does_not(size
         moe, twin = parameters
         return max(14 * moe + saved[0] + 12 * twin, 14 * twin + saved[1] + 12 * moe)
 
-    batch_size = throughput.GPU_BATCH[size]
-    assert taken(batch_size) < 68 * 2**30
-    assert batch_size == 128 or taken(2 * batch_size) > 68 * 2**30
+    asked = SimpleNamespace(batch_size=None, grad_accum=None, seq_len=None)
+    batch_size, grad_accum, seq_len = throughput.shape_of(size, True, asked)
+    assert batch_size * grad_accum * seq_len == 32 * 4 * 2048  # the predecessor's own
+    assert taken(batch_size) < 70 * 2**30
+    assert batch_size == 128 or taken(2 * batch_size) > 70 * 2**30
 
 
 def test_our_kernels_go_by_their_file():
