@@ -161,7 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS], default=list(SIZES))
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: that of bench throughput)")
-    parser.add_argument("--grad_accum", type=int, help=f"micro-batches a step (default: {GPU_STEP} sequences')")
+    parser.add_argument("--grad_accum", type=int, help=f"micro-batches a step (default: those of {GPU_STEP} sequences)")
     parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN}")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     arguments = parser.parse_args()

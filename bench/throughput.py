@@ -62,9 +62,9 @@ GPU_MODES = ("deterministic", "predecessor")  # measured on a CPU only if asked 
 # Sequences a micro-batch, and their length. On a GPU 128, or as many as an H100 holds by `python -m bench roofline`: of
 # its 79 GiB at most 70 are for the peak of the MoE or its twin and the state of the other, which waits there for a turn
 # (12 bytes a parameter, 22 GiB of large's MoE); the rest is for CUDA's contexts, workspaces and fragmentation. So they
-# are 63, 60, 45 and 69 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 73.
-GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 16}, 2048
-# And of a whole step, which is then 262,144 tokens, as in the predecessor's own command.
+# are 63, 60, 47 and 66 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 77, 16 of large 73.
+GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}, 2048
+# And at most of a whole step: 262,144 tokens, as many as of the predecessor's own command.
 GPU_STEP = 128
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
 CORPUS_CHARACTERS = 4_000_000
@@ -180,7 +180,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
-    text = f"micro-batches a step (default: {GPU_STEP} sequences' on a GPU, 1 on a CPU)"
+    text = f"micro-batches a step (default: those of {GPU_STEP} sequences on a GPU, 1 on a CPU)"
     parser.add_argument("--grad_accum", type=int, help=text)
     parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
     parser.add_argument("--rounds", type=int, default=5)

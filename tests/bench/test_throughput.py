@@ -265,15 +265,15 @@ def test_who_trains_and_who_waits_fit_on_a_gpu_and_twice_the_batch_does_not(size
         parameters = [Acceleron(config).num_parameters()[0] for config in configs]
 
     def taken(batch_size: int) -> float:
-        """Of the larger: weights, moments and 2 bytes of copies; what blocks save; and who waits: weights, moments."""
-        tokens = batch_size * throughput.GPU_SEQ_LEN
+        """Of the larger: weights, moments, summed gradients and 2 bytes of copies; what blocks save; and who waits."""
+        tokens, kept = batch_size * throughput.GPU_SEQ_LEN, 12 + 2 + 4 * (batch_size < throughput.GPU_STEP)
         saved = [tokens * config.num_layers * saved_per_token(config, "block", 2) for config in configs]
         moe, twin = parameters
-        return max(14 * moe + saved[0] + 12 * twin, 14 * twin + saved[1] + 12 * moe)
+        return max(kept * moe + saved[0] + 12 * twin, kept * twin + saved[1] + 12 * moe)
 
     asked = SimpleNamespace(batch_size=None, grad_accum=None, seq_len=None)
     batch_size, grad_accum, seq_len = throughput.shape_of(size, True, asked)
-    assert batch_size * grad_accum * seq_len == 32 * 4 * 2048  # the predecessor's own
+    assert 0.9 < batch_size * grad_accum * seq_len / (32 * 4 * 2048) <= 1  # of the predecessor's own
     assert taken(batch_size) < 70 * 2**30
     assert batch_size == 128 or taken(2 * batch_size) > 70 * 2**30
 
