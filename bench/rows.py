@@ -33,8 +33,8 @@ FIELDS = {
         "size": "text", "model": "model", "kernels": "text", "compiled": "flag", "checkpointing": "flag",
         "deterministic": "flag?", "batch_size": "whole", "grad_accum": "whole", "seq_len": "whole", "dtype": "text",
         "routing": "text?", "group": "text", **RATES, "mfu": "number?", "flops_per_token": "number?",
-        "peak_flops": "number?", "peak_memory_bytes": "number?", "expert_least_share": "number?",
-        "expert_most_share": "number?", "op_shares": "shares?",
+        "peak_flops": "number?", "start_seconds": "number?", "peak_memory_bytes": "number?",
+        "expert_least_share": "number?", "expert_most_share": "number?", "op_shares": "shares?",
     },
     "quality": {
         "size": "text", "model": "model", "seed": "whole", "lr": "positive", "purpose": "purpose", "tokens": "count",

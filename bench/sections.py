@@ -160,6 +160,7 @@ def _throughput(used: list[dict], plots, source) -> list:
     columns |= {
         "MFU (%)": _figure("mfu", 0.01),
         "peak memory (GiB)": _figure("peak_memory_bytes", 2**30),
+        "start (s)": _figure("start_seconds"),
         "least busy expert (%)": _figure("expert_least_share", 0.01),
         "busiest expert (%)": _figure("expert_most_share", 0.01),
         "error / allowed": _error,

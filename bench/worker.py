@@ -115,10 +115,9 @@ def write_truth(case: Case, path: str):
     torch.save({"truth": truth, "allowed": allowed}, path)
 
 
-def check(run: Run, path: str) -> dict:
+def check(found: dict[str, Tensor], path: str) -> dict:
     """The fields of the check: the gradient that is worst in comparison with what is allowed."""
     saved = torch.load(path, mmap=True)
-    found = gradients(run)
     errors = {name: error(found[name], truth) for name, truth in saved["truth"].items()}
     worst = max(errors, key=lambda name: errors[name] / saved["allowed"][name] if errors[name] >= 0 else math.inf)
     return {
@@ -132,16 +131,25 @@ class Training:
     """A case in training, in a process of its own."""
 
     def __init__(self, case: Case):
+        began = time.perf_counter()
         self.case, self.run = case, build(case)
+        self.build_seconds = time.perf_counter() - began
 
     def begin(self, truth: str, strength: Tensor) -> dict:
-        """Compile and check, with the file of true gradients; the fields of the check, and a step's seconds.
+        """Compile and check, with the file of true gradients; the fields of the check, and seconds.
+
+        `start_seconds` are those of building the run and of the first forward and backward pass, which compiles;
+        `step_seconds` a step's.
 
         The check is with given experts: in 16 bits tokens near a tie choose others, and what they change in a gradient
         would hide an error of a kernel.
         """
         strength.fill_(4.0)
-        about = check(self.run, truth)
+        began = time.perf_counter()
+        found = gradients(self.run)
+        start_seconds = self.build_seconds + time.perf_counter() - began
+        about = check(found, truth) | {"start_seconds": start_seconds}
+        del found
         strength.fill_(4.0 * self.case.balanced)
         reset_peak_memory(self.run.device)
         with self.run.context():
