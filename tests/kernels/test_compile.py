@@ -32,8 +32,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     [
         ("sm_90", "small", "256"),
         ("sm_90", "tiny", "1"),
-        ("sm_80", "tiny", "17"),
-        ("sm_100", "tiny", "256"),
+        pytest.param("sm_80", "tiny", "17", marks=pytest.mark.slow),
+        pytest.param("sm_100", "tiny", "256", marks=pytest.mark.slow),
         ("sm_90", "odd", "17"),
         ("gfx942", "tiny", "256"),
     ],

@@ -63,7 +63,7 @@ def check_errors(tensors, **how):
 # T, D, F, E, S, and which experts are in use; the interpreter's blocks are 32 x 32 x 32.
 CASES = {
     "tiny": (60, 16, 44, 4, 22),
-    "small": (20, 24, 28, 8, 20),
+    "medium": (20, 32, 52, 8, 48),
     "one token": (1, 32, 64, 4, 32),
     "empty experts": (37, 32, 40, 6, 24, (1, 3, 4)),
     "hot experts": (40, 64, 32, 5, 16, (4, 2)),

@@ -122,19 +122,19 @@ def test_checkpointing_routes_once(monkeypatch):
 
 
 def test_training_follows_the_reference(monkeypatch, tmp_path):
-    """Twenty steps of train(). Roundings differ, which the steps amplify to 4e-7 of the losses; 1e-5 is allowed."""
+    """Eight steps of train(). Roundings differ, which the steps amplify to 5e-7 of the losses; 1e-5 is allowed."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=1))
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
-    # A random walk among eight tokens: there is something to learn in twenty steps.
+    # A random walk among eight tokens: there is something to learn in eight steps.
     ids = rng.integers(-1, 2, size=(30, 24)).cumsum(axis=1) % 8
     np.save(data / "shard_00000.npy", ids.astype(np.int32))
     losses = {}
     for choice in ("reference", "triton"):
-        settings = dict(model_size="nano", vocab_size=48, seq_len=12, batch_size=1, max_steps=20, lr=3e-3)
+        settings = dict(model_size="nano", vocab_size=48, seq_len=12, batch_size=1, max_steps=8, lr=1e-2)
         settings |= dict(num_workers=1, no_compile=True, no_gradient_checkpointing=True, log_interval=1)
-        settings |= dict(eval_interval=20, save_interval=20, device=str(DEVICE), dtype="fp32", kernels=choice)
+        settings |= dict(eval_interval=8, save_interval=8, device=str(DEVICE), dtype="fp32", kernels=choice)
         train(TrainOptions(data_dir=str(data), save_dir=str(tmp_path / choice), **settings))
         records = [json.loads(line) for line in (tmp_path / choice / "metrics.jsonl").read_text().splitlines()]
         losses[choice] = np.array([[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records])
