@@ -87,7 +87,7 @@ if DEVICE == "cuda":
         config = ModelConfig.preset(size)
         CASES[f"{size} itself"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
-else:  # in fp16, which takes bf16's path, and some in fp32: the interpreter is slow; test_moe_layer.py has the sizes too
+else:  # in fp16, which takes bf16's path, and some in fp32, as the interpreter is slow; more sizes in test_moe_layer.py
     RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium")]
     RUNS += [(case, torch.float32) for case in ("one token", "empty experts", "hot experts", "odd widths")]
 
