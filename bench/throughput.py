@@ -77,11 +77,21 @@ def shape_of(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[in
     return batch_size, grad_accum, arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN)
 
 
-def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
-    """MoE and dense twin, by each of the kernels asked for.
+def served_by(asked: list[str] | None, device: torch.device) -> list[str]:
+    """The kernels that train. Raises InputError if Triton's are asked for where they can't run."""
+    try:
+        kernels.select("triton", device)
+    except ValueError as error:
+        if "triton" in (asked or ()):
+            raise InputError(str(error)) from error
+        return ["reference"]
+    return asked or (["triton"] if device.type == "cuda" else ["triton", "reference"])
 
-    The twin too: compiled, the reference's few ops may serve it better than kernels that inductor can't fuse into.
-    Raises InputError if Triton is asked for where it can't run.
+
+def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
+    """MoE and dense twin, by each of the kernels asked for; on a GPU by Triton's alone unless asked.
+
+    The twin too: `bench roofline` predicts it 4 % slower by what inductor makes of the reference (bench/LOG.md).
     """
     compiled, checkpointing, balanced, deterministic = MODES[mode]
     on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
@@ -99,16 +109,9 @@ def make_cases(size: str, mode: str, device: torch.device, data_dir: str, argume
         no_gradient_checkpointing=not checkpointing,
         num_workers=2 if on_gpu else 1,
     )
-    served = arguments.kernels or (["triton"] if on_gpu else ["triton", "reference"])
-    try:
-        kernels.select("triton", device)
-    except ValueError as error:
-        if arguments.kernels and "triton" in served:
-            raise InputError(str(error)) from error
-        served = ["reference"]
     return [
         Case(dataclasses.replace(options, dense=dense, kernels=by), balanced)
-        for by in served
+        for by in served_by(arguments.kernels, device)
         for dense in (False, True)
     ]
 
@@ -195,6 +198,7 @@ def main():
     sizes = arguments.size or ([*GPU_BATCH][1:] if on_gpu else ["nano", "tiny"])
     modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
     dtype = resolve_dtype(arguments.dtype, device)
+    served_by(arguments.kernels, device)  # now, before anything is written
     results, failed = Results(arguments.output, "throughput", device), False
     peak, source = peak_flops(device, dtype)
     with tempfile.TemporaryDirectory() as directory:

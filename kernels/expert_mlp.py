@@ -224,7 +224,7 @@ def _token_grad_kernel(
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if ROUTER:
-        # In fp32, without tensor cores: 2 E FLOPs a value that is moved, which at E = 8 wait for memory.
+        # In fp32, without tensor cores: 2 E FLOPs a value, which wait for memory up to some 32 experts.
         for e in range(E):
             dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=inside, other=0.0)
             weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)

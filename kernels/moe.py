@@ -81,8 +81,8 @@ def moe(
     x_TD and residual_TD are of one dtype, bf16, fp16 or fp32, which is the output's. The experts' weights (gate rows w1
     first, then up rows w3) are fp32 or of x's dtype, are cast to x's, and get gradients in their own; the router's is
     of any of the three, fp32 for its precision. 2 <= E <= 256. All contiguous. For backward it keeps x, logits, routing
-    and plan, and the pre-activations: 2 D + 8 F + 6 S bytes a token in bf16, and 4 E + 32 more. Deterministic. Raises
-    ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    and plan, and the pre-activations: 2 D + 8 F + 6 S bytes a token in bf16, and 4 E + 32 more; and the weights in x's
+    dtype. Deterministic. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
     check("moe: x_TD", x_TD, (None, None))
     (T, D), (E, F), S = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1]), shared_w2_DS.shape[-1]

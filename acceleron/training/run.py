@@ -22,7 +22,7 @@ from ..model import Acceleron
 from .checkpoint import is_tensor_of, load_weights, restore_optimizer
 from .guard import Judgement, StepGuard
 from .metrics import expert_health
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, update
 from .options import TrainOptions
 from .schedule import learning_rate
 
@@ -139,7 +139,8 @@ class Run:
             losses += torch.stack([loss.detach().double() for loss in parts])
             if output.counts_LE is not None:
                 counts_LE += output.counts_LE
-        grad_norm = torch.nn.utils.get_total_norm(weight.grad for weight in self.model.parameters())
+        grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
         self.whole = False
         self.steps += 1
         self.tokens += self.options.tokens_per_step
@@ -152,12 +153,7 @@ class Run:
         self._micro_batches += finite * self.options.grad_accum
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The fused AdamW's own ways, which GradScaler uses too, to divide gradients as it reads them, which spares
-        # clipping a reading and writing of them all, and to leave weights and state as they are.
-        clip = self.options.grad_clip
-        self.optimizer.grad_scale = ((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else None
-        self.optimizer.found_inf = skipped.float()
-        self.optimizer.step()
+        update(self.optimizer, grad_norm, self.options.grad_clip, skipped)
         self.optimizer.zero_grad(set_to_none=True)
         self.batches = []
         self._data_state = self.loader.state_dict()

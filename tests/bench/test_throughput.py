@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, MoE, kernels
 from acceleron.attention import best_sdpa
 from acceleron.training.options import TrainOptions
 from bench import op_shares, throughput, worker
@@ -114,6 +114,17 @@ def test_balanced_routing_gives_every_expert_the_same_and_ends_with_its_context(
         strength.fill_(4.0)
         assert (model(ids, ids).counts_LE == even).all()
     assert torch.equal(model(ids, ids).loss, learned.loss)
+
+
+def test_balanced_routing_reaches_the_kernels_too(monkeypatch):
+    monkeypatch.setattr(kernels, "_choice", "triton")
+    moe, x = MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=16, d_ff_shared=16)), torch.randn(32, 32)
+    learned = moe(x)[1].counts_E
+    with worker.balanced_routing(torch.device("cpu")) as strength:
+        strength.fill_(4.0)
+        assert (moe(x)[1].counts_E == 2 * 32 // 4).all()
+    assert torch.equal(moe(x)[1].counts_E, learned)
+    assert not (learned == 2 * 32 // 4).all()
 
 
 def test_a_step_is_counted_with_all_its_tokens(options, truth):

@@ -134,15 +134,18 @@ def test_same_bits_every_time():
 
 
 def test_what_backward_keeps():
-    """2 D + 8 F + 6 S bytes a token in 16 bits, and 4 E and 32 of logits, weights, experts and plan."""
+    """2 D + 8 F + 6 S bytes a token in 16 bits, and 4 E and 32 of logits, routing and plan; and the weights."""
     T, D, width, E, S = 51, 40, 48, 8, 24
-    leaves = [t.detach().requires_grad_() for t in inputs(T, D, width, E, S, dtype=torch.float16)]
+    tensors = inputs(T, D, width, E, S, dtype=torch.float16, weights=torch.float32)
+    leaves = [t.detach().requires_grad_() for t in tensors]
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         moe(*leaves)
     known = {leaf.data_ptr() for leaf in leaves[1:]}
     kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
-    assert kept == T * (2 * D + 8 * width + 6 * S + 4 * E + 32) + 4 * (E + 1) + 8 * E  # offsets, and int64 counts
+    weights = 2 * (3 * E * D * width + 3 * D * S)
+    small = 4 * (E + 1) + 8 * E  # offsets, and int64 counts
+    assert kept == T * (2 * D + 8 * width + 6 * S + 4 * E + 32) + weights + small
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,9 @@ def test_refusals_name_the_argument(name, change, message):
 
 
 def test_compiles_without_a_graph_break():
-    tensors = inputs(*CASES["two experts"], dtype=torch.float16, weights=torch.float32)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, tensors)[0], run(moe, tensors)[0], strict=True):
-        assert torch.equal(ours, eager)
+    """Of any number of tokens, too."""
+    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (33, 20):
+        tensors = inputs(tokens, *CASES["two experts"][1:], dtype=torch.float16, weights=torch.float32)
+        for ours, eager in zip(run(compiled, tensors)[0], run(moe, tensors)[0], strict=True):
+            assert torch.equal(ours, eager)

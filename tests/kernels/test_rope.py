@@ -234,7 +234,9 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(run(compiled, *arguments), run(rope, *arguments), strict=True):
         assert torch.equal(ours, eager)
-    arguments = split_inputs(2, 9, 4, 2, 16)
-    compiled = torch.compile(split_rope, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run_split(compiled, *arguments), run_split(split_rope, *arguments), strict=True):
-        assert torch.equal(ours, eager)
+    for dynamic in (False, True):
+        compiled = torch.compile(split_rope, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for positions in (9, 11):
+            arguments = split_inputs(2, positions, 4, 2, 16)
+            for ours, eager in zip(run_split(compiled, *arguments), run_split(split_rope, *arguments), strict=True):
+                assert torch.equal(ours, eager)
