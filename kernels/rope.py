@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .launch import FLOATS, check
 
-# Pairs of q in a program's tile, 8 KB of bf16: 8 positions at the tiny size, 2 at the large one.
-PAIRS, WARPS = 2048, 4
+# Of q in a program's tile: in bf16 8 positions at the tiny size, 2 at the large one. Twice as much of fp32 spills.
+TILE_BYTES, WARPS = 8192, 4
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _launch(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tenso
     """Turn q and k, of any strides, into contiguous outputs; or q, k and v, which is copied, into parts of one qkv."""
     (B, S, H, C), G = inputs[0].shape, inputs[1].shape[2]
     H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
-    positions = max(1, PAIRS // (H_P2 * HALF_P2))
+    positions = max(1, TILE_BYTES // (2 * inputs[0].element_size() * H_P2 * HALF_P2))
     arguments = []
     for x, out in zip(inputs, outputs, strict=True):
         # Gradients come with any strides; `out.sum().backward()` gives them a last axis of stride 0.
