@@ -91,7 +91,7 @@ def served_by(asked: list[str] | None, device: torch.device) -> list[str]:
 def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
     """MoE and dense twin, by each of the kernels asked for; on a GPU by Triton's alone unless asked.
 
-    The twin too: `bench roofline` predicts it 4 % slower by what inductor makes of the reference (bench/LOG.md).
+    The twin too: traced with the reference's ops, as inductor fuses them, it is predicted 4 % slower (bench/LOG.md).
     """
     compiled, checkpointing, balanced, deterministic = MODES[mode]
     on_gpu, predecessor = device.type == "cuda", mode == "predecessor"

@@ -1,11 +1,11 @@
 """The Mixture-of-Experts layer as one op: router, top-2 routing, routed experts, shared expert and residual.
 
-Legend: T tokens, D model width, E experts, K = 2, F expert width, S width of the shared expert, N = T * K.
+Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, N = T * K.
 
 What the ops of its parts can't have, each for itself: forward, the residual and the shared expert's output are added
 where a token's two rows are; backward, the three gradients of x (of the router, the routed and the shared experts) are
 added in one kernel. Apart from each other they take 8 more readings or writings of [T, D], in a layer at the tiny size
-as much time as a tenth of the experts' GEMMs.
+a twelfth of the least time of the experts' GEMMs.
 """
 
 import torch
@@ -21,28 +21,28 @@ from .swiglu import swiglu_backward, swiglu_forward
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2SD, shared_w2_DS, residual_TD, with_grad):
-        weights = (w13_E2FD, w2_EDF, shared_w13_2SD, shared_w2_DS)
+    def forward(ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, with_grad):
+        weights = (w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
         w13, w2, shared_w13, shared_w2 = (w.to(x_TD.dtype) for w in weights)
         logits_TE = router_logits_forward(x_TD, router_ED)
         weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE)
         order, inverse_TK, offsets = plan(experts_TK, router_ED.shape[0])
-        gate_up_T2S = x_TD @ shared_w13.t()
-        shared_act_TS = swiglu_forward(gate_up_T2S)
-        shared_TD = shared_act_TS @ shared_w2.t()
+        gate_up_T2W = x_TD @ shared_w13.t()
+        shared_act_TW = swiglu_forward(gate_up_T2W)
+        shared_TD = shared_act_TW @ shared_w2.t()
         h_N2F, act_NF = expert_up(x_TD, w13, order, offsets, with_grad)
         y_TD = expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, shared_TD, residual_TD)
         ctx.mark_non_differentiable(counts_E)
         if with_grad:
             routing = (logits_TE, weights_TK, experts_TK, counts_E, order, inverse_TK, offsets)
-            shared = (gate_up_T2S, shared_act_TS, shared_w13, shared_w2)
+            shared = (gate_up_T2W, shared_act_TW, shared_w13, shared_w2)
             ctx.save_for_backward(x_TD, router_ED, *routing, h_N2F, w13, w2, *shared)
             ctx.dtypes = [w.dtype for w in (router_ED, *weights)]
         return y_TD, z_loss, balance_loss, counts_E
 
     @staticmethod
     def backward(ctx, dy_TD, dz, dbalance, _counts):
-        x_TD, router_ED, *routing, h_N2F, w13, w2, gate_up_T2S, shared_act_TS, shared_w13, shared_w2 = ctx.saved_tensors
+        x_TD, router_ED, *routing, h_N2F, w13, w2, gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = ctx.saved_tensors
         logits_TE, weights_TK, experts_TK, counts_E, order, inverse_TK, offsets = routing
         need_x, *need_weights, need_residual = ctx.needs_input_grad[:7]
         dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, need_weights, strict=True)]
@@ -50,11 +50,11 @@ class _MoE(torch.autograd.Function):
         dy_TD = dy_TD.contiguous()
         dx_TD = drouter_ED = dshared_w13 = dshared_w2 = None
 
-        dgate_up_T2S = swiglu_backward(dy_TD @ shared_w2, gate_up_T2S)
+        dgate_up_T2W = swiglu_backward(dy_TD @ shared_w2, gate_up_T2W)
         if shared_dtype13:
-            dshared_w13 = (dgate_up_T2S.t() @ x_TD).to(shared_dtype13)
+            dshared_w13 = (dgate_up_T2W.t() @ x_TD).to(shared_dtype13)
         if shared_dtype2:
-            dshared_w2 = (dy_TD.t() @ shared_act_TS).to(shared_dtype2)
+            dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
         rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(
             dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13, w2, dtype13, dtype2
         )
@@ -62,7 +62,7 @@ class _MoE(torch.autograd.Function):
         if router_dtype:
             drouter_ED = router_weight_grad(dlogits_TE, x_TD).to(router_dtype)
         if need_x:
-            dx_TD = token_grad(rows_ND, inverse_TK, dgate_up_T2S @ shared_w13, dlogits_TE, router_ED)
+            dx_TD = token_grad(rows_ND, inverse_TK, dgate_up_T2W @ shared_w13, dlogits_TE, router_ED)
         dresidual_TD = dy_TD if need_residual else None
         return dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD, None
 
@@ -72,8 +72,8 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2SD: Tensor,
-    shared_w2_DS: Tensor,
+    shared_w13_2WD: Tensor,
+    shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
 ) -> MoEOutput:
     """The layer's output with the router's losses and counts; step by step it is `reference.moe`.
@@ -81,21 +81,21 @@ def moe(
     x_TD and residual_TD are of one dtype, bf16, fp16 or fp32, which is the output's. The experts' weights (gate rows w1
     first, then up rows w3) are fp32 or of x's dtype, are cast to x's, and get gradients in their own; the router's is
     of any of the three, fp32 for its precision. 2 <= E <= 256. All contiguous. For backward it keeps x, logits, routing
-    and plan, and the pre-activations: 2 D + 8 F + 6 S bytes a token in bf16, and 4 E + 32 more; and the weights in x's
+    and plan, and the pre-activations: 2 D + 8 F + 6 W bytes a token in bf16, and 4 E + 32 more; and the weights in x's
     dtype. Deterministic. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
     check("moe: x_TD", x_TD, (None, None))
-    (T, D), (E, F), S = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1]), shared_w2_DS.shape[-1]
+    (T, D), (E, F), W = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1]), shared_w2_DW.shape[-1]
     dtypes = tuple({x_TD.dtype, torch.float32})
     check("moe: w2_EDF", w2_EDF, (None, D, None), dtypes, x_TD)
     if not TOP_K <= E <= MAX_EXPERTS:
         raise ValueError(f"moe: w2_EDF: the weights must be of {TOP_K} to {MAX_EXPERTS} experts, but are of {E}")
     check("moe: w13_E2FD", w13_E2FD, (E, 2 * F, D), dtypes, x_TD)
     check("moe: router_ED", router_ED, (E, D), FLOATS, x_TD)
-    check("moe: shared_w2_DS", shared_w2_DS, (D, None), dtypes, x_TD)
-    check("moe: shared_w13_2SD", shared_w13_2SD, (2 * S, D), dtypes, x_TD)
+    check("moe: shared_w2_DW", shared_w2_DW, (D, None), dtypes, x_TD)
+    check("moe: shared_w13_2WD", shared_w13_2WD, (2 * W, D), dtypes, x_TD)
     if residual_TD is not None:
         check("moe: residual_TD", residual_TD, (T, D), x_TD.dtype, x_TD)
-    weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2SD, shared_w2_DS)
+    weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
     return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, with_grad))

@@ -287,18 +287,18 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2SD: Tensor,
-    shared_w2_DS: Tensor,
+    shared_w13_2WD: Tensor,
+    shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
 
-    S is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's.
+    W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's.
     """
     routing = route_top2(router_logits(x_TD, router_ED))
     plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
-    shared_w13, shared_w2 = shared_w13_2SD.to(x_TD.dtype), shared_w2_DS.to(x_TD.dtype)
+    shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)
     y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
     if residual_TD is not None:
         y_TD = residual_TD + y_TD

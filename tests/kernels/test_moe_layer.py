@@ -134,7 +134,7 @@ def test_same_bits_every_time():
 
 
 def test_what_backward_keeps():
-    """2 D + 8 F + 6 S bytes a token in 16 bits, and 4 E and 32 of logits, routing and plan; and the weights."""
+    """2 D + 8 F + 6 W bytes a token in 16 bits, and 4 E and 32 of logits, routing and plan; and the weights."""
     T, D, width, E, S = 51, 40, 48, 8, 24
     tensors = inputs(T, D, width, E, S, dtype=torch.float16, weights=torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -157,14 +157,14 @@ def test_what_backward_keeps():
         ("w13_E2FD", lambda w13: w13.half(), "expected float32, but got float16"),
         ("w13_E2FD", lambda w13: w13[:, 1:].contiguous(), r"expected shape \(5, 34, 33\)"),
         ("w2_EDF", lambda w2: w2[:1], "of 2 to 256 experts, but are of 1"),
-        ("shared_w13_2SD", lambda w: w[1:], "expected shape"),
-        ("shared_w2_DS", lambda w: w.half(), "expected float32, but got float16"),
+        ("shared_w13_2WD", lambda w: w[1:], "expected shape"),
+        ("shared_w2_DW", lambda w: w.half(), "expected float32, but got float16"),
         ("residual_TD", lambda residual: residual[1:], "expected shape"),
         ("residual_TD", lambda residual: residual.half(), "expected float32, but got float16"),
     ],
 )
 def test_refusals_name_the_argument(name, change, message):
-    names = ("x_TD", "router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2SD", "shared_w2_DS", "residual_TD")
+    names = ("x_TD", "router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW", "residual_TD")
     arguments = dict(zip(names, inputs(*CASES["odd widths"]), strict=True))
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"moe: {name}.*{message}"):
