@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, records, write_shard
+from runs import assert_same_bits, learned, options, records
 
 from acceleron import ModelConfig
 from acceleron.data import Loader, Shards
@@ -22,11 +22,6 @@ from acceleron.training import guard, train
 from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.training.guard import SPIKE_HORIZON, StepGuard
 from acceleron.training.run import Run
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -22,11 +22,6 @@ def small_model_and_slow_saves(seconds: float = 0.0003):
     slow_saves(seconds)
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
-
-
 def settings(data_dir, save_dir):
     intervals = dict(log_interval=4, eval_interval=10, save_interval=3, keep_last=2)
     return options(data_dir, save_dir, max_steps=STEPS, resume="auto", num_workers=2, **intervals)

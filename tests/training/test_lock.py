@@ -8,17 +8,12 @@ import socket
 import time
 
 import pytest
-from runs import Child, options, shrink_nano, write_shard
+from runs import Child, options, shrink_nano
 
 from acceleron.errors import InputError
 from acceleron.model import Acceleron
 from acceleron.training import train
 from acceleron.training.lock import DirectoryLock
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 def slow_steps():

@@ -6,17 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, records, write_shard
+from runs import assert_same_bits, learned, options, records
 
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
 from acceleron.training.checkpoint import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 def forget_after(save_dir, step: int):

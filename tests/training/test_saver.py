@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from runs import SlowFile, assert_same_bits, learned, options, records, write_shard
+from runs import SlowFile, assert_same_bits, learned, options, records
 
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
@@ -21,11 +21,6 @@ from acceleron.training.checkpoint import (
 )
 from acceleron.training.metrics import Metrics
 from acceleron.training.saver import Saver
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 class FullDisk:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import options, records, write_shard
+from runs import options, records
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.data.prepare import prepare
@@ -24,11 +24,6 @@ from acceleron.training.schedule import learning_rate
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path):
