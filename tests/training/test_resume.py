@@ -49,7 +49,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, case):
 
 def test_an_evaluation_changes_nothing_but_the_log(data_dir, tmp_path):
     """Compiled with static shapes: a batch of another shape in between is compiled on its own."""
-    settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1, no_compile=False)
+    settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1) | SETTINGS["compiled"]
     train(options(data_dir, tmp_path / "often", eval_interval=1, **settings))
     train(options(data_dir, tmp_path / "once", eval_interval=4, **settings))
     (often, state), (once, expected) = learned(tmp_path / "often", 4), learned(tmp_path / "once", 4)
