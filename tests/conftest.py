@@ -5,14 +5,15 @@ Without a GPU, Triton kernels run under its interpreter, which must be chosen be
 
 import os
 
+# One thread, here and in the processes that tests start: two gain nothing on models of milliseconds, and pytest-xdist's
+# workers share the cores. Where a test takes two, they sleep while they wait for each other. OpenMP reads both once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# One thread, here and in the processes that tests start: two gain nothing on models of milliseconds, and pytest-xdist's
-# workers share the cores.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 if torch.cuda.is_available():
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic only with it, and read it once
 else:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-HANG = 600.0  # seconds after which a wait that hangs is ended, and its test fails
+HANG = 1200.0  # seconds after which a wait that hangs is ended, and its test fails
 
 
 def wait_until(happened: Callable[[], bool]):

@@ -162,10 +162,9 @@ def compiler(tmp_path):
 
 def compile_with(compiler: str):
     """And find nothing that was compiled before."""
-    shrink_nano()
-    os.environ |= {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": f"{compiler}.cache"}
     from torch._inductor import config
 
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{compiler}.cache"
     config.cpp.cxx = (None, compiler)
 
 
@@ -183,14 +182,15 @@ def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
-def hold_compiler_of_evaluation(compiler: str):
-    """In a group of its own."""
-    compile_with(compiler)
+def compile_evaluation_with(compiler: str, hold: str):
+    """In a group of its own; what is held is the evaluation's compilation alone."""
+    shrink_nano()
     os.setsid()
     make = loop.validation_loader
 
     def make_and_hold(*args, **kwargs):
-        open(os.path.join(os.path.dirname(compiler), "hold"), "w").close()
+        compile_with(compiler)
+        open(hold, "w").close()
         return make(*args, **kwargs)
 
     loop.validation_loader = make_and_hold
@@ -201,13 +201,14 @@ def hold_compiler_of_evaluation(compiler: str):
 def test_a_signal_to_the_compiler_too_loses_nothing(data_dir, tmp_path, compiler, number):
     """As a terminal or a scheduler sends it: to all processes of the group, while the first evaluation compiles."""
     run = settings(data_dir, tmp_path / "run", no_compile=False, batch_size=8, eval_interval=2, log_interval=1)
-    child = Child(run, tmp_path / "output", partial(hold_compiler_of_evaluation, str(compiler)))
+    hold = compiler.with_name("hold")
+    child = Child(run, tmp_path / "output", partial(compile_evaluation_with, str(compiler), str(hold)))
     wait_until(compiler.with_name("compiling").exists)
     assert "step 1/" in child.output.read_text()
     assert "step 2/" not in child.output.read_text()
     os.killpg(child.process.pid, number)
     child.wait_for(f"{number.name}: saving and stopping after this step")
-    compiler.with_name("hold").unlink()
+    hold.unlink()
     assert child.status() == STOPPED, child.output.read_text()
     assert list(list_checkpoints(tmp_path / "run")) == [2]
     assert "Traceback" not in child.output.read_text()
