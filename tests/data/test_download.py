@@ -79,6 +79,8 @@ def download(output, port, *, repo="someone/Some", shards=2):
         "HF_HOME": str(output.parent / "hub"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(HANG)),
+        "HF_HUB_ETAG_TIMEOUT": str(int(HANG)),
         "NO_PROXY": "127.0.0.1",
     }
     arguments = ["download", "--repo", repo, "--shards", str(shards), "--output", str(output)]
