@@ -1,10 +1,8 @@
 """Text for benchmarks on any machine: the source of Python's standard library, or of all installed packages."""
 
 import hashlib
-import json
 import sysconfig
-import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -22,9 +20,9 @@ ROWS_PER_SHARD = 25
 
 
 def source_files(packages: bool = False) -> list[Path]:
-    """Files of the standard library, or with `packages` of the installed packages, shuffled by the hash of their names.
+    """The standard library's files, or with `packages` those of all installed packages.
 
-    The order mixes them, so that the validation text is of the same kind as the training text.
+    The order, by a hash of their names, mixes them, so that validation and training text are of the same kind.
     """
     root = Path(sysconfig.get_path("purelib" if packages else "stdlib"))
     files = [path.relative_to(root) for path in root.rglob("*.py")]
@@ -37,24 +35,22 @@ def write_corpus(directory: str | Path, vocab_size: int, characters: int, packag
 
     Raises InputError if less than a million characters of source are installed.
     """
-    length = num_files = 0
-    with tempfile.TemporaryDirectory() as temporary, redirect_stdout(StringIO()):
-        path = Path(temporary) / "source.jsonl"
-        with path.open("w", encoding="utf-8") as lines:
-            for file in progress(source_files(packages), desc="source files", leave=False):
-                text = file.read_text(encoding="utf-8", errors="ignore")
-                lines.write(json.dumps({"text": text}) + "\n")
-                length, num_files = length + len(text), num_files + 1
-                if length >= characters:
-                    break
-        if length < 1_000_000:
-            raise InputError(f"only {length:,} characters of Python source are installed here: too few to train on")
-        prepare([str(path)], str(directory), vocab_size=vocab_size)
+    files, length = [], 0
+    for file in progress(source_files(packages), desc="source files", leave=False):
+        with suppress(OSError, UnicodeDecodeError):  # a few are Latin-1
+            length += len(file.read_text(encoding="utf-8"))
+            files.append(str(file))
+        if length >= characters:
+            break
+    if length < 1_000_000:
+        raise InputError(f"only {length:,} characters of Python source are installed here: too few to train on")
+    with redirect_stdout(StringIO()):
+        prepare(files, str(directory), vocab_size=vocab_size)
     shards = sorted(Path(directory).glob("shard_*.npy"))
     rows = np.concatenate([np.load(shard) for shard in shards])
     for shard in shards:
         shard.unlink()
-    for shard, first in enumerate(range(0, len(rows) - 1, ROWS_PER_SHARD)):
-        np.save(Path(directory) / f"shard_{shard:05d}.npy", rows[first : first + ROWS_PER_SHARD])
+    for number, part in enumerate(np.array_split(rows, max(1, len(rows) // ROWS_PER_SHARD))):
+        np.save(Path(directory) / f"shard_{number:05d}.npy", part)
     what = "the installed Python packages" if packages else "Python's standard library"
-    return f"{rows.size:,} tokens of the source of {what} ({num_files} files), vocabulary {vocab_size}"
+    return f"{rows.size:,} tokens of the source of {what} ({len(files)} files), vocabulary {vocab_size}"

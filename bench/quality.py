@@ -1,8 +1,8 @@
 """Trains the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compares them.
 
-Both are tuned first: the same learning rates, on a share of the steps, with a seed of its own. The final runs take the
-best rate of each: for every seed, both models on the whole budget and the MoE on smaller budgets, each a run of
-train.py with its full schedule. They give
+Both are tuned first: the same learning rates, half of the steps, and a seed of its own. The final runs take the best
+rate of each: for every seed, both models on the whole budget and the MoE on smaller budgets, each a run of train.py
+with its full schedule. They give
   - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval;
   - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. A line in log(tokens)
     joins the losses of a seed's MoE runs. It meets the dense baseline's loss at some number of tokens, which times the
@@ -16,15 +16,13 @@ import argparse
 import json
 import math
 import os
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import PIPE, STDOUT, Popen
 
 import numpy as np
 import pandas as pd
@@ -44,128 +42,88 @@ from acceleron.training.checkpoint import assign_weights, load_checkpoint
 from .corpus import write_corpus
 from .rows import Results, Row, progress
 
-ROOT = Path(__file__).resolve().parent.parent
-TUNING_SEED = 1000
-TUNING_SHARE = 0.5  # of the steps
-
-
-class Preset(NamedTuple):
-    size: str
-    vocab_size: int
-    characters: int
-    packages: bool  # the text: all installed packages, or the standard library
-    batch_size: int
-    seq_len: int
-    steps: int
-    shares: tuple[float, ...]  # of the steps, for the MoE's smaller budgets
-    rates: tuple[float, ...]  # learning rates to tune with
-    seeds: int
-    at_once: int  # runs side by side, one core each if there are several
-    device: str
-    dtype: str
-
-
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+# flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
 PRESETS = {
-    "cpu": Preset("nano", 2048, 20_000_000, False, 4, 256, 600, (0.8,), (1e-3, 2e-3, 4e-3), 5, 2, "cpu", "fp32"),
-    "gpu": Preset(
-        "tiny", 8192, 200_000_000, True, 32, 2048, 900, (0.6, 0.8), (6e-4, 1.2e-3, 2.4e-3), 5, 1, "cuda", "bf16"
+    "cpu": dict(
+        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, device="cpu", dtype="fp32"),
+        characters=20_000_000, packages=False, steps=600, shares=(0.8,), lr=(1e-3, 2e-3, 4e-3), seeds=5, at_once=2,
     ),
-}
+    "gpu": dict(
+        flags=dict(model_size="tiny", vocab_size=8192, batch_size=32, seq_len=2048, device="cuda", dtype="bf16"),
+        characters=200_000_000, packages=True, steps=900, shares=(0.6, 0.8), lr=(6e-4, 1.2e-3, 2.4e-3), seeds=5,
+        at_once=1,
+    ),
+}  # fmt: skip
+TUNING_SEED = 1000
 
 
-class Training(NamedTuple):
-    """One run of train.py. model: "MoE" or "dense"; purpose: "tuning" or "final"."""
-
-    model: str
-    seed: int
-    rate: float
-    steps: int
-    purpose: str
-
-
-def command(run: Training, preset: Preset, data: str, save_dir: str) -> list[str]:
-    flags = {
-        "data_dir": data, "save_dir": save_dir, "model_size": preset.size, "vocab_size": preset.vocab_size,
-        "batch_size": preset.batch_size, "seq_len": preset.seq_len, "max_steps": run.steps, "lr": run.rate,
-        "seed": run.seed, "num_workers": 1, "log_interval": max(1, run.steps // 20),
-        "eval_interval": max(1, run.steps // 4), "save_interval": run.steps, "device": preset.device,
-        "dtype": preset.dtype,
+def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
+    """Train and score what the row's provider and case describe; set its values, check and details, or `failed`."""
+    steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
+    interval = max(1, steps // 20)
+    flags = plan.flags | {
+        "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps, "num_workers": 1,
+        "lr": row.case["lr"], "seed": row.case["seed"], "log_interval": interval, "eval_interval": max(1, steps // 4),
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += ["--dense"] * (run.model == "dense") + ["--no_compile"] * (preset.device == "cpu")
-    return [sys.executable, str(ROOT / "train.py"), "--no_gradient_checkpointing", *words]
-
-
-def train(run: Training, preset: Preset, directory: str, bar: tqdm) -> Row:
-    """Train on the corpus in <directory>/data and score the checkpoint. The row has `failed` if train.py fails."""
-    data, save_dir = f"{directory}/data", f"{directory}/{'-'.join(map(str, run))}"
-    tokens = run.steps * preset.batch_size * preset.seq_len
-    case = {"size": preset.size, "dtype": preset.dtype, "tokens": tokens}
-    row = Row("quality", run.model, case | {"seed": run.seed, "lr": run.rate, "purpose": run.purpose}, "nats")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if preset.at_once > 1 else {})
-    line, done = "no message", 0
-    with subprocess.Popen(
-        command(run, preset, data, save_dir), env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
+    switches = ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
+    switches += ["--no_compile"] * (flags["device"] == "cpu")
+    command = [sys.executable, str(TRAIN), *switches, *(f"--{name}={value}" for name, value in flags.items())]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if plan.at_once > 1 else {})
+    line = "no message"
+    with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as process:
         for line in process.stdout:
-            if line.startswith("step "):  # "step 30/600 | loss ..."
-                step = int(line.split("/")[0].removeprefix("step "))
-                bar.update(step - done)
-                done = step
-    bar.update(run.steps - done)
+            bar.update(interval * line.startswith("step "))  # a line per logged step
     if process.returncode:
         row.failed = line.strip()
-        return row
+        return
     records = [json.loads(text) for text in Path(save_dir, "metrics.jsonl").read_text().splitlines()]
-    rate = statistics.median(record["tokens_per_second"] for record in records)
+    rate = float(np.median([record["tokens_per_second"] for record in records]))
     curve = [[r["tokens"], r["tokens"] / rate, r["val_loss"]] for r in records if "val_loss" in r]
-    row.details = {"seconds": tokens / rate, "tokens_per_second": rate, "curve": curve}
-    score(row, f"{save_dir}/checkpoint_{run.steps}.pt", data, preset, records[-1]["val_loss"])
-    shutil.rmtree(save_dir)  # a checkpoint of tiny takes 1 GB
-    return row
+    row.details |= {"seconds": row.case["tokens"] / rate, "tokens_per_second": rate, "curve": curve}
+    loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan.flags)
+    row.values, row.check = [loss], "train.py's val_loss against torch's cross_entropy on fp32 logits"
+    row.error = abs(records[-1]["val_loss"] - again) / again
+    row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # the order of summation, or bf16 activations
 
 
 @torch.no_grad()
-def score(row: Row, checkpoint: str, data: str, preset: Preset, reported: float):
-    """Set the row's value, the loss of all held-out text, and its check of the loss that train.py reported."""
+def score(checkpoint: str, data: str, flags: dict) -> tuple[float, float]:
+    """Loss of all held-out text, and of the part of it on which train.py validates."""
     contents = load_checkpoint(checkpoint)
-    model = Acceleron(contents["config"]).to(preset.device)
+    model = Acceleron(contents["config"]).to(flags["device"])
     assign_weights(model, contents, checkpoint, assign=False)
 
     def loss(batches: Iterable[torch.Tensor]) -> float:
         total = count = 0
         for ids in batches:
-            logits, labels = model(ids.to(preset.device)).logits[:, :-1].float(), ids[:, 1:].to(preset.device)
+            ids = ids.to(flags["device"])
+            logits, labels = model(ids).logits[:, :-1].float(), ids[:, 1:]
             total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
             count += labels.numel()
         return total.item() / count
 
-    settings = dict(seq_len=preset.seq_len, vocab_size=preset.vocab_size)
+    settings = dict(seq_len=flags["seq_len"], vocab_size=flags["vocab_size"])
     chunks = Chunks(Shards(data), validation=True, **settings)
-    row.values = [loss(chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1))]
-    again = loss(validation_batches(Shards(data), batch_size=preset.batch_size, **settings))
-    row.check = "train.py's val_loss against torch's cross_entropy on fp32 logits"
-    row.error = abs(reported - again) / again
-    row.allowed = 1e-4 if preset.dtype == "fp32" else 5e-3  # the order of summation, or bf16 activations
+    everything = (chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1))
+    return loss(everything), loss(validation_batches(Shards(data), batch_size=flags["batch_size"], **settings))
 
 
-def final_runs(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """The valid final runs by (device, size, dtype): those of the latest command, whose rows have one date."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def final_runs(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """The valid final runs of each (device, size, dtype) and command, by its date."""
+    found: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         if row.benchmark == "quality" and row.case["purpose"] == "final" and not row.complaint():
-            found.setdefault((row.about["device"], row.case["size"], row.case["dtype"]), []).append(row)
-    for key, runs in found.items():
-        latest = max(row.about["date"] for row in runs)
-        found[key] = [row for row in runs if row.about["date"] == latest]
+            key = row.about.get("device", ""), row.case["size"], row.case["dtype"], row.about.get("date", "")
+            found.setdefault(key, []).append(row)
     return found
 
 
 def interval(values: pd.Series) -> tuple[float, float, float] | None:
     """Mean and 95 % confidence interval by Student's t. None for fewer than two values, or if one is not finite."""
-    found = (values.mean(), *ttest_1samp(values, 0).confidence_interval()) if len(values) > 1 else (math.nan,)
-    return found if np.isfinite(found).all() else None
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return values.mean(), *ttest_1samp(values, 0).confidence_interval()
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
@@ -180,9 +138,9 @@ def tokens_to_reach(loss: float, losses: pd.Series) -> float:
 
 
 def summary(runs: list[Row]) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
-    """Loss difference dense - MoE in nats, and wall-clock ratio MoE / dense, each with its interval, or None: unknown.
+    """Loss difference dense - MoE in nats, and wall-clock ratio MoE / dense, each with its interval; None: unknown.
 
-    runs: the final runs of one size, dtype and device. Only seeds of both models count.
+    runs: the final runs of one command, size and dtype. Seeds that lack a model do not count.
     """
     cells = [(row.provider, row.case["seed"], row.case["tokens"], row.median, row.details["seconds"]) for row in runs]
     frame = pd.DataFrame(cells, columns=["model", "seed", "tokens", "loss", "seconds"])
@@ -196,32 +154,37 @@ def summary(runs: list[Row]) -> tuple[tuple[float, float, float] | None, tuple[f
     return interval(full.loss.dense - full.loss.MoE), ratio and tuple(map(math.exp, ratio))
 
 
-def train_all(preset: Preset, directory: str, results: Results) -> list[Row]:
-    """Tune both models, then train them with every seed. Returns the rows of the final runs."""
+def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
+    """Write the text to `data`, tune both models, and train them with every seed. Returns the final runs' rows."""
     print("preparing the text", flush=True)
-    corpus = write_corpus(f"{directory}/data", preset.vocab_size, preset.characters, preset.packages)
+    corpus = write_corpus(data, plan.flags["vocab_size"], plan.characters, plan.packages)
     print(corpus, flush=True)
-    short, models, seeds = round(preset.steps * TUNING_SHARE), ("MoE", "dense"), range(1, preset.seeds + 1)
-    budgets = [round(preset.steps * share) for share in preset.shares]
-    total = 2 * len(preset.rates) * short + preset.seeds * (2 * preset.steps + sum(budgets))
 
-    def one(run: Training) -> Row:
-        row = train(run, preset, directory, bar)
-        row.details["corpus"] = corpus
+    def run(purpose: str, model: str, seed: int, lr: float, share: float) -> Row:
+        tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
+        case = {"size": plan.flags["model_size"], "dtype": plan.flags["dtype"], "tokens": tokens}
+        case |= {"seed": seed, "lr": lr, "purpose": purpose}
+        return Row("quality", model, case, "nats", details={"corpus": corpus})
+
+    def finish(row: Row) -> Row:
+        with tempfile.TemporaryDirectory() as save_dir:  # a checkpoint of tiny takes 1 GB
+            train(row, plan, data, save_dir, bar)
         results.write(row)
-        result = f"FAILED: {row.failed}" if row.failed else f"val_loss {row.median:.4f}"
-        tqdm.write(f"{run.purpose} {run.model}, seed {run.seed}, lr {run.rate:g}, {run.steps} steps: {result}")
+        what = " ".join(map(str, (row.provider, *row.case.values())))
+        tqdm.write(f"{what}: {f'FAILED: {row.failed}' if row.failed else f'val_loss {row.median:.4f}'}")
         return row
 
-    with progress(total=total, unit="step") as bar, ThreadPoolExecutor(preset.at_once) as pool:
-        tuning = [Training(model, TUNING_SEED, lr, short, "tuning") for lr in preset.rates for model in models]
-        tuned = [row for row in pool.map(one, tuning) if not row.complaint()]
-        if {row.provider for row in tuned} != set(models):
+    models, seeds = ("MoE", "dense"), range(1, plan.seeds + 1)
+    total = round(plan.steps * (len(plan.lr) + plan.seeds * (2 + sum(plan.shares))))
+    with progress(total=total, unit="step") as bar, ThreadPoolExecutor(plan.at_once) as pool:
+        tuning = [run("tuning", model, TUNING_SEED, lr, 0.5) for lr in plan.lr for model in models]
+        tuned = sorted((row for row in pool.map(finish, tuning) if not row.failed), key=lambda row: -row.median)
+        best = {row.provider: row.case["lr"] for row in tuned}
+        if set(best) != set(models):
             raise InputError("every tuning run of a model failed: see above")
-        best = {row.provider: row.case["lr"] for row in sorted(tuned, key=lambda row: -row.median)}
-        final = [Training(model, seed, best[model], preset.steps, "final") for seed in seeds for model in models]
-        final += [Training("MoE", seed, best["MoE"], steps, "final") for steps in budgets for seed in seeds]
-        return list(pool.map(one, final))
+        final = [run("final", model, seed, best[model], 1) for seed in seeds for model in models]
+        final += [run("final", "MoE", seed, best["MoE"], share) for share in plan.shares for seed in seeds]
+        return list(pool.map(finish, final))
 
 
 def main():
@@ -230,27 +193,25 @@ def main():
     parser.add_argument("--steps", type=int, help="the whole budget (default: the preset's)")
     parser.add_argument("--seeds", type=int, help="default: the preset's")
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates to tune with (default: the preset's)")
-    parser.add_argument("--output", metavar="DIR", help="directory of results.jsonl (default: in ~/.cache/acceleron)")
+    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
     arguments = parser.parse_args()
     here = resolve_device("auto").type
-    preset = PRESETS[arguments.preset or ("gpu" if here == "cuda" else "cpu")]
-    if preset.device not in (here, "cpu"):
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    plan = Namespace(**PRESETS[arguments.preset or ("gpu" if here == "cuda" else "cpu")] | given)
+    if plan.flags["device"] == "cuda" != here:
         raise InputError("--preset gpu: there is no GPU here; use --preset cpu")
-    given = {"steps": arguments.steps, "seeds": arguments.seeds, "rates": arguments.lr}
-    preset = preset._replace(**{name: value for name, value in given.items() if value is not None})
-    if preset.steps < 20 or preset.seeds < 2 or not all(0 < rate < math.inf for rate in preset.rates):
+    if plan.steps < 20 or plan.seeds < 2 or not all(0 < lr < math.inf for lr in plan.lr):
         raise InputError("--steps: at least 20; --seeds: at least 2; --lr: above 0")
-    device = torch.device(preset.device)
+    device = torch.device(plan.flags["device"])
     results = Results(arguments.output, device)
-    kernels.select("reference", device)  # scoring checks train.py, so it uses other kernels
-    if preset.at_once > 1:
-        torch.set_num_threads(1)  # scoring runs beside another training
-    with tempfile.TemporaryDirectory() as directory:
-        rows = train_all(preset, directory, results)
-    found = summary([row for row in rows if not row.complaint()])
+    kernels.select("reference", device)  # for the scores, which check train.py's own
+    if plan.at_once > 1:
+        torch.set_num_threads(1)  # a score is computed beside another training
+    with tempfile.TemporaryDirectory() as data:
+        rows = train_all(plan, data, results)
     what = ("validation loss, dense baseline - MoE (nats)", "wall clock to the dense baseline's loss, MoE / dense")
-    for name, value in zip(what, found, strict=True):
-        print(f"{name}: " + ("{:.4f}, 95 % interval {:.4f} .. {:.4f}".format(*value) if value else "unknown"))
+    for name, found in zip(what, summary([row for row in rows if not row.failed]), strict=True):
+        print(f"{name}: " + ("{:.4f}, 95 % interval {:.4f} .. {:.4f}".format(*found) if found else "unknown"))
     print(f"wrote {results.path}")
 
 
