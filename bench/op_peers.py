@@ -1,7 +1,7 @@
-"""Who serves an op: Triton, the reference, torch's own ops as they are usually put together, and installed peers.
+"""The providers of an op: Triton, the reference, torch's own ops as they are usually combined, and installed peers.
 
-All providers of an op take its inputs in the same order (see bench/ops.py) and return its outputs in the same order.
-What a peer wants laid out otherwise is its `layout`, done before what is timed, as its users would keep it so.
+All providers of an op take its inputs in the same order (bench/op_cases.py) and return its outputs in the same order.
+`layout` converts the inputs to a peer's own layout. It is not timed, as the peer's users keep their tensors that way.
 """
 
 import importlib
@@ -23,30 +23,31 @@ from acceleron.attention import FLASH_PACKAGES, best_sdpa, causal_attention, fin
 from acceleron.device import missing_compiler
 from acceleron.kernels import reference
 
+from .op_cases import GEMMS, Case
+
 EPS = 1e-6
 # A provider's error may be this many times the reference's own in the same dtype.
 FACTOR = 1.5
 
 
 class Provider(NamedTuple):
-    """Who serves an op. `absent` is why it can't be had; `run` is then None.
+    """An implementation of an op, or the reason why it is `absent`.
 
-    layout: from the op's inputs to those of `run`, differentiable, not timed. in_place: whether it overwrites them.
-    factor: how many times the reference's error it may have; above FACTOR with a reason where it is made.
+    layout: from the op's inputs to those of `run`, differentiable, not timed. factor: how many times the reference's
+    error it may have; above FACTOR with a reason where it is made.
     """
 
     name: str
     run: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     absent: str | None = None
     layout: Callable[..., tuple] | None = None
-    in_place: bool = False
     factor: float = FACTOR
 
 
 def ours(op: str, functions: dict[str, Callable]) -> Callable:
-    """Our op in terms of the benchmark's inputs; `functions` has Triton's or the reference's, by name."""
+    """Our op as a function of the case's inputs; `functions` has Triton's or the reference's, by name."""
     if op == "expert_mlp":
-        # From the chosen experts on: the peers build their plans in here, too.
+        # From the top-k ids on: the peers build their dispatch plans in here, too.
         def run(x_TD, weights_TK, experts_TK, w13_E2FD, w2_EDF):
             plan = functions["dispatch_plan"](experts_TK, w13_E2FD.shape[0])
             return functions["expert_mlp"](x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
@@ -57,9 +58,11 @@ def ours(op: str, functions: dict[str, Callable]) -> Callable:
     return functions[op]
 
 
-def plain(op: str) -> Callable:
-    """The op in plain PyTorch, of which the truth is made: the reference's; for attention matmuls and a softmax."""
-    return plain_attention if op == "attention" else ours(op, vars(reference))
+def plain(case: Case) -> Callable:
+    """The op in plain PyTorch, which gives the truth: the reference's; for attention matmuls and a softmax."""
+    if case.op in GEMMS:
+        return case.plain
+    return plain_attention if case.op == "attention" else ours(case.op, vars(reference))
 
 
 def plain_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def matmul_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-# torch's own ops, as they are usually put together.
+# torch's own ops, as they are usually combined.
 
 
 def torch_router_logits(x_TD, weight_ED):
@@ -108,6 +111,13 @@ def torch_expert_mlp(x_TD, weights_TK, experts_TK, w13_E2FD, w2_EDF):
     return (y_ND[inverse_TK] * weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
 
 
+def torch_moe(x_TD, router_ED, w13, w2, shared_w13, shared_w2, residual_TD):
+    w13, w2, shared_w13, shared_w2 = (w.to(x_TD.dtype) for w in (w13, w2, shared_w13, shared_w2))
+    weights_TK, experts_TK, *losses = torch_route_top2(torch_router_logits(x_TD, router_ED))
+    routed = torch_expert_mlp(x_TD, weights_TK, experts_TK, w13, w2)
+    return residual_TD + routed + F.linear(torch_swiglu(F.linear(x_TD, shared_w13)), shared_w2), *losses
+
+
 def torch_grouped_gemm(x_ND, w_EFD, plan):
     return F.grouped_mm(x_ND, w_EFD.transpose(1, 2), offs=plan.offsets[1:])
 
@@ -128,6 +138,11 @@ def torch_rope(q_BSHC, k_BSGC, cos_SC, sin_SC):
     return rotate(q_BSHC), rotate(k_BSGC)
 
 
+def torch_split_rope(qkv_BSNC, cos_SC, sin_SC, H, G):
+    q, k, v = qkv_BSNC.split([H, G, G], dim=2)
+    return *torch_rope(q, k, cos_SC, sin_SC), v
+
+
 def torch_rms_norm(x_TD, weight_D, residual_TD):
     total = x_TD + residual_TD
     return F.rms_norm(total, total.shape[-1:], weight_D.to(total.dtype), EPS), total
@@ -143,16 +158,18 @@ TORCH = {
     "route_top2": torch_route_top2,
     "dispatch_plan": torch_dispatch_plan,
     "expert_mlp": torch_expert_mlp,
+    "moe": torch_moe,
     "grouped_gemm": torch_grouped_gemm,
     "swiglu": torch_swiglu,
     "rope": torch_rope,
+    "split_rope": torch_split_rope,
     "rms_norm": torch_rms_norm,
     "linear_cross_entropy": torch_linear_cross_entropy,
     "attention": matmul_attention,
 }
 
 
-# Peers. Each maker gets what its package exports and returns the provider; it runs only where the package is installed.
+# Peers. Each maker imports its package, and returns the provider.
 
 
 def liger_expert_mlp(name: str) -> Provider:
@@ -164,11 +181,12 @@ def liger_expert_mlp(name: str) -> Provider:
 def liger_swiglu(name: str) -> Provider:
     function = importlib.import_module("liger_kernel.transformers.functional").liger_swiglu
 
-    # Its users have gate and up from two GEMMs. Backward writes their gradients over them.
+    # Its users have gate and up from two GEMMs. Backward writes their gradients over them: the times are of values
+    # that change from call to call.
     def halves(gate_up_N2F):
         return tuple(half.contiguous() for half in gate_up_N2F.chunk(2, dim=-1))
 
-    return Provider(name, function, layout=halves, in_place=True)
+    return Provider(name, function, layout=halves)
 
 
 def liger_rope(name: str) -> Provider:
@@ -181,7 +199,7 @@ def liger_rope(name: str) -> Provider:
     def layout(q, k, cos, sin):  # its tables have a batch axis, of 1 where all sequences share them
         return q.clone(), k.clone(), cos[None], sin[None]
 
-    return Provider(name, run, layout=layout, in_place=True)
+    return Provider(name, run, layout=layout)
 
 
 def liger_rms_norm(name: str) -> Provider:
@@ -222,11 +240,6 @@ def moe_ops_expert_mlp(name: str) -> Provider:
     return Provider(name, run)
 
 
-def moe_ops_grouped_gemm(name: str) -> Provider:
-    function = importlib.import_module("moe_ops").grouped_gemm
-    return Provider(name, lambda x, w, plan: function(x, w, plan.offsets))
-
-
 def sonic_moe(name: str) -> Provider:
     function = importlib.import_module("sonicmoe.functional").moe_general_routing_inputs
     activation = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
@@ -240,9 +253,8 @@ def sonic_moe(name: str) -> Provider:
         stream = torch.cuda.current_stream().cuda_stream
         w1, w2 = w13.permute(1, 2, 0), w2.permute(1, 2, 0)
         choices = (weights.flatten(), tokens, experts.flatten())
-        return function(x, *choices, w1, None, w2, None, w13.shape[0], stream, activation, not torch.is_grad_enabled())[
-            0
-        ]
+        inference = not torch.is_grad_enabled()
+        return function(x, *choices, w1, None, w2, None, w13.shape[0], stream, activation, inference)[0]
 
     return Provider(name, run, layout=interleaved)
 
@@ -273,7 +285,6 @@ PEERS = {
         ("sonic-moe", "sonic-moe", sonic_moe),
         ("scattermoe", "scattermoe", scattermoe),
     ],
-    "grouped_gemm": [("moe-ops", "moe-ops", moe_ops_grouped_gemm)],
     "swiglu": [("liger", "liger-kernel", liger_swiglu)],
     "rope": [("liger", "liger-kernel", liger_rope)],
     "rms_norm": [("liger", "liger-kernel", liger_rms_norm)],
@@ -310,7 +321,7 @@ ON_CPU = ("SDPA flash", "SDPA math")
 
 
 def attention_providers(device: torch.device) -> list[Provider]:
-    """What the model uses, each of SDPA's backends, and the flash-attn packages."""
+    """The model's own attention, each of SDPA's backends, and the flash-attn packages."""
 
     def sdpa(q_BSHC, k_BSGC, v_BSGC, context):
         q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
@@ -344,17 +355,20 @@ def attention_providers(device: torch.device) -> list[Provider]:
     return found
 
 
-def providers(op: str, device: torch.device) -> list[Provider]:
-    """All providers of an op, those that are absent with the reason."""
-    if op == "attention":
+def providers(case: Case, device: torch.device) -> list[Provider]:
+    """All providers of a case's op; the absent ones with the reason."""
+    if case.op == "attention":
         return attention_providers(device)
-    reason = kernels._missing or kernels.launch.unavailable(device)
-    triton = Provider("triton", absent=reason) if reason else Provider("triton", ours(op, kernels._triton))
+    reason = kernels.triton_unavailable(device)
+    run = case.ours if case.op in GEMMS else ours(case.op, kernels.TRITON_OPS)
+    found = [
+        Provider("triton", absent=reason) if reason else Provider("triton", run),
+        Provider("reference", plain(case)),
+    ]
+    if case.op in GEMMS:
+        return found
     lacking = missing_compiler(device)
-    compiled = (
-        Provider("torch compiled", absent=f"torch.compile needs {lacking}")
-        if lacking
-        else Provider("torch compiled", torch.compile(TORCH[op], dynamic=False))
-    )
-    rest = [peer(*each, device) for each in PEERS.get(op, [])]
-    return [triton, Provider("reference", plain(op)), Provider("torch", TORCH[op]), compiled, *rest]
+    compiled = None if lacking else torch.compile(TORCH[case.op], dynamic=False)
+    found += [Provider("torch", TORCH[case.op])]
+    found += [Provider("torch compiled", compiled, absent=lacking and f"torch.compile needs {lacking}")]
+    return found + [peer(*each, device) for each in PEERS.get(case.op, [])]

@@ -197,8 +197,8 @@ def contenders(size: str, mode: str, device: torch.device, directory: str, argum
     batch_size, grad_accum, seq_len = batch_shape(size, on_gpu, arguments)
     dtype = dtype_name(resolve_dtype(arguments.dtype, device))
     options = TrainOptions(
-        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, dtype=dtype,
-        device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2 if on_gpu else 1,
+        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
+        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2 if on_gpu else 1,
     )  # fmt: skip
     backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
@@ -273,7 +273,8 @@ def main():
         for size, mode in progress(list(product(sizes, modes)), "sizes and modes"):
             found = contenders(size, mode, device, directory, arguments)
             rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
-            failed |= not all([results.write(row) for row in rows])
+            for row in rows:
+                failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             fastest = max(baselines, key=lambda row: row.median, default=rows[0])
             tqdm.write(f"{size}, {mode}: {json.dumps(rows[0].case)}")
