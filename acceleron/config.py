@@ -44,8 +44,8 @@ class ModelConfig:
     """Everything that fixes a model's parameters and its function.
 
     `d_ff` is the width of one routed expert, `d_ff_shared` that of the shared one. `dense` replaces the MoE by its
-    dense twin: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. Raises InputError for impossible
-    shapes.
+    dense baseline: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. `debug_force_load_balance` routes
+    tokens to the experts in turn while the model is in training mode. Raises InputError for impossible shapes.
     """
 
     vocab_size: int = NAMED_VOCAB_SIZE
@@ -62,6 +62,7 @@ class ModelConfig:
     z_loss_coef: float = 1e-3
     balance_loss_coef: float = 1e-2
     dense: bool = False
+    debug_force_load_balance: bool = False
 
     def __post_init__(self):
         for field in fields(self):

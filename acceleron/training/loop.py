@@ -405,7 +405,7 @@ def _move_aside(path: Path):
 def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
     """The preset with its vocabulary. Raises InputError if the tokenizer has more entries, or nano has none."""
     entries = num_ids(tokenizer) if tokenizer else None
-    overrides = {}
+    overrides = {"debug_force_load_balance": options.debug_force_load_balance}
     if options.vocab_size:
         overrides["vocab_size"] = options.vocab_size
     elif options.model_size == "nano":

@@ -58,6 +58,7 @@ class TrainOptions:
     kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
     deterministic: bool = option(False, "the same bits from the same start on a GPU; a CPU's always are")
     no_compile: bool = option(False, "no torch.compile")
+    debug_force_load_balance: bool = option(False, "route tokens to the experts in turn, for benchmarks and debugging")
     no_gradient_checkpointing: bool = option(False, "keep all activations for the backward pass")
     memory_test: bool = option(
         False, "run a step as it is once the optimizer has state, print the peak memory, and exit"
