@@ -10,6 +10,8 @@ from acceleron import ModelConfig
 from acceleron.config import PRESETS
 from acceleron.kernels import reference
 
+from .gemms import gemm_cases
+
 FORWARD, BOTH = "forward", "forward + backward"
 # Shapes that peers publish, of expert_mlp: label, tokens, and widths. Liger's are 32768 tokens with 8 experts each:
 # with two each, as many rows are 131072.
@@ -44,7 +46,8 @@ class Case:
 
     precision: the dtype it computes in. make: its inputs, in order; those that have a gradient require it. work: by
     pass, the FLOPs of its GEMMs, and the least bytes: every input read once and every output written once.
-    scalar_grad: the gradient of outputs that are scalars.
+    scalar_grad: the gradient of outputs that are scalars. ours, plain: for a GEMM kernel, Triton's function of the
+    inputs and plain PyTorch's.
     """
 
     op: str
@@ -55,6 +58,8 @@ class Case:
     make: Callable[[Draw], tuple]
     work: dict[str, tuple[float, float]]
     scalar_grad: float = 1.0
+    ours: Callable | None = None
+    plain: Callable | None = None
 
 
 def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Case]:
@@ -120,7 +125,6 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
                 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
                 3 * x + fp32_weights, 5 * x + 2 * fp32_weights,
             ),
-            scalar_grad=1.0,
         ),
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
@@ -165,10 +169,36 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
 
 
 OPS = [case.op for case in cases("", PRESETS["tiny"], 1, torch.float32)]
+# The grouped GEMMs, in the order of gemm_cases, by their results. The name up to the hyphen is the kernel's.
+GEMMS = {
+    "up": ("h", "act"), "rows-down": ("y",), "hidden_grad": ("dh", "act", "dscores"), "rows-dx": ("rows",),
+    "weight_grad-w13": ("dw13",), "weight_grad-w2": ("dw2",),
+}  # fmt: skip
+
+
+def gemm_kernel(op: str) -> str | None:
+    """The GEMM kernel that a case of GEMMS launches, as ACCELERON_NO_TMA names it."""
+    return op.partition("-")[0] if op in GEMMS else None
+
+
+def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:
+    """One grouped GEMM. Its tensors are made with its functions, which hold the routing on the tensors' device."""
+    made = {}
+    rows, D, F, wide = 2 * tokens, config.d_model, config.d_ff, op in ("up", "rows-dx", "weight_grad-w13")
+    flops = 2 * rows * D * F * (1 + wide)
+    moved = dtype.itemsize * (rows * (D + F) + config.num_experts * D * F) * (1 + wide)
+
+    def make(draw: Draw) -> tuple:
+        made["gemm"] = gemm_cases(config, tokens, draw.dtype, draw.device)[list(GEMMS).index(op)]
+        return made["gemm"].tensors
+
+    functions = dict(ours=lambda *x: made["gemm"].ours(*x), plain=lambda *x: made["gemm"].plain(*x))
+    inputs = ("dy", "w2", "h") if op == "hidden_grad" else ("a", "b")
+    return Case(op, shape, dtype, inputs, GEMMS[op], make, {FORWARD: (flops, moved)}, **functions)
 
 
 def select_cases(sizes: Iterable[str], ops: Iterable[str], tokens: int, dtype: torch.dtype) -> list[Case]:
-    """The cases of these ops at named sizes, and expert_mlp's at published shapes."""
+    """The cases of these ops at named sizes, and expert_mlp's at published shapes; GEMM kernels first."""
     found = []
     for size in sizes:
         if size in PUBLISHED:
@@ -176,5 +206,7 @@ def select_cases(sizes: Iterable[str], ops: Iterable[str], tokens: int, dtype: t
             these = cases(label, ModelConfig(**widths), published_tokens, dtype)
             found += [case for case in these if case.op == "expert_mlp"]
         else:
-            found += cases(size, ModelConfig.preset(size), tokens, dtype)
+            config = ModelConfig.preset(size)
+            found += [gemm_case(op, size, config, tokens, dtype) for op in GEMMS if op in ops]
+            found += cases(size, config, tokens, dtype)
     return [case for case in found if case.op in ops]

@@ -359,8 +359,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     """All providers of a case's op; the absent ones with the reason."""
     if case.op == "attention":
         return attention_providers(device)
-    reason = kernels.triton_unavailable(device)
-    run = case.ours if case.op in GEMMS else ours(case.op, kernels.TRITON_OPS)
+    reason = kernels._missing or kernels.launch.unavailable(device)
+    run = case.ours if case.op in GEMMS or reason else ours(case.op, kernels._triton)
     found = [
         Provider("triton", absent=reason) if reason else Provider("triton", run),
         Provider("reference", plain(case)),

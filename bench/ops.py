@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from acceleron import kernels
 from acceleron.config import PRESETS
@@ -30,14 +29,15 @@ from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError
 
 from . import timing
-from .op_cases import BOTH, FORWARD, GEMMS, OPS, PUBLISHED, Case, Draw, select_cases
+from .op_cases import BOTH, FORWARD, GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
 from .op_peers import Provider, plain, providers
-from .rows import Results, Row, describe, print_rows, progress, spread
+from .rows import Results, Row, describe, print_rows, progress, say, spread
 from .worker import Failure, Worker
 
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
+OURS = ("triton", "reference")
 # However large the reference's own error is, no provider's may be larger.
 LARGEST_ERROR = 0.05
 
@@ -53,8 +53,8 @@ class Truth(NamedTuple):
 class Settings(NamedTuple):
     """What a worker needs to build the same cases as its parent."""
 
-    sizes: list[str]
-    ops: list[str]
+    sizes: tuple[str, ...]
+    ops: tuple[str, ...]
     tokens: int
     dtype: torch.dtype
     device: torch.device
@@ -189,8 +189,8 @@ def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider],
 
 
 def serve(connection, settings: tuple):
-    """A worker: answers (number, name, timed) with the check of one provider, run once as timed, and
-    (number, names, rounds) with the seconds by name and pass."""
+    """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
+    (number, names, rounds) with the seconds by name and pass; and (number, None, None) once the truth is there."""
     settings = Settings(*settings)
     device = settings.device
     if device.type == "cuda":
@@ -199,7 +199,9 @@ def serve(connection, settings: tuple):
         number, wanted, last = connection.recv()
         try:
             case, named, inputs, truth = prepare(settings, number)
-            if isinstance(wanted, str):
+            if wanted is None:
+                answer = None
+            elif isinstance(wanted, str):
                 answer = check(case, named[wanted], inputs, truth)
                 if last:
                     bind(named[wanted], inputs, truth.output_grads)
@@ -245,6 +247,10 @@ def measure_case(checker: Checker, number: int, case: Case, names: list[str], ro
         about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": name_of_dtype}
         return Row(benchmark, name, about, group=f"{case.op} {case.shape} {step}", **fields)
 
+    try:
+        checker.ask(number, None, None)
+    except Failure as failure:
+        return [row_of(name, step, failed=f"the truth: {failure}") for name in names for step in steps]
     for name in names:
         try:
             passed[name] = checked(checker, number, case, name, bool(rounds))
@@ -278,23 +284,25 @@ def checked(checker: Checker, number: int, case: Case, name: str, timed: bool) -
         if not may_drop_tma(case, name):
             raise
         reason = str(failure)
-    tqdm.write(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
-    listed = os.environ.get("ACCELERON_NO_TMA")
-    os.environ["ACCELERON_NO_TMA"] = f"{listed},{case.op}" if listed else case.op
+    say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
+    os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), gemm_kernel(case.op)])
     checker.close()  # the next worker inherits the variable
     what, error, allowed = checker.ask(number, name, timed)
     return f"{what} (without TMA; with it: {reason})", error, allowed
 
 
+def without_tma() -> list[str]:
+    return [name for name in os.environ.get("ACCELERON_NO_TMA", "").split(",") if name]
+
+
 def may_drop_tma(case: Case, name: str) -> bool:
-    listed = os.environ.get("ACCELERON_NO_TMA", "").split(",")
-    return name == "triton" and case.op in GEMMS and not {case.op, "all"} & set(listed)
+    return name == "triton" and case.op in GEMMS and not {gemm_kernel(case.op), "all"} & set(without_tma())
 
 
 def fallbacks(rows: list[Row]) -> Row | None:
-    """The environment that avoids the kernels that failed; None if none did."""
-    wrong = {row.case["op"] for row in rows if row.provider == "triton" and not row.absent and row.complaint()}
-    names = sorted(wrong & set(kernels.OPS))
+    """The environment that avoids the kernels that failed where the reference did not; None if there are none."""
+    wrong = {provider: {row.case["op"] for row in rows if row.provider == provider and row.failed} for provider in OURS}
+    names = sorted((wrong["triton"] - wrong["reference"]) & set(OPS))
     values = {"ACCELERON_NO_TMA": os.environ.get("ACCELERON_NO_TMA"), "ACCELERON_REFERENCE_OPS": ",".join(names)}
     values = {name: value for name, value in values.items() if value}
     check = dict(check="the kernels' checks", error=0.0, allowed=0.0)
@@ -304,7 +312,7 @@ def fallbacks(rows: list[Row]) -> Row | None:
 def run_cases(settings: Settings, wanted: list[str] | None, rounds: int, limit: float, results: Results) -> list[Row]:
     """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
     ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
-    rows, absent, checker = [], set(), Checker(settings, limit)
+    rows, absent, avoided, checker = [], set(), {}, Checker(settings, limit)
     try:
         for number, case in enumerate(progress(settings.cases(), "cases")):
             found = [p for p in providers(case, settings.device) if not wanted or p.name in wanted]
@@ -319,9 +327,13 @@ def run_cases(settings: Settings, wanted: list[str] | None, rounds: int, limit: 
             for step in case.work:
                 passes = [row for row in these if row.case["pass"] == step]
                 if passes:
-                    tqdm.write(f"{case.op}, {case.shape}, {step}")
+                    say(f"{case.op}, {case.shape}, {step}")
                     print_rows(passes, baseline="triton" if "triton" in names else names[0])
             rows += these
+            if not rounds and (row := fallbacks(rows)) and row.details != avoided:
+                avoided = row.details
+                results.write(row)
+                say(f"to avoid what failed: {' '.join(f'{k}={v}' for k, v in avoided.items())}")
     finally:
         checker.close()
     if absent:
@@ -352,9 +364,9 @@ def main():
     for flag in ("tokens", "rounds", "limit"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: expected at least 1")
-    if not arguments.check_only and kernels.interpreted():
+    if not arguments.check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    wanted = arguments.provider or (["triton", "reference"] if arguments.check_only else None)
+    wanted = arguments.provider or (OURS if arguments.check_only else None)
     if unknown := sorted(set(wanted or ()) - known_providers(device)):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known_providers(device)))}")
     dtype = DTYPES[arguments.dtype] if arguments.dtype in DTYPES else resolve_dtype(arguments.dtype, device)
@@ -362,10 +374,9 @@ def main():
     sizes, tokens = arguments.size or SIZES[device.type], arguments.tokens or TOKENS[device.type]
     rounds = 0 if arguments.check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
     results = Results(arguments.output, device)
-    rows = run_cases(Settings(sizes, ops, tokens, dtype, device), wanted, rounds, arguments.limit, results)
-    if arguments.check_only and (row := fallbacks(rows)):
-        results.write(row)
-        print("to avoid what failed:", " ".join(f"{name}={value}" for name, value in row.details.items()))
+    rows = run_cases(
+        Settings(tuple(sizes), tuple(ops), tokens, dtype, device), wanted, rounds, arguments.limit, results
+    )
     print(f"wrote {results.path}")
-    if any(row.failed for row in rows if row.provider in ("triton", "reference", "acceleron")):
+    if any(row.failed for row in rows if row.provider in (*OURS, "acceleron")):
         sys.exit(1)

@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
@@ -50,7 +49,7 @@ from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
 from .corpus import write_corpus
-from .rows import Results, Row, print_rows, progress
+from .rows import Results, Row, print_rows, progress, say
 from .shapes import NANO_VOCAB, add_batch_flags, batch_shape
 from .worker import Failure, Worker
 
@@ -97,7 +96,7 @@ def serve(connection, options: TrainOptions):
             try:
                 message = connection.recv()
             except EOFError:
-                os._exit(0)  # the parent has ended, and nothing here is worth saving
+                sys.exit()  # not an error, after which the loop would save a checkpoint
             if isinstance(message, int):
                 break
             answer = figures(run) if message == "figures" else profiled(lambda: step(run, 0.0), device)
@@ -198,7 +197,7 @@ def contenders(size: str, mode: str, device: torch.device, directory: str, argum
     dtype = dtype_name(resolve_dtype(arguments.dtype, device))
     options = TrainOptions(
         data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
-        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2 if on_gpu else 1,
+        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2,
     )  # fmt: skip
     backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
@@ -277,7 +276,7 @@ def main():
                 failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             fastest = max(baselines, key=lambda row: row.median, default=rows[0])
-            tqdm.write(f"{size}, {mode}: {json.dumps(rows[0].case)}")
+            say(f"{size}, {mode}: {json.dumps(rows[0].case)}")
             print_rows(rows, baseline=fastest.provider)
     print(f"wrote {results.path}")
     if failed:
