@@ -16,6 +16,7 @@ imported here, so that a broken installation is reported like any other failure.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ SECONDS = {"first": 230.0, "full": 330.0}
 
 
 class Part(NamedTuple):
-    """A command below `python -m`, the seconds it is planned to take, and its environment."""
+    """The arguments of a Python command, the seconds that it is planned to take, and changes of its environment."""
 
     name: str
     seconds: float
@@ -44,7 +45,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
 
     def bench(command: str, *smoke_flags: str) -> list[str]:
-        words = ["bench", *command.split(), "--output", str(output)]
+        words = ["-m", "bench", *command.split(), "--output", str(output)]
         return [*words, *smoke_flags] if smoke else words
 
     interpreted = {"TRITON_INTERPRET": "1"} if smoke else {}
@@ -70,7 +71,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("throughput and profile", 60, bench(f"{train} --profile --size {one}", *small)),
             # 4 head_dims x 5 backends: 10 ms per call, some 100 calls each, and plain PyTorch's truth.
             Part("attention", 35, bench(f"{attention} {all_sizes}", "--tokens", "48", "--dtype", "fp32")),
-            Part("report", 10, ["bench", "report", str(output)]),
+            Part("report", 10, ["-m", "bench", "report", str(output)]),
         ]
     deterministic = "tests/training/test_resume.py" if smoke else "tests/training/test_cuda_training.py"
     return [
@@ -83,9 +84,9 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
         # As many as there is time for: rows are written one by one.
         Part("ops", 30, bench(f"ops --rounds 5 --limit 30 --size {one} " + "sonicmoe-768" * (not smoke), *few)),
         # Four short runs of nano and their comparison.
-        Part("deterministic", 15, ["pytest", "-q", "-x", "-k", "equals", deterministic]),
+        Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", deterministic]),
         Part("memory", 10, bench(f"memory --size {one}", "--tokens", "32", "--dtype", "fp32")),
-        Part("report", 10, ["bench", "report", str(output)]),
+        Part("report", 10, ["-m", "bench", "report", str(output)]),
     ]
 
 
@@ -107,7 +108,7 @@ def run_part(part: Part, limit: float, log: Log) -> str:
     """Run a part and kill all its processes at the limit. Returns why it failed, or an empty string."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
     process = subprocess.Popen(
-        [sys.executable, "-m", *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+        [sys.executable, *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
 
@@ -138,7 +139,7 @@ def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str
         failed.append(f"{skipped.name}: skipped, no time is left")
     for number, part in enumerate(planned):
         limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :])
-        log.write(f"== {part.name}: python -m {' '.join(part.command)} (at most {limit:.0f} s)")
+        log.write(f"== {part.name}: python {' '.join(part.command)} (at most {limit:.0f} s)")
         began = time.monotonic()
         reason = run_part(part, max(limit, 1), log)
         elapsed = time.monotonic() - began
@@ -171,7 +172,7 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
     lines = [f"FAILED {reason}" for reason in failed] or ["every part is done"]
     for row in rows:
         if row.get("failed") and row["benchmark"] != "part":
-            case = " ".join(str(value) for value in row["case"].values())
+            case = " ".join(str(value) for value in row.get("case", {}).values())
             lines.append(f"FAILED {row['benchmark']}, {row['provider']}, {case}: {row['failed'][:200]}")
     lines += [f"FALLBACK {row['details']}" for row in rows if row["benchmark"] == "fallbacks"]
     measured = [row for row in rows if "median" in row]
@@ -205,7 +206,10 @@ def main():
     arguments = parser.parse_args()
     if arguments.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    seconds = arguments.seconds or SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
+    elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+        parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
+    default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
+    seconds = default if arguments.seconds is None else arguments.seconds
     if not 0 < seconds < 1e6:
         parser.error(f"--seconds {seconds}: expected a number above 0")
     output = arguments.output.resolve()

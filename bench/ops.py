@@ -188,10 +188,9 @@ def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider],
     return case, named, inputs, truth_of(case, inputs, draw)
 
 
-def serve(connection, settings: tuple):
+def serve(connection, settings: Settings):
     """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
     (number, names, rounds) with the seconds by name and pass; and (number, None, None) once the truth is there."""
-    settings = Settings(*settings)
     device = settings.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -225,7 +224,7 @@ class Checker:
     def ask(self, *message):
         """The answer. Raises Failure."""
         if not (self.worker and self.worker.alive):
-            self.worker = Worker(serve, tuple(self.settings))
+            self.worker = Worker(serve, self.settings)
         (answer,) = self.worker.ask(message, self.limit)
         if isinstance(answer, Failure):
             raise answer

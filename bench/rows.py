@@ -50,7 +50,7 @@ class Row:
 
     benchmark: str
     provider: str
-    case: dict
+    case: dict = field(default_factory=dict)
     unit: str = ""
     values: list[float] = field(default_factory=list)
     group: str = ""

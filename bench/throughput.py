@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from acceleron import ModelConfig, kernels
+from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import (
     DTYPES,
@@ -43,7 +43,7 @@ from acceleron.device import (
 )
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
-from acceleron.training import train
+from acceleron.training.loop import model_config, train
 from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
@@ -71,13 +71,11 @@ def serve(connection, options: TrainOptions):
     """A contender's process: the check, then train.py's loop, paused before each step that no round has asked for."""
     device = torch.device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    vocabulary = {"vocab_size": NANO_VOCAB} if options.model_size == "nano" else {}
-    config = ModelConfig.preset(options.model_size, dense=options.dense, **vocabulary)
     connection.recv()
     if not options.no_compile and missing_compiler(device):
         raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
     check = check_gradients(
-        config, device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
+        model_config(options, None), device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
         compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing,
     )  # fmt: skip
     connection.send(check)
@@ -197,7 +195,8 @@ def contenders(size: str, mode: str, device: torch.device, directory: str, argum
     dtype = dtype_name(resolve_dtype(arguments.dtype, device))
     options = TrainOptions(
         data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
-        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2,
+        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER,
+        vocab_size=NANO_VOCAB if size == "nano" else None,
     )  # fmt: skip
     backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
