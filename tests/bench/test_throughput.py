@@ -1,0 +1,112 @@
+"""bench throughput: its contenders run train.py's own loop, checked, and a process that fails is a failed row."""
+
+import dataclasses
+import json
+import os
+import signal
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from acceleron.errors import InputError
+from acceleron.training import TrainOptions, train
+from bench import shapes, throughput
+from bench.throughput import Contender, compete
+
+NEVER = throughput.NEVER
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A nano model on random shards."""
+    directory = tmp_path_factory.mktemp("data")
+    np.save(directory / "shard_00000.npy", np.random.default_rng(0).integers(2048, size=(8, 2048)))
+    return TrainOptions(
+        data_dir=str(directory), save_dir=str(directory / "run"), model_size="nano", vocab_size=2048, batch_size=2,
+        seq_len=64, device="cpu", dtype="fp32", kernels="reference", no_compile=True, no_gradient_checkpointing=True,
+        max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, log_interval=1, num_workers=1,
+    )  # fmt: skip
+
+
+def contender(options: TrainOptions, save_dir, **changes) -> Contender:
+    return Contender(dataclasses.replace(options, save_dir=str(save_dir), **changes), "eager", "fp32", limit=600.0)
+
+
+def losses(directory) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_contender_runs_trains_own_loop_and_pauses_between_rounds(options, tmp_path):
+    found = [contender(options, tmp_path / "moe"), contender(options, tmp_path / "dense", dense=True)]
+    moe, dense = compete(found, rounds=2, seconds=1e-9, peak=1e12, with_profile=True)
+    for row in (moe, dense):
+        assert row.complaint() == ""
+        assert 0 < row.error <= row.allowed < 1e-3
+        assert len(row.values) == 2
+        assert row.details["mfu"] == pytest.approx(row.median * row.details["flops_per_token"] / 1e12)
+        assert row.details["start_seconds"] > 0
+        assert any("mm" in op["kernel"] for op in row.details["profile"])
+    assert (moe.provider, dense.provider, moe.group) == ("MoE, reference", "dense, reference", dense.group)
+    assert 0 < moe.details["expert_least_share"] < 1 / 8 < moe.details["expert_most_share"]
+
+
+def test_the_losses_are_those_of_a_run_without_pauses(options, tmp_path):
+    settings = dict(schedule="wsd", warmup_steps=2, lr=1e-3)
+    (row,) = compete([contender(options, tmp_path / "paused", **settings)], 2, 1e-9, 1e12, with_profile=False)
+    assert row.complaint() == ""
+    train(dataclasses.replace(options, save_dir=str(tmp_path / "plain"), max_steps=10, **settings))
+    # One step to start, one to learn its seconds, one per round.
+    assert losses(tmp_path / "paused") == losses(tmp_path / "plain")[:4]
+    assert len(set(losses(tmp_path / "paused"))) == 4
+
+
+def test_a_process_that_dies_is_a_failed_row_and_the_others_go_on(options, tmp_path):
+    dies, lives = contender(options, tmp_path / "dies"), contender(options, tmp_path / "lives")
+    raises = contender(options, tmp_path / "raises", seq_len=96)  # does not divide the rows
+    os.kill(dies.worker.process.pid, signal.SIGKILL)
+    rows = compete([dies, lives, raises], 1, 1e-9, 1e12, with_profile=False)
+    assert rows[0].failed == "the process was killed by SIGKILL"
+    assert rows[1].complaint() == ""
+    assert "seq_len" in rows[2].failed
+    assert rows[0].values == rows[2].values == []
+
+
+def test_a_round_counts_the_tokens_of_its_steps(options, monkeypatch):
+    found = object.__new__(Contender)
+    found.options, found.limit, found.step_seconds = dataclasses.replace(options, grad_accum=3), 1.0, 0.5
+    found.row = throughput.Row("throughput", "MoE", {})
+    asked = []
+    found.ask = lambda message, limit: asked.append(message) or {"seconds": 4.0}
+    found.round(2.6)
+    assert asked == [5]
+    assert found.row.values == [5 * 2 * 3 * 64 / 4.0]
+
+
+def flags(**given) -> Namespace:
+    names = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "kernels"))
+    return Namespace(**(names | dict(dtype="fp32", limit=1.0) | given))
+
+
+def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(throughput, "Worker", lambda serve, options: None)
+    made = {}
+    for mode in throughput.MODES:
+        moe, dense = throughput.contenders("nano", mode, torch.device("cpu"), str(tmp_path), flags())
+        assert dataclasses.replace(moe.options, dense=True, save_dir="") == dataclasses.replace(
+            dense.options, save_dir=""
+        )
+        made[mode] = moe.options
+    assert made["predecessor"].tokens_per_step == 32 * 4 * 512
+    assert not made["predecessor"].no_gradient_checkpointing
+    assert made["balanced"].debug_force_load_balance
+    assert made["deterministic"].deterministic
+    assert made["eager"].no_compile
+    assert not made["compiled"].no_compile
+
+
+@pytest.mark.parametrize("flag", [{"batch_size": 0}, {"seq_len": 3}, {"grad_accum": -1}])
+def test_a_shape_that_no_training_can_have_is_refused(flag):
+    with pytest.raises(InputError, match=f"--{next(iter(flag))}"):
+        shapes.batch_shape("tiny", False, flags(**flag))
