@@ -1,4 +1,4 @@
-"""Every op of acceleron.kernels, and attention, against plain PyTorch, torch's own ops and installed peers.
+"""Every op of acceleron.kernels, and attention, against plain PyTorch, eager and compiled, and installed peers.
 
 python -m bench ops [--size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
 
@@ -350,7 +350,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=[*PRESETS, *PUBLISHED], help="default: by the device")
     parser.add_argument("--op", nargs="+", choices=[*OPS, *GEMMS], help="default: all")
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as triton or 'torch compiled'")
+    parser.add_argument(
+        "--provider", nargs="+", metavar="NAME", help="only these, such as triton or 'reference compiled'"
+    )
     parser.add_argument("--tokens", type=int, help="at the model sizes; default 65536 on a GPU, 256 on a CPU")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--device", default="auto")
