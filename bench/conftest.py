@@ -10,7 +10,7 @@ from acceleron.device import resolve_device, resolve_dtype
 
 from .op_cases import OPS, PUBLISHED
 from .op_peers import providers
-from .ops import DTYPES, TOKENS, Settings
+from .ops import BOTH, DTYPES, FORWARD, TOKENS, Settings
 
 DEFAULT_SIZES = {"cuda": ["tiny"], "cpu": ["nano"]}
 
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc):
     settings, params = metafunc.config.settings, []
     for number, case in enumerate(settings.cases()):
         for provider in providers(case, settings.device):
-            for step in case.work:
+            for step in (FORWARD,) if case.op == "dispatch_plan" else (FORWARD, BOTH):
                 group = f"{case.op}, {case.shape}, {step}"
                 marks = [pytest.mark.benchmark(group=group, timer=_clock, max_time=0.25)]
                 marks += [pytest.mark.skip(provider.absent)] if provider.absent else []

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import groupby, product
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError
 
 from . import timing
-from .op_cases import BOTH, FORWARD, GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
+from .op_cases import GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
 from .op_peers import Provider, plain, providers
 from .rows import Results, Row, describe, print_rows, progress, say, spread
 from .worker import Failure, Worker
@@ -37,6 +38,7 @@ from .worker import Failure, Worker
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
+FORWARD, BOTH = "forward", "forward + backward"
 OURS = ("triton", "reference")
 # However large the reference's own error is, no provider's may be larger.
 LARGEST_ERROR = 0.05
@@ -169,9 +171,19 @@ def bind(provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Cal
     return {FORWARD: forward, BOTH: both}
 
 
-def work_of(case: Case, step: str, seconds: list[float], ceilings: tuple[float, float]) -> dict:
+def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
+    """By pass, the bytes of all inputs and outputs, and of their gradients: each is moved once at least."""
+    with torch.no_grad():
+        outputs = _outputs(plain(case), inputs)
+    floats = [x for x in outputs if x.is_floating_point()]
+    forward = sum(x.nbytes for x in (*inputs, *outputs) if isinstance(x, Tensor))
+    leaves = _leaves(inputs)
+    return {FORWARD: forward} | ({BOTH: forward + sum(x.nbytes for x in (*leaves, *floats))} if leaves else {})
+
+
+def work_of(case: Case, step: str, moved: int, seconds: list[float], ceilings: tuple[float, float]) -> dict:
     """A row's details: FLOPs, bytes, what bounds the op, and its share of this run's measured ceiling."""
-    flops, moved = case.work[step]
+    flops = case.flops * (3 if step == BOTH else 1)
     least = {"compute": flops / ceilings[0], "memory": moved / ceilings[1]}
     bound = max(least, key=least.get)
     share = least[bound] / spread(seconds)[0]
@@ -190,7 +202,7 @@ def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider],
 
 def serve(connection, settings: Settings):
     """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
-    (number, names, rounds) with the seconds by name and pass; and (number, None, None) once the truth is there."""
+    (number, names, rounds) with the seconds by pass and name; and (number, None, None) with the least bytes by pass."""
     device = settings.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -199,14 +211,14 @@ def serve(connection, settings: Settings):
         try:
             case, named, inputs, truth = prepare(settings, number)
             if wanted is None:
-                answer = None
+                answer = least_bytes(case, inputs)
             elif isinstance(wanted, str):
                 answer = check(case, named[wanted], inputs, truth)
                 if last:
                     bind(named[wanted], inputs, truth.output_grads)
             else:
                 calls = {name: bind(named[name], inputs, truth.output_grads) for name in wanted}
-                passes = {step: {name: call[step] for name, call in calls.items()} for step in case.work}
+                passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[wanted[0]]}
                 answer = {step: timing.measure(these, device, last) for step, these in passes.items()}
         except Exception as error:  # a peer may raise anything; a lost CUDA context raises again below
             answer = Failure(describe(error))
@@ -237,37 +249,31 @@ class Checker:
 
 
 def measure_case(checker: Checker, number: int, case: Case, names: list[str], rounds: int, ceilings) -> list[Row]:
-    """Rows of each pass of each provider, checked and, with rounds, timed."""
-    benchmark, rows, passed = "ops" if rounds else "kernels", [], {}
-    steps = case.work if rounds else [list(case.work)[-1]]
-    name_of_dtype = str(checker.settings.dtype).removeprefix("torch.")
-
-    def row_of(name: str, step: str, **fields) -> Row:
-        about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": name_of_dtype}
-        return Row(benchmark, name, about, group=f"{case.op} {case.shape} {step}", **fields)
-
+    """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
+    steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
     try:
-        checker.ask(number, None, None)
+        steps = checker.ask(number, None, None)
+        for name in names:
+            try:
+                passed[name] = checked(checker, number, case, name, bool(rounds))
+            except Failure as failure:
+                reasons[name] = str(failure)
+        timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed]
+        if rounds and timed:
+            seconds = checker.ask(number, timed, rounds)
     except Failure as failure:
-        return [row_of(name, step, failed=f"the truth: {failure}") for name in names for step in steps]
-    for name in names:
-        try:
-            passed[name] = checked(checker, number, case, name, bool(rounds))
-        except Failure as failure:
-            rows += [row_of(name, step, failed=str(failure)) for step in steps]
-    seconds = {}
-    timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed] if rounds else []
-    try:
-        seconds = checker.ask(number, timed, rounds) if timed else {}
-    except Failure as failure:
-        return rows + [row_of(name, step, failed=str(failure)) for name in timed for step in steps]
-    for name, (what, error, allowed) in passed.items():
-        for step in steps:
-            row = row_of(name, step, check=what, error=error, allowed=allowed)
-            if name in timed:
-                row.unit, row.values = "s", seconds[step][name]
-                row.details = work_of(case, step, row.values, ceilings)
-            rows.append(row)
+        reasons |= {name: str(failure) for name in names if name not in reasons}
+    rows = []
+    for step, name in product(steps if rounds else list(steps)[-1:], names):
+        dtype = str(checker.settings.dtype).removeprefix("torch.")
+        about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": dtype}
+        row = Row("ops" if rounds else "kernels", name, about, group=f"{case.op} {case.shape} {step}")
+        row.failed = reasons.get(name, "")
+        row.check, row.error, row.allowed = passed.get(name, ("", None, None))
+        if name in seconds.get(step, {}) and not row.failed:
+            row.unit, row.values = "s", seconds[step][name]
+            row.details = work_of(case, step, steps[step], row.values, ceilings)
+        rows.append(row)
     return rows
 
 
@@ -323,11 +329,9 @@ def run_cases(settings: Settings, wanted: list[str] | None, rounds: int, limit: 
             these = measure_case(checker, number, case, names, rounds, ceilings)
             for row in these:
                 results.write(row)
-            for step in case.work:
-                passes = [row for row in these if row.case["pass"] == step]
-                if passes:
-                    say(f"{case.op}, {case.shape}, {step}")
-                    print_rows(passes, baseline="triton" if "triton" in names else names[0])
+            for step, passes in groupby(these, key=lambda row: row.case["pass"]):
+                say(f"{case.op}, {case.shape}, {step}")
+                print_rows(list(passes), baseline=names[0])
             rows += these
             if not rounds and (row := fallbacks(rows)) and row.details != avoided:
                 avoided = row.details
