@@ -58,7 +58,7 @@ def test_sixteen_bits_are_held_to_the_reference_in_16_bits():
 
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
 def test_compiled_and_checkpointed():
-    assert check(config=replace(CONFIG, num_layers=2), compiled=True, checkpointing=True).passed
+    assert check(compiled=True, checkpointing=True).passed
 
 
 def test_a_wrong_gradient_is_named(monkeypatch):
@@ -126,8 +126,6 @@ def test_a_run_on_wrong_kernels_stops_before_it_writes(options, tmp_path, monkey
     with pytest.raises(InputError, match=message):
         train(options("run"))
     assert not (tmp_path / "run").exists()
-    train(options("run", kernels="triton"))  # as asked for
-    assert (tmp_path / "run" / "checkpoint_1.pt").exists()
 
 
 def test_a_run_on_failing_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
