@@ -56,7 +56,7 @@ class _MoE(torch.autograd.Function):
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
         rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13, w2, dtype13, dtype2
+            dy_TD, x_TD, h_N2F, weights_TK, order, offsets, w13, w2, dtype13, dtype2
         )
         dlogits_TE = route_backward(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance)
         if router_dtype:
