@@ -96,12 +96,12 @@ class ModelConfig:
 
     @property
     def d_ff_dense(self) -> int:
-        """Width of the dense twin's SwiGLU."""
+        """Width of the dense baseline's SwiGLU."""
         return 2 * self.d_ff + self.d_ff_shared
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
-        """A named size, or its dense twin. Nano has no vocabulary of its own: pass `vocab_size`."""
+        """A named size, or its dense baseline. Nano has no vocabulary of its own: pass `vocab_size`."""
         if size not in PRESETS:
             raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[size], dense=dense, **overrides)

@@ -19,7 +19,7 @@ class MoEStats(NamedTuple):
 
 
 class SwiGLU(nn.Module):
-    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the whole feed-forward layer of the dense twin."""
+    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the feed-forward layer of the dense baseline."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
