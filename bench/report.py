@@ -69,16 +69,13 @@ def latest(rows: list[Row]) -> pd.DataFrame:
 
 def baseline(row: Row, rows: list[Row]) -> Row | None:
     """The row that this one is relative to: the fastest dense row of its case and rounds, or else the first row."""
-
-    def rounds(row: Row) -> tuple:
-        return row.group, row.case, row.about | {"versions": ""}  # more packages are imported as a command runs
-
-    same = [other for other in rows if row.group and rounds(other) == rounds(row)]
+    group, date = row.group, row.about.get("date")
+    same = [r for r in rows if group and (r.group, r.about.get("date"), r.case) == (group, date, row.case)]
     if len(same) < 2:
         return None
-    if row.benchmark == "throughput":
-        same = sorted((other for other in same if other.provider.startswith("dense")), key=lambda other: -other.median)
-    return same[0] if same else None
+    if row.benchmark != "throughput":
+        return same[0]
+    return max((r for r in same if r.provider.startswith("dense")), key=lambda r: r.median, default=None)
 
 
 def not_measured(frame: pd.DataFrame) -> str:
@@ -162,13 +159,14 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
         raise InputError("--compare: no row has the benchmark, provider, case, device and switches of a row there")
     lines = []
     for line in both.itertuples():
-        row, mark = line.row, f"regression, {line.why}" if line.why.startswith("FAILED") else ""
-        old, new = (spread(values) if values else (0.0, 0.0, 0.0) for values in (line.row_before.values, row.values))
-        floor = (LOSS_FLOOR if row.unit == "nats" else FLOOR) * old[0]
-        if not line.why and (old[2] < new[1] or new[2] < old[1]) and abs(new[0] - old[0]) > floor:
-            mark = "improvement" if (new[0] > old[0]) == row.unit.endswith("/s") else "regression"
+        row, mark, figures = line.row, f"regression, {line.why}" if line.why.startswith("FAILED") else "", {}
+        if line.row_before.values and row.values and not line.why:
+            (old, *before), (new, *now) = spread(line.row_before.values), spread(row.values)
+            apart = before[1] < now[0] or now[1] < before[0]
+            if apart and abs(new - old) > (LOSS_FLOOR if row.unit == "nats" else FLOOR) * old:
+                mark = "improvement" if (new > old) == row.unit.endswith("/s") else "regression"
+                figures = {"before": ranged((old, *before)), "now": ranged((new, *now)), "unit": row.unit}
         if mark:
-            figures = {"before": ranged(old), "now": ranged(new), "unit": row.unit}
             lines.append({"mark": mark} | {key: getattr(line, key) for key in KEYS} | figures)
     return sorted(lines, key=lambda line: line["mark"], reverse=True)
 
@@ -208,4 +206,5 @@ def main():
     print(f"wrote {output / 'report.md'}")
     for line in changed or ():
         print(text_of(line))
-    sys.exit(any(line["mark"].startswith("regression") for line in changed or ()))
+    if any(line["mark"].startswith("regression") for line in changed or ()):
+        sys.exit(1)
