@@ -85,7 +85,7 @@ def not_measured(frame: pd.DataFrame) -> str:
         what = [f"{row.provider} ({row.case})" if row.case else row.provider for row in found[:5].itertuples()]
         what += [f"{len(found) - 5} more"] * (len(found) > 5)
         lines.append("- " + escape(f"{benchmark}, {why}: {'; '.join(what)}"))
-    return "\n".join(lines) or "Everything was measured and passed its check."
+    return "\n".join(lines) or "Every row passed its check."
 
 
 def speed(rows: list[Row]) -> list[dict]:
@@ -140,7 +140,7 @@ def section(name: str, rows: list[Row], sources: list[dict]) -> str:
     frame = pd.DataFrame(lines).rename(columns=lambda head: head.replace("_", " "))
     frame["error / allowed"] = [f"{escape(float(row.error))} / {escape(float(row.allowed))}" for row in rows]
     frame["source"] = [sources.index(row.about) + 1 for row in rows]
-    common = [head for head in frame if frame[head].nunique(dropna=False) == 1]
+    common = [head for head in frame if frame[head].astype(str).nunique() == 1]
     above = ", ".join(f"{escape(head)} {text}" for head in common if (text := escape(frame[head][0])))
     checks = escape("; ".join(dict.fromkeys(row.check for row in rows)))
     blocks = [f"## {escape(name)}", above, markdown(frame.drop(columns=common))]
