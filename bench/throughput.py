@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from unittest import mock
@@ -74,10 +75,9 @@ def serve(connection, options: TrainOptions):
     connection.recv()
     if not options.no_compile and missing_compiler(device):
         raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
-    check = check_gradients(
-        model_config(options, None), device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
-        compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing,
-    )  # fmt: skip
+    shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
+    mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
+    check = check_gradients(model_config(options, None), device, dtype, options.kernels, **shape, **mode)
     connection.send(check)
     connection.recv()
     began, step, left = time.perf_counter(), Run.step, 1
@@ -112,7 +112,12 @@ def serve(connection, options: TrainOptions):
         left -= 1
 
     reset_peak_memory(device)
-    with mock.patch.object(Run, "step", paused_step):
+    with (
+        mock.patch.object(Run, "step", paused_step),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         train(options)
 
 
@@ -120,9 +125,11 @@ def figures(run: Run) -> dict:
     """What a contender knows after its rounds."""
     options, config = run.options, run.model.config
     flops = flops_per_token(config, run.model.num_parameters()[1], options.seq_len)
-    statistics = run.read_statistics()
-    shares = {name: statistics[name] for name in ("expert_least_share", "expert_most_share") if name in statistics}
-    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops, "loss": statistics["loss"]} | shares
+    statistics = run.read_statistics() if run.unread_steps else {}
+    kept = {
+        name: statistics[name] for name in ("loss", "expert_least_share", "expert_most_share") if name in statistics
+    }
+    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops} | kept
 
 
 def profiled(step, device: torch.device) -> list[dict]:
