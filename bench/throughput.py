@@ -27,9 +27,8 @@ from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
-from acceleron import ModelConfig, kernels
+from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import (
     DTYPES,
@@ -44,13 +43,13 @@ from acceleron.device import (
 )
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
-from acceleron.training import train
+from acceleron.training.loop import model_config, train
 from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
 from .corpus import write_corpus
-from .rows import Results, Row, print_rows, progress
+from .rows import Results, Row, print_rows, progress, say
 from .shapes import NANO_VOCAB, add_batch_flags, batch_shape
 from .worker import Failure, Worker
 
@@ -72,13 +71,11 @@ def serve(connection, options: TrainOptions):
     """A contender's process: the check, then train.py's loop, paused before each step that no round has asked for."""
     device = torch.device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    vocabulary = {"vocab_size": NANO_VOCAB} if options.model_size == "nano" else {}
-    config = ModelConfig.preset(options.model_size, dense=options.dense, **vocabulary)
     connection.recv()
     if not options.no_compile and missing_compiler(device):
         raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
     check = check_gradients(
-        config, device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
+        model_config(options, None), device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
         compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing,
     )  # fmt: skip
     connection.send(check)
@@ -97,7 +94,7 @@ def serve(connection, options: TrainOptions):
             try:
                 message = connection.recv()
             except EOFError:
-                os._exit(0)  # the parent has ended, and nothing here is worth saving
+                sys.exit()  # not an error, after which the loop would save a checkpoint
             if isinstance(message, int):
                 break
             answer = figures(run) if message == "figures" else profiled(lambda: step(run, 0.0), device)
@@ -197,8 +194,9 @@ def contenders(size: str, mode: str, device: torch.device, directory: str, argum
     batch_size, grad_accum, seq_len = batch_shape(size, on_gpu, arguments)
     dtype = dtype_name(resolve_dtype(arguments.dtype, device))
     options = TrainOptions(
-        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, dtype=dtype,
-        device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2 if on_gpu else 1,
+        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
+        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER,
+        vocab_size=NANO_VOCAB if size == "nano" else None,
     )  # fmt: skip
     backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
@@ -273,10 +271,11 @@ def main():
         for size, mode in progress(list(product(sizes, modes)), "sizes and modes"):
             found = contenders(size, mode, device, directory, arguments)
             rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
-            failed |= not all([results.write(row) for row in rows])
+            for row in rows:
+                failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             fastest = max(baselines, key=lambda row: row.median, default=rows[0])
-            tqdm.write(f"{size}, {mode}: {json.dumps(rows[0].case)}")
+            say(f"{size}, {mode}: {json.dumps(rows[0].case)}")
             print_rows(rows, baseline=fastest.provider)
     print(f"wrote {results.path}")
     if failed:
