@@ -23,7 +23,8 @@ def bars(rows: list[Row]) -> Figure:
     """Tokens/s of throughput rows with p20 and p80, a panel for each size and device."""
     lines = []
     for row in rows:
-        case = ", ".join(str(value) for name, value in row.case.items() if name != "size")
+        fields = [str(value) for name, value in row.case.items() if name != "size"]
+        case = ", ".join([*fields, *row.about.get("switches", {})])
         panel = f"{row.case['size']}, {row.about.get('device')}"
         lines.append((panel, case, row.provider, *spread(row.values)))
     frame = pd.DataFrame(lines, columns=["panel", "case", "provider", "median", "p20", "p80"])
@@ -55,8 +56,8 @@ def losses(runs: dict[tuple[str, str, str, str], list[Row]]) -> Figure:
                 left.plot(tokens, loss, linewidth=width, **look)
                 right.plot(seconds, loss, linewidth=width, **look)
             left.lines[-1].set_label(f"{model}, {budget:,} tokens")
-        left.set(xlabel="tokens", ylabel="validation loss (nats)", title=", ".join(title))
-        right.set(xlabel="training wall clock (s)")
+        left.set(xlabel="tokens", ylabel="validation loss (nats)", title=", ".join(title[:3]))
+        right.set(xlabel="training wall clock (s)", title=title[3])
         left.legend()
     return figure
 

@@ -40,7 +40,7 @@ from acceleron.errors import InputError
 from acceleron.training.checkpoint import assign_weights, load_checkpoint
 
 from .corpus import write_corpus
-from .rows import Results, Row, progress
+from .rows import Results, Row, progress, say
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
@@ -156,9 +156,9 @@ def summary(runs: list[Row]) -> tuple[tuple[float, float, float] | None, tuple[f
 
 def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
     """Write the text to `data`, tune both models, and train them with every seed. Returns the final runs' rows."""
-    print("preparing the text", flush=True)
+    say("preparing the text")
     corpus = write_corpus(data, plan.flags["vocab_size"], plan.characters, plan.packages)
-    print(corpus, flush=True)
+    say(corpus)
 
     def run(purpose: str, model: str, seed: int, lr: float, share: float) -> Row:
         tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
@@ -171,7 +171,7 @@ def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
             train(row, plan, data, save_dir, bar)
         results.write(row)
         what = " ".join(map(str, (row.provider, *row.case.values())))
-        tqdm.write(f"{what}: {f'FAILED: {row.failed}' if row.failed else f'val_loss {row.median:.4f}'}")
+        say(f"{what}: {f'FAILED: {row.failed}' if row.failed else f'val_loss {row.median:.4f}'}")
         return row
 
     models, seeds = ("MoE", "dense"), range(1, plan.seeds + 1)

@@ -24,9 +24,7 @@ KEYS = ["benchmark", "provider", "case", "device", "switches"]  # rows of equal 
 UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2**20), "FLOP/s": ("TFLOP/s", 1e12), "bytes/s": ("GB/s", 1e9)}
 HIDDEN = {"flops", "bytes", "flops_per_token", "peak_flops", "ceiling_flops", "ceiling_bytes", "val_tokens", "loss"}
 PROFILED = 15  # kernels of a profile that are shown
-RANGES = (
-    "Ranges are p20 .. p80, and 95 % confidence intervals over seeds. `relative` is to the line of 1, round by round."
-)
+RANGES = "Ranges: p20 .. p80, or 95 % confidence over seeds. `relative`: to the line of the same rounds with 1."
 # Two runs on one machine differ by more than the rounds of each. Smaller changes are not marked; a loss is steadier.
 FLOOR, LOSS_FLOOR = 0.05, 0.005
 
@@ -76,6 +74,8 @@ def baseline(row: Row, rows: list[Row]) -> Row | None:
         return row.group, row.case, row.about | {"versions": ""}  # more packages are imported as a command runs
 
     same = [other for other in rows if row.group and rounds(other) == rounds(row)]
+    if len(same) < 2:
+        return None
     if row.benchmark == "throughput":
         same = sorted((other for other in same if other.provider.startswith("dense")), key=lambda other: -other.median)
     return same[0] if same else None
@@ -85,9 +85,9 @@ def not_measured(frame: pd.DataFrame) -> str:
     """A line for each reason why rows are no results; what failed comes first."""
     lines = []
     for (why, benchmark), found in frame[frame.why != ""].groupby(["why", "benchmark"]):
-        what = "; ".join((found.provider + " (" + found.case + ")")[:5])
-        more = f"; {len(found) - 5} more" if len(found) > 5 else ""
-        lines.append("- " + escape(f"{benchmark}, {why}: {what}{more}"))
+        what = [f"{row.provider} ({row.case})" if row.case else row.provider for row in found[:5].itertuples()]
+        what += [f"{len(found) - 5} more"] * (len(found) > 5)
+        lines.append("- " + escape(f"{benchmark}, {why}: {'; '.join(what)}"))
     return "\n".join(lines) or "Everything was measured and passed its check."
 
 
@@ -121,13 +121,15 @@ def quality(rows: list[Row]) -> list[dict]:
 
 
 def section(name: str, rows: list[Row], sources: list[dict]) -> str:
-    """A benchmark's table, and its profiles. What all lines have in common stands above the table."""
+    """A benchmark's table, and its profiles. What all rows have in common stands above the table."""
     lines, profiles = [], []
     for row in rows:
         unit, size = UNITS.get(row.unit, (row.unit, 1))
-        line = row.case | {"device": row.about.get("device"), "switches": text_of(row.about.get("switches", {}))}
-        line |= {"provider": row.provider} | ({unit: ranged(spread(row.values), size)} if row.values else {})
-        if base := baseline(row, rows):
+        line = row.case | {"device": row.about.get("device", ""), "switches": text_of(row.about.get("switches", {}))}
+        line["provider"] = row.provider
+        if row.values:
+            line[unit] = ranged(spread(row.values), size)
+        if row.values and (base := baseline(row, rows)):
             line["relative"] = "1" if base is row else ranged(ratio(row, base))
         for detail, value in row.details.items():
             if detail == "profile":
@@ -141,7 +143,7 @@ def section(name: str, rows: list[Row], sources: list[dict]) -> str:
     frame = pd.DataFrame(lines).rename(columns=lambda head: head.replace("_", " "))
     frame["error / allowed"] = [f"{escape(float(row.error))} / {escape(float(row.allowed))}" for row in rows]
     frame["source"] = [sources.index(row.about) + 1 for row in rows]
-    common = [head for head in frame if len(frame) > 1 and frame[head].nunique(dropna=False) == 1]
+    common = [head for head in frame if frame[head].nunique(dropna=False) == 1]
     above = ", ".join(f"{escape(head)} {text}" for head in common if (text := escape(frame[head][0])))
     checks = escape("; ".join(dict.fromkeys(row.check for row in rows)))
     blocks = [f"## {escape(name)}", above, markdown(frame.drop(columns=common))]
@@ -177,7 +179,7 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
     valid, sources = list(frame.row[frame.why == ""]), []
     for row in valid:
         sources += [row.about] * (row.about not in sources)
-    blocks = [f"# Benchmarks on {escape('; '.join(frame.device.unique()))}", not_measured(frame)]
+    blocks = [f"# Benchmarks on {escape('; '.join(filter(None, frame.device.unique())))}", not_measured(frame)]
     blocks += [markdown(speed(valid)) or "Tokens/s of the MoE and its dense baseline were not measured."]
     blocks += [markdown(quality(valid)), RANGES, *(f"![{name}]({name}.svg)" for name in draw(valid, output))]
     if changed is not None:
