@@ -17,14 +17,24 @@ from .timing import interleave
 CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto", "triton", "reference")}
 
 
-def parse(doc: str, **defaults) -> argparse.Namespace:
-    """Flags with these defaults, --device and --output; `dtype` becomes torch's. Raises InputError for a bad value."""
+def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
+    """Flags with these defaults, --device and --output; `dtype` becomes torch's.
+
+    A default that is a type makes a flag of that type, None if it is not given; a list, one that takes several values.
+    choices: beside CHOICES. Raises InputError for a bad value.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = CHOICES | (choices or {})
     for name, default in ({"device": "auto"} | defaults).items():
-        kind = {"type": type(default), "choices": CHOICES.get(name)}
-        kind |= {"type": str, "nargs": "+"} if isinstance(default, list) else {}
-        kind = {"action": "store_true"} if default is False else kind
-        parser.add_argument(f"--{name}", default=default, help="default: %(default)s", **kind)
+        kind, shown = {"type": default if isinstance(default, type) else type(default)}, "default: %(default)s"
+        if isinstance(default, list):
+            kind = {"type": str, "nargs": "+"}
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
+        if not default or isinstance(default, type):
+            default, shown = None, "default: by the device"
+        parser.add_argument(f"--{name}", default=default, help=shown, choices=choices.get(name), **kind)
     parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
