@@ -102,14 +102,13 @@ def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, .
     return rule(op, device, dtype, sizes, tma)
 
 
-@cache
-def _without_tma(names: str) -> frozenset[str]:
-    """The ops that a value of ACCELERON_NO_TMA names."""
-    ops = frozenset(name.strip() for name in names.split(",") if name.strip())
-    unknown = ops - {*OPS, "all"}
-    if unknown:
+def without_tma() -> set[str]:
+    """The ops that ACCELERON_NO_TMA names. Raises ValueError for an unknown name."""
+    names = os.environ.get("ACCELERON_NO_TMA", "")
+    ops = {name.strip() for name in names.split(",") if name.strip()}
+    if ops - {*OPS, "all"}:
         raise ValueError(f"ACCELERON_NO_TMA={names}: expected names among {', '.join(OPS)} and all")
-    return frozenset(OPS) if "all" in ops else ops
+    return {*OPS} if "all" in ops else ops
 
 
 def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
@@ -117,7 +116,7 @@ def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
 
     TMA needs Hopper or later, a 16-bit dtype, 16-byte aligned pointers, and rows of a multiple of 16 bytes.
     """
-    if op in _without_tma(os.environ.get("ACCELERON_NO_TMA", "")):
+    if op in without_tma():
         return False
     if device.arch != "interpreter" and (device.arch.startswith("gfx") or int(device.arch[3:]) < 90):
         return False
@@ -148,8 +147,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
-    if not tma:  # addresses and masks take the registers of a larger tile
-        return Config(64, 32 if op == "up" else 64, 32, 4, 3)
+    if not tma:  # addresses and masks take the registers of a larger tile; hidden_grad's epilogue those of four warps
+        return Config(64, 32 if op == "up" else 64, 32, 8 if op == "hidden_grad" else 4, 3)
     if op == "up" and dtype == torch.float16:
         return Config(128, 64, 64, 8, 4, flatten=device.arch == "sm_90")  # wider, ptxas serialises it without h
     if op == "up":

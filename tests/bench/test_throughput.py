@@ -39,11 +39,12 @@ def losses(directory) -> list[float]:
 
 
 def test_a_contender_runs_trains_own_loop_and_pauses_between_rounds(options, tmp_path):
-    found = [contender(options, tmp_path / "moe"), contender(options, tmp_path / "dense", dense=True)]
+    own = dict(log_interval=3)  # the fourth step's statistics are unread at the end
+    found = [contender(options, tmp_path / "moe", **own), contender(options, tmp_path / "dense", dense=True, **own)]
     moe, dense = compete(found, rounds=2, seconds=1e-9, peak=1e12, with_profile=True)
     for row in (moe, dense):
         assert row.complaint() == ""
-        assert 0 < row.error <= row.allowed < 1e-3
+        assert row.error <= row.allowed < 1e-3
         assert len(row.values) == 2
         assert row.details["mfu"] == pytest.approx(row.median * row.details["flops_per_token"] / 1e12)
         assert row.details["start_seconds"] > 0
@@ -94,7 +95,7 @@ def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
     made = {}
     for mode in throughput.MODES:
         moe, dense = throughput.contenders("nano", mode, torch.device("cpu"), str(tmp_path), flags())
-        assert dataclasses.replace(moe.options, dense=True, save_dir="") == dataclasses.replace(
+        assert dataclasses.replace(moe.options, dense=True, save_dir="x") == dataclasses.replace(
             dense.options, save_dir=""
         )
         made[mode] = moe.options
