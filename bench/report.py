@@ -62,7 +62,8 @@ def latest(rows: list[Row]) -> pd.DataFrame:
     for row in rows:
         why = f"absent: {row.absent}" if row.absent else f"FAILED: {row.complaint()}" if row.complaint() else ""
         device, switches, date = (row.about.get(name, "") for name in ("device", "switches", "date"))
-        lines.append((row.benchmark, row.provider, text_of(row.case), device, text_of(switches or {}), date, why, row))
+        case = text_of(dict(sorted(row.case.items())))
+        lines.append((row.benchmark, row.provider, case, device, text_of(switches or {}), date, why, row))
     frame = pd.DataFrame(lines, columns=[*KEYS, "date", "why", "row"])
     return frame.sort_values("date", kind="stable").drop_duplicates(KEYS, keep="last").sort_index()
 

@@ -73,10 +73,14 @@ def test_what_is_no_result_comes_first_with_its_reason_and_without_its_figures(t
     assert "987,654" not in text
 
 
-def test_the_latest_measurement_counts_and_an_unknown_benchmark_is_shown(tmp_path):
+def test_the_latest_measurement_counts_and_an_unknown_benchmark_is_shown_with_its_profile(tmp_path):
     copies = [row("copy", [day * 1e9], "", "new", "bytes/s", {"date": f"2026-11-{day}"}) for day in (22, 23, 21)]
-    copy, gemm = tables(made(tmp_path, *copies, row("GEMM", [8e14, 9e14, 7e14], "", "new", "FLOP/s")))[0]
-    assert (copy["GB/s"], copy["TFLOP/s"], gemm["TFLOP/s"]) == ("23", "", "800 (740 .. 860)")
+    profile = [{"kernel": "up", "calls": 8, "seconds": 0.3}, {"kernel": "rope", "calls": 2, "seconds": 0.1}]
+    gemm = row("GEMM", [8e14, 9e14, 7e14], "", "new", "FLOP/s", details={"profile": profile, "peak_bytes": 2**21})
+    lines, kernels, _ = tables(made(tmp_path, *copies, gemm))
+    assert [line["GB/s"] for line in lines] == ["23", ""]
+    assert (lines[1]["TFLOP/s"], lines[1]["peak MiB"]) == ("800 (740 .. 860)", "2")
+    assert [(line["kernel"], line["share"]) for line in kernels] == [("up", "0.75"), ("rope", "0.25")]
 
 
 def test_text_of_a_row_is_no_markup(tmp_path):
