@@ -141,7 +141,7 @@ def section(name: str, rows: list[Row], sources: list[dict]) -> str:
     frame = pd.DataFrame(lines).rename(columns=lambda head: head.replace("_", " "))
     frame["error / allowed"] = [f"{escape(float(row.error))} / {escape(float(row.allowed))}" for row in rows]
     frame["source"] = [sources.index(row.about) + 1 for row in rows]
-    common = [head for head in frame if frame[head].astype(str).nunique() == 1]
+    common = [head for head in frame if frame[head].astype(str).nunique(dropna=False) == 1]
     above = ", ".join(f"{escape(head)} {text}" for head in common if (text := escape(frame[head][0])))
     checks = escape("; ".join(dict.fromkeys(row.check for row in rows)))
     blocks = [f"## {escape(name)}", above, markdown(frame.drop(columns=common))]
