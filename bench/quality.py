@@ -66,9 +66,9 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
         "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps, "num_workers": 1,
         "lr": row.case["lr"], "seed": row.case["seed"], "log_interval": interval, "eval_interval": max(1, steps // 4),
     }  # fmt: skip
-    switches = ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
-    switches += ["--no_compile"] * (flags["device"] == "cpu")
-    command = [sys.executable, str(TRAIN), *switches, *(f"--{name}={value}" for name, value in flags.items())]
+    command = [sys.executable, str(TRAIN), *(f"--{name}={value}" for name, value in flags.items())]
+    command += ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
+    command += ["--no_compile"] * (flags["device"] == "cpu")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if plan.at_once > 1 else {})
     line = "no message"
     with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as process:

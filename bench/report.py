@@ -62,23 +62,21 @@ def latest(rows: list[Row]) -> pd.DataFrame:
     for row in rows:
         why = f"absent: {row.absent}" if row.absent else f"FAILED: {row.complaint()}" if row.complaint() else ""
         device, switches, date = (row.about.get(name, "") for name in ("device", "switches", "date"))
-        lines.append((row.benchmark, row.provider, text_of(row.case), device, text_of(switches or {}), date, why, row))
+        case = text_of(dict(sorted(row.case.items())))
+        lines.append((row.benchmark, row.provider, case, device, text_of(switches or {}), date, why, row))
     frame = pd.DataFrame(lines, columns=[*KEYS, "date", "why", "row"])
     return frame.sort_values("date", kind="stable").drop_duplicates(KEYS, keep="last").sort_index()
 
 
 def baseline(row: Row, rows: list[Row]) -> Row | None:
     """The row that this one is relative to: the fastest dense row of its case and rounds, or else the first row."""
-
-    def rounds(row: Row) -> tuple:
-        return row.group, row.case, row.about | {"versions": ""}  # more packages are imported as a command runs
-
-    same = [other for other in rows if row.group and rounds(other) == rounds(row)]
+    group, date = row.group, row.about.get("date")
+    same = [r for r in rows if group and (r.group, r.about.get("date"), r.case) == (group, date, row.case)]
     if len(same) < 2:
         return None
-    if row.benchmark == "throughput":
-        same = sorted((other for other in same if other.provider.startswith("dense")), key=lambda other: -other.median)
-    return same[0] if same else None
+    if row.benchmark != "throughput":
+        return same[0]
+    return max((r for r in same if r.provider.startswith("dense")), key=lambda r: r.median, default=None)
 
 
 def not_measured(frame: pd.DataFrame) -> str:
@@ -88,7 +86,7 @@ def not_measured(frame: pd.DataFrame) -> str:
         what = [f"{row.provider} ({row.case})" if row.case else row.provider for row in found[:5].itertuples()]
         what += [f"{len(found) - 5} more"] * (len(found) > 5)
         lines.append("- " + escape(f"{benchmark}, {why}: {'; '.join(what)}"))
-    return "\n".join(lines) or "Everything was measured and passed its check."
+    return "\n".join(lines) or "Every row passed its check."
 
 
 def speed(rows: list[Row]) -> list[dict]:
@@ -143,7 +141,7 @@ def section(name: str, rows: list[Row], sources: list[dict]) -> str:
     frame = pd.DataFrame(lines).rename(columns=lambda head: head.replace("_", " "))
     frame["error / allowed"] = [f"{escape(float(row.error))} / {escape(float(row.allowed))}" for row in rows]
     frame["source"] = [sources.index(row.about) + 1 for row in rows]
-    common = [head for head in frame if frame[head].nunique(dropna=False) == 1]
+    common = [head for head in frame if frame[head].astype(str).nunique(dropna=False) == 1]
     above = ", ".join(f"{escape(head)} {text}" for head in common if (text := escape(frame[head][0])))
     checks = escape("; ".join(dict.fromkeys(row.check for row in rows)))
     blocks = [f"## {escape(name)}", above, markdown(frame.drop(columns=common))]
@@ -162,13 +160,14 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
         raise InputError("--compare: no row has the benchmark, provider, case, device and switches of a row there")
     lines = []
     for line in both.itertuples():
-        row, mark = line.row, f"regression, {line.why}" if line.why.startswith("FAILED") else ""
-        old, new = (spread(values) if values else (0.0, 0.0, 0.0) for values in (line.row_before.values, row.values))
-        floor = (LOSS_FLOOR if row.unit == "nats" else FLOOR) * old[0]
-        if not line.why and (old[2] < new[1] or new[2] < old[1]) and abs(new[0] - old[0]) > floor:
-            mark = "improvement" if (new[0] > old[0]) == row.unit.endswith("/s") else "regression"
+        row, mark, figures = line.row, f"regression, {line.why}" if line.why.startswith("FAILED") else "", {}
+        if line.row_before.values and row.values and not line.why:
+            (old, *before), (new, *now) = spread(line.row_before.values), spread(row.values)
+            apart = before[1] < now[0] or now[1] < before[0]
+            if apart and abs(new - old) > (LOSS_FLOOR if row.unit == "nats" else FLOOR) * old:
+                mark = "improvement" if (new > old) == row.unit.endswith("/s") else "regression"
+                figures = {"before": ranged((old, *before)), "now": ranged((new, *now)), "unit": row.unit}
         if mark:
-            figures = {"before": ranged(old), "now": ranged(new), "unit": row.unit}
             lines.append({"mark": mark} | {key: getattr(line, key) for key in KEYS} | figures)
     return sorted(lines, key=lambda line: line["mark"], reverse=True)
 
@@ -208,4 +207,5 @@ def main():
     print(f"wrote {output / 'report.md'}")
     for line in changed or ():
         print(text_of(line))
-    sys.exit(any(line["mark"].startswith("regression") for line in changed or ()))
+    if any(line["mark"].startswith("regression") for line in changed or ()):
+        sys.exit(1)

@@ -42,6 +42,7 @@ def test_the_headline_is_the_mode_in_which_the_dense_baseline_is_fastest(tmp_pat
     rows = []
     for mode, moe, dense in (("eager", 120.0, 100.0), ("compiled", 110.0, 200.0), ("balanced", 290.0, 300.0)):
         rows += [row("MoE, triton", [moe], mode), row("dense, triton", [dense], mode)]
+    rows += [row(f"MoE, {kernels}", [900.0], case={"size": "small"}) for kernels in ("triton", "reference")]
     [headline] = tables(made(tmp_path, *rows))[0]
     assert (headline["mode"], headline["MoE / dense"], headline["MoE tokens/s"]) == ("compiled", "0.55", "110")
 
@@ -72,10 +73,14 @@ def test_what_is_no_result_comes_first_with_its_reason_and_without_its_figures(t
     assert "987,654" not in text
 
 
-def test_the_latest_measurement_counts_and_an_unknown_benchmark_is_shown(tmp_path):
+def test_the_latest_measurement_counts_and_an_unknown_benchmark_is_shown_with_its_profile(tmp_path):
     copies = [row("copy", [day * 1e9], "", "new", "bytes/s", {"date": f"2026-11-{day}"}) for day in (22, 23, 21)]
-    copy, gemm = tables(made(tmp_path, *copies, row("GEMM", [8e14, 9e14, 7e14], "", "new", "FLOP/s")))[0]
-    assert (copy["GB/s"], copy["TFLOP/s"], gemm["TFLOP/s"]) == ("23", "", "800 (740 .. 860)")
+    profile = [{"kernel": "up", "calls": 8, "seconds": 0.3}, {"kernel": "rope", "calls": 2, "seconds": 0.1}]
+    gemm = row("GEMM", [8e14, 9e14, 7e14], "", "new", "FLOP/s", details={"profile": profile, "peak_bytes": 2**21})
+    lines, kernels, _ = tables(made(tmp_path, *copies, gemm))
+    assert [line["GB/s"] for line in lines] == ["23", ""]
+    assert (lines[1]["TFLOP/s"], lines[1]["peak MiB"]) == ("800 (740 .. 860)", "2")
+    assert [(line["kernel"], line["share"]) for line in kernels] == [("up", "0.75"), ("rope", "0.25")]
 
 
 def test_text_of_a_row_is_no_markup(tmp_path):
@@ -98,37 +103,28 @@ def test_plots_are_reproducible_and_bars_are_as_long_as_the_rates(tmp_path):
     assert moe / dense == pytest.approx(610 / 650, rel=1e-3)
 
 
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    try:
-        return run_command(report.main)
-    except SystemExit as ended:
-        return int(ended.code)
-
-
 CHANGES = [("tokens/s", 0.8, "regression"), ("tokens/s", 1.2, "improvement"), ("s", 1.2, "regression")]
 CHANGES += [("bytes", 0.8, "improvement"), ("s", 1.04, ""), ("nats", 1.01, "regression")]
 
 
 @pytest.mark.parametrize(("unit", "factor", "mark"), CHANGES)
-def test_changes_beyond_the_spread_of_both_are_marked(unit, factor, mark, tmp_path, monkeypatch, capsys):
+def test_changes_beyond_the_spread_of_both_are_marked(unit, factor, mark):
     before = [100.0, 100.1, 100.2]
-    made(tmp_path / "old", row("steady", before, unit=unit), row("noisy", [100.0, 150.0, 200.0], unit=unit))
-    new = row("steady", [factor * x for x in before], unit=unit), row("noisy", [80.0, 120.0, 160.0], unit=unit)
-    made(tmp_path / "new", *new)
-    assert run(monkeypatch, tmp_path / "new", "--compare", tmp_path / "old") == (mark == "regression")
-    found = re.findall(r"mark (\w+), benchmark throughput, provider (\w+)", capsys.readouterr().out)
-    assert found == [(mark, "steady")] * bool(mark)
+    old = [row("steady", before, unit=unit), row("noisy", [100.0, 150.0, 200.0], unit=unit)]
+    new = [row("steady", [factor * x for x in before], unit=unit), row("noisy", [80.0, 120.0, 160.0], unit=unit)]
+    assert [(line["mark"], line["provider"]) for line in report.changes(new, old)] == [(mark, "steady")] * bool(mark)
 
 
-def test_what_fails_now_is_a_regression_and_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypatch, capsys):
     old, new, other = (tmp_path / name for name in ("old", "new", "other"))
     made(old, row("MoE", MOE))
     made(new, row("MoE", failed="illegal address"))
     made(other, row("MoE", MOE, about={"device": "Another GPU"}))
-    assert run(monkeypatch, new, "--compare", old) == 1
+    monkeypatch.setattr(sys, "argv", ["report", str(new), "--compare", str(old)])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        report.main()
     assert "regression, FAILED: illegal address" in (new / "report.md").read_text()
-    capsys.readouterr()
     for wrong in (["nowhere"], [old, "--compare", other], [old, "--output", "/dev/null"]):
-        assert run(monkeypatch, *wrong) == 2
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, wrong)])
+        assert run_command(report.main) == 2
         assert capsys.readouterr().err.count("\n") == 1
