@@ -18,9 +18,9 @@ CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto
 
 
 def parse(doc: str, **defaults) -> argparse.Namespace:
-    """Flags with these defaults, --device and --output; `dtype` becomes torch's. Raises InputError for a bad value."""
+    """Flags with these defaults, and --output; device and dtype become torch's. Raises InputError for a bad value."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in ({"device": "auto"} | defaults).items():
+    for name, default in defaults.items():
         kind = {"type": type(default), "choices": CHOICES.get(name)}
         kind |= {"type": str, "nargs": "+"} if isinstance(default, list) else {}
         kind = {"action": "store_true"} if default is False else kind
@@ -30,7 +30,8 @@ def parse(doc: str, **defaults) -> argparse.Namespace:
     for name, value in vars(arguments).items():
         if type(value) in (int, float) and not 0 < value < 1 << 31:
             raise InputError(f"--{name} {value}: expected a number above 0")
-    arguments.device = resolve_device(arguments.device)
+    if "device" in arguments:
+        arguments.device = resolve_device(arguments.device)
     if "dtype" in arguments:
         arguments.dtype = resolve_dtype(arguments.dtype, arguments.device)
     return arguments
@@ -54,10 +55,10 @@ def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
     rows, samples = [next(entry) for entry in entries], {}
 
     def guarded(row: Row, sample: Callable[[], float]) -> float:
-        value = math.nan
         with failures_in(row):
-            value = value if row.failed else sample()
-        return value
+            if not row.failed:
+                return sample()
+        return math.nan
 
     for index, row in enumerate(progress(rows, "preparing")):
         with failures_in(row):

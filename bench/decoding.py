@@ -46,30 +46,27 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
     return ((logits.amax(dim=1) - chosen) / logits.std(dim=1)).mean().item()
 
 
-def decoder(experts: str, model: Acceleron, dtype: torch.dtype, prompt: Tensor, num_tokens: int):
-    """A function that returns the new tokens."""
-    if not experts:
-        model = prepare_for_inference(model, dtype).to(prompt.device)
-        return lambda: list(generate(model, prompt[0].tolist(), num_tokens, Sampling(temperature=0)))
-    peer = transformers_model(model.config, experts, dtype)
-    load_weights(peer, model)
-    peer.to(prompt.device).eval()
-    settings = dict(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True)
-    settings |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
-    return lambda: peer.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
-
-
 def entry(experts: str, size: str, dtype: torch.dtype, truth: Acceleron, prompt: Tensor, num_tokens: int) -> Iterator:
-    """Ours if `experts` is empty, else GraniteMoeShared with these experts."""
+    """For `compete`: ours if `experts` is empty, else GraniteMoeShared with these experts."""
     provider = f"transformers GraniteMoeShared, {experts} experts" if experts else "Acceleron"
     case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": num_tokens}
-    row, tokens = Row("decoding", provider, case, "tokens/s", group="decoding"), []
+    row, tokens, model = Row("decoding", provider, case, "tokens/s", group="decoding"), [], deciding_model(size)
     yield row
-    decode = decoder(experts, deciding_model(size), dtype, prompt, num_tokens)
+    if experts:
+        peer = transformers_model(model.config, experts, dtype)
+        load_weights(peer, model)
+        peer.to(prompt.device).eval()
+        settings = dict(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True)
+        settings |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
+    else:
+        model = prepare_for_inference(model, dtype).to(prompt.device)
 
     def rate() -> float:
         start = time.perf_counter()
-        tokens[:] = decode()  # a list, so the device is done
+        if experts:
+            tokens[:] = peer.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
+        else:
+            tokens[:] = generate(model, prompt[0].tolist(), num_tokens, Sampling(temperature=0))
         return num_tokens / (time.perf_counter() - start)
 
     yield rate
