@@ -53,6 +53,7 @@ def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
     ends it sets the row's check. Exits with status 1 if one of the first `ours` failed.
     """
     rows, samples = [next(entry) for entry in entries], {}
+    print(f"{rows[0].benchmark}: {rows[0].case}", flush=True)
 
     def guarded(row: Row, sample: Callable[[], float]) -> float:
         with failures_in(row):

@@ -137,39 +137,32 @@ class Contender:
         shape = (self.batch_size, self.seq_len, PRESETS[self.size].d_model)
         x, dy = (torch.randn(shape).bfloat16().to(device, self.dtype) for _ in range(2))
         model, parameters = self._model(device, num_layers=1, vocab_size=128)
-        moe_alone = self.part == "moe layer"
         if hasattr(model, "blocks"):
             layer, tables = model.blocks[0], (model.cos_SC[: self.seq_len], model.sin_SC[: self.seq_len])
-
-            def forward() -> Tensor:
-                if not moe_alone:
-                    return layer(x, *tables, self.checkpointing)[0]
-                return liger_moe(layer.moe, x) if self.source == "liger" else layer.moe(x)[0]
+            forward = {
+                "block": lambda: layer(x, *tables, self.checkpointing)[0],
+                "moe layer": lambda: liger_moe(layer.moe, x) if self.source == "liger" else layer.moe(x)[0],
+            }
         else:
             layer, positions = model.model.layers[0], torch.arange(self.seq_len, device=device)[None]
             tables = model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=device), positions)
-
-            def forward() -> Tensor:
-                if not moe_alone:
-                    return layer(x, None, positions, position_embeddings=tables)
-                return layer.block_sparse_moe(x) + layer.shared_mlp(x)
-
-        prefix = "blocks.0.moe." if moe_alone else "blocks.0."
+            forward = {
+                "block": lambda: layer(x, None, positions, position_embeddings=tables),
+                "moe layer": lambda: layer.block_sparse_moe(x) + layer.shared_mlp(x),
+            }
+        prefix = "blocks.0.moe." if self.part == "moe layer" else "blocks.0."
         parameters = {name: parts for name, parts in parameters.items() if name.startswith(prefix)}
-        return parameters | {"x": [x.requires_grad_()]}, forward, dy, model, tables
+        return parameters | {"x": [x.requires_grad_()]}, forward[self.part], dy, model, tables
 
     def _cross_entropy(self, device: torch.device) -> tuple:
         config = PRESETS[self.size]
         x = torch.randn(self.tokens, config.d_model).bfloat16().to(device, self.dtype).requires_grad_()
         weight = (0.02 * torch.randn(config.vocab_size, config.d_model)).bfloat16().float().to(device).requires_grad_()
         labels = torch.randint(config.vocab_size, (self.tokens,)).to(device)
-
-        def loss() -> Tensor:
-            if self.ours:
-                return kernels.linear_cross_entropy(x, weight, labels)
-            return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), labels)
-
-        return {"x": [x], "weight": [weight]}, loss
+        parameters = {"x": [x], "weight": [weight]}
+        if self.ours:
+            return parameters, lambda: kernels.linear_cross_entropy(x, weight, labels)
+        return parameters, lambda: F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), labels)
 
     def check(self, row: Row, found: dict[str, Tensor], device: torch.device):
         """Set the row's check: of the gradient whose error is the largest in comparison with what is allowed."""
@@ -177,13 +170,12 @@ class Contender:
         truth, plain = (_gradients(replace(same, dtype=dtype), device) for dtype in (torch.float32, self.dtype))
 
         def judge(name: str) -> tuple[float, float]:
-            error, least = (((g[name] - truth[name]).norm() / truth[name].norm()).item() for g in (found, plain))
+            errors = torch.stack([(g[name] - truth[name]).norm() / truth[name].norm() for g in (found, plain)])
+            error, least = errors.nan_to_num(math.inf).tolist()
             return error, min(MOST[self.dtype], 2 * least + FLOOR[self.dtype] if self.ours else math.inf)
 
         judged = {name: judge(name) for name in truth}
-        worst = max(
-            truth, key=lambda name: (math.inf if math.isnan(judged[name][0]) else judged[name][0]) / judged[name][1]
-        )
+        worst = max(truth, key=lambda name: judged[name][0] / judged[name][1])
         row.check = f"gradient of {worst} (the worst) against the fp32 reference"
         row.error, row.allowed = judged[worst]
 
