@@ -85,7 +85,7 @@ def entry(run: Run, interval: int, directory: Path, row: Row) -> Iterator:
 
 
 def main():
-    arguments = parse(__doc__, device="auto", size="nano", interval=100, rounds=5)
+    arguments = parse(__doc__, size="nano", interval=100, rounds=5)
     size, device, interval = arguments.size, arguments.device, arguments.interval
     results, dtype = Results(arguments.output, device), resolve_dtype("auto", device)
     compiled = missing_compiler(device) is None

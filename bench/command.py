@@ -17,21 +17,30 @@ from .timing import interleave
 CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto", "triton", "reference")}
 
 
-def parse(doc: str, **defaults) -> argparse.Namespace:
-    """Flags with these defaults, and --output; device and dtype become torch's. Raises InputError for a bad value."""
+def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
+    """Flags with these defaults, --device and --output; `dtype` becomes torch's.
+
+    A default that is a type makes a flag of that type, None if it is not given; a list, one that takes several values.
+    choices: beside CHOICES. Raises InputError for a bad value.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in defaults.items():
-        kind = {"type": type(default), "choices": CHOICES.get(name)}
-        kind |= {"type": str, "nargs": "+"} if isinstance(default, list) else {}
-        kind = {"action": "store_true"} if default is False else kind
-        parser.add_argument(f"--{name}", default=default, help="default: %(default)s", **kind)
+    choices = CHOICES | (choices or {})
+    for name, default in ({"device": "auto"} | defaults).items():
+        kind, shown = {"type": default if isinstance(default, type) else type(default)}, "default: %(default)s"
+        if isinstance(default, list):
+            kind = {"type": str, "nargs": "+"}
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
+        if not default or isinstance(default, type):
+            default, shown = None, "default: by the device"
+        parser.add_argument(f"--{name}", default=default, help=shown, choices=choices.get(name), **kind)
     parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
         if type(value) in (int, float) and not 0 < value < 1 << 31:
             raise InputError(f"--{name} {value}: expected a number above 0")
-    if "device" in arguments:
-        arguments.device = resolve_device(arguments.device)
+    arguments.device = resolve_device(arguments.device)
     if "dtype" in arguments:
         arguments.dtype = resolve_dtype(arguments.dtype, arguments.device)
     return arguments

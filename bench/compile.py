@@ -1,9 +1,11 @@
-"""Compile every kernel at every shipped configuration for GPUs that need not be there, and print what it takes.
+"""Compile every kernel as it ships, for GPUs that need not be present, and print what each takes.
 
-The ops run for real on CPU tensors, up to the launch, which compiles instead: what is checked is what is launched. Of
-each kernel: registers a thread, bytes spilled, shared memory, warps and stages, and for Hopper the tensor-core (wgmma)
-and TMA instructions. With --check the exit status is 1 if sm_90 spills or lacks wgmma or TMA where the design has them,
-or if any kernel asks for more shared memory than its device has.
+The ops run on tensors without data, up to their launches, which compile into Triton's cache: what is checked is what
+is launched, and a training on this machine finds its kernels compiled. The token counts are those of `bench
+throughput`. --check compiles each size three times, as an argument that is 1 or a multiple of 16 becomes part of the
+code: with 256 tokens, with the size's own, and with pointers that are not 16-byte aligned. The exit status is then 1 if
+sm_90 spills, serialises wgmma, or lacks wgmma or TMA where the design has them, or if a kernel asks for more shared
+memory than its device has.
 """
 
 import argparse
@@ -13,8 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -22,23 +26,29 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES as TRAINING_DTYPES
+from acceleron.errors import InputError
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
+from .offline import Launching, offline
+from .rows import progress
+from .shapes import MICRO_BATCH, SEQ_LEN
+
 SIZES = ("tiny", "small", "medium", "large")
-# Widths that no tile divides, which go by pointers.
+# Widths that no tile divides, so that all loads are by pointers.
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
-GEMMS = ("_up_kernel", "_hidden_grad_kernel", "_rows_kernel", "_weight_grad_kernel")
+# The parts of a size that compile in parallel, longest first: each kernel of a GEMM, and the other kernels of a module.
+GEMMS = ("_hidden_grad_kernel", "_up_kernel", "_rows_kernel", "_weight_grad_kernel")
+MODULES = ("router", "routing", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
 
 
 class Target(NamedTuple):
@@ -57,10 +67,13 @@ TARGETS = {
 
 
 class Compiled(NamedTuple):
-    """What one kernel takes, in one specialisation."""
+    """What one specialisation of a kernel takes, per program or per thread."""
 
     arch: str
     size: str
+    dtype: str
+    tokens: int
+    aligned: bool  # whether the pointers were
     kernel: str
     blocks: str
     warps: int
@@ -70,7 +83,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     wgmma: int
     tma: int
-    serialised: bool  # whether ptxas made the wgmmas wait for one another
+    serialised: bool  # whether ptxas made each wgmma wait for the one before
 
 
 class _Driver:
@@ -90,51 +103,39 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: str, device_name: str = "any"):
-    """In this context launches on CPU tensors compile for `arch` and run nothing; yields the list of their kernels.
+def compiling(
+    arch: str, device_name: str = "any", offset: int = 0, wanted: Callable[[JITFunction], bool] = lambda function: True
+) -> Iterator[list]:
+    """In this context the launches of the wanted kernels compile for `arch`, and none runs.
 
-    The list has (JITFunction, CompiledKernel, keyword arguments of the launch).
+    Yields the list of (JITFunction, CompiledKernel, keyword arguments of the launch). offset: see `offline`.
     """
-    launched = []
-    run, cpu_device = JITFunction.run, launch.cpu_device
+    compiled, run = [], JITFunction.run
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        for x in args:
-            if isinstance(x, Tensor) and not x.is_floating_point():
-                x.zero_()  # torch's ops index by what the kernels would have written
-        launched.append((self, kernel, kwargs))
-        return kernel
+    def compile_only(function, *args, grid, warmup, **kwargs):
+        if wanted(function):
+            compiled.append((function, run(function, *args, grid=grid, warmup=True, **kwargs), kwargs))
 
-    JITFunction.run = compile_only
-    launch.cpu_device = Device(device_name, arch, TARGETS[arch].processors)
     triton.runtime.driver.set_active(_Driver(arch))
-    try:
-        yield launched
-    finally:
-        JITFunction.run, launch.cpu_device = run, cpu_device
+    with offline(Device(device_name, arch, TARGETS[arch].processors), compile_only, offset), Launching():
+        yield compiled
 
 
-def describe(arch: str, size: str, function: JITFunction, kernel, arguments: dict) -> Compiled:
-    """The resources of a compiled kernel, as its binary says."""
-    wgmma, tma, serialised = 0, 0, False
+def resources(arch: str, kernel) -> dict:
+    """The fields of `Compiled` that the binary says."""
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))
-        spilled *= 4
+        found = dict(registers=registers, spilled_bytes=4 * spilled, wgmma=0, tma=0, serialised=False)
     else:
         text = kernel.asm["ptx"]
         wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
         usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
-        if wgmma:
-            serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    blocks = "x".join(str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS")))
+        log = _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text) if wgmma else ""
+        found = dict(registers=registers, spilled_bytes=spilled, wgmma=wgmma, tma=tma, serialised="serialized" in log)
     metadata = kernel.metadata
-    return Compiled(
-        arch, size, function.__name__, blocks, metadata.num_warps, metadata.num_stages,
-        registers, spilled, metadata.shared, wgmma, tma, serialised,
-    )  # fmt: skip
+    return found | dict(warps=metadata.num_warps, stages=metadata.num_stages, shared_bytes=metadata.shared)
 
 
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
@@ -149,7 +150,7 @@ def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
 
 
 def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
-    """Every op of a size, forward and backward, on memory that nobody reads."""
+    """Every op of a size, forward and backward."""
     T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     H, G, C = config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -180,23 +181,32 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     weight = empty(D, dtype=torch.float32)
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))
-    head = empty(config.vocab_size, D, grad=False)
-    rows = min(T, 16)  # as this one's GEMMs do run
-    labels = torch.zeros(rows, dtype=torch.int64)
-    kernels.linear_cross_entropy(empty(rows, D), head, labels)
-    kernels.linear_cross_entropy(empty(rows, D, grad=False), head, labels)
+    head, labels = empty(config.vocab_size, D, grad=False), torch.empty(T, dtype=torch.int64)
+    kernels.linear_cross_entropy(empty(T, D), head, labels)
+    kernels.linear_cross_entropy(empty(T, D, grad=False), head, labels)
 
 
-def compile_size(arch: str, size: str, dtype: str, tokens: int, device_name: str) -> list[Compiled]:
-    """Compile all kernels of a named size. Each distinct kernel is listed once."""
-    with compiling(arch, device_name) as launched:
-        kernels.select("triton", torch.device("cpu"))
-        run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
-    distinct = {id(kernel): (function, kernel, kwargs) for function, kernel, kwargs in launched}
-    return [describe(arch, size, *each) for each in distinct.values()]
+def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tuple[int, bool]]) -> list[Compiled]:
+    """Compile the kernels of a part for these numbers of tokens, with aligned pointers or not; each row is distinct."""
+    rows = {}
+    config = ODD if size == "odd" else ModelConfig.preset(size)
+    names = {"any", *(key[1] for key in configs.table() if key[0] == arch)}
+
+    def wanted(function: JITFunction) -> bool:
+        return part == (function.__name__ if function.__name__ in GEMMS else function.__module__.rpartition(".")[2])
+
+    for (tokens, aligned), name in product(variants, names):
+        with compiling(arch, name, 0 if aligned else 2, wanted) as compiled:
+            run_ops(config, tokens, DTYPES[dtype])
+        for function, kernel, arguments in compiled:
+            if kernel.hash not in rows:
+                blocks = [str(value) for key, value in arguments.items() if key.startswith(("BLOCK", "ROWS", "COLS"))]
+                shown = dict(kernel=function.__name__, blocks="x".join(blocks), tokens=tokens, aligned=aligned)
+                rows[kernel.hash] = Compiled(arch=arch, size=size, dtype=dtype, **shown, **resources(arch, kernel))
+    return [*rows.values()]
 
 
-def complaints(row: Compiled, dtype: str) -> list[str]:
+def complaints(row: Compiled) -> list[str]:
     """What is wrong with a kernel that is to be shipped."""
     found = []
     if row.shared_bytes > TARGETS[row.arch].shared_bytes:
@@ -204,24 +214,20 @@ def complaints(row: Compiled, dtype: str) -> list[str]:
     if row.arch == "sm_90":
         if row.spilled_bytes:
             found.append(f"{row.spilled_bytes} bytes spilled")
-        if dtype != "fp32" and row.kernel in GEMMS and not row.wgmma:
-            found.append("no wgmma")
-        if dtype != "fp32" and row.kernel in GEMMS and not row.tma and row.size != "odd":
-            found.append("no TMA")
         if row.serialised:
             found.append("wgmmas serialised by ptxas")
+        if row.dtype != "fp32" and row.kernel in GEMMS:
+            with_tma = row.aligned and row.size != "odd" and row.kernel[1:-7] not in configs.without_tma()
+            found += ["no wgmma"] * (not row.wgmma) + ["no TMA"] * (with_tma and not row.tma)
     return found
 
 
 def print_table(rows: list[Compiled]):
-    form = "{:7} {:7} {:28} {:14} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>4}"
-    print(
-        form.format(
-            "arch", "size", "kernel", "blocks", "warps", "stages", "registers", "spilled", "shared", "wgmma", "tma"
-        )
-    )
+    form = "{:7} {:7} {:5} {:>7} {:9} {:26} {:12} {:>5} {:>6} {:>9} {:>7} {:>7} {:>5} {:>4}"
+    names = ("arch", "size", "dtype", "tokens", "pointers", "kernel", "blocks")
+    print(form.format(*names, "warps", "stages", "registers", "spilled", "shared", "wgmma", "tma"))
     for row in rows:
-        print(form.format(*row[:-1]))
+        print(form.format(*row._replace(aligned="aligned" if row.aligned else "unaligned")[:-1]))
 
 
 def main():
@@ -229,34 +235,32 @@ def main():
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", type=int, default=256, help="compiled in are only: 1, a multiple of 16, or another")
+    parser.add_argument("--tokens", type=int, help="instead of the size's own, and of --check's three variants")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
     arguments = parser.parse_args()
-    if arguments.tokens < 1:
-        parser.error(f"--tokens {arguments.tokens}: expected at least 1")
+    if arguments.tokens is not None and arguments.tokens < 1:
+        raise InputError(f"--tokens {arguments.tokens}: expected at least 1")
     try:
         if arguments.json:  # now, and keeping what is there: a wrong path should not cost the compilation
             open(arguments.json, "a").close()
     except OSError as error:
-        parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")
+        raise InputError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
-    tasks = [
-        (arch, size, dtype, arguments.tokens, name)
-        for arch in arguments.arch
-        for dtype in arguments.dtype
-        for size in arguments.size
-        for name in sorted({"any", *(key[1] for key in configs.table() if key[0] == arch)})
-    ]
-    rows, wrong = [], []
-    # Processes of their own, as a compiler holds the interpreter's lock.
+
+    tasks = []
+    for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
+        tokens = arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN
+        more = [(256, True), (tokens, False)] if arguments.check and not arguments.tokens else []
+        tasks.append((arch, dtype, size, part, [(tokens, True), *more]))
+    # Processes, as a compiler holds the interpreter's lock.
     with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
-        futures = [pool.submit(compile_size, *task) for task in tasks]
-        for task, future in tqdm(zip(tasks, futures, strict=True), "sizes", len(tasks), disable=None):
-            for row in future.result():
-                rows.append(row)
-                wrong += [f"{row.arch} {row.size} {task[2]} {row.kernel}: {text}" for text in complaints(row, task[2])]
+        futures = {pool.submit(compile_part, *task): task for task in tasks}
+        for _ in progress(as_completed(futures), "parts", len(tasks)):
+            pass
+    rows = [row for future in sorted(futures, key=lambda future: futures[future][:3]) for row in future.result()]
+    wrong = [f"{row.arch} {row.size} {row.dtype} {row.kernel}: {text}" for row in rows for text in complaints(row)]
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     print_table(rows)
     if arguments.json:

@@ -1,7 +1,6 @@
-"""pytest bench: what the command line adds, and which cases it makes. TRITON_INTERPRET stays as the user has set it."""
+"""pytest bench: its command-line flags, and the cases they select. TRITON_INTERPRET stays as the user has set it."""
 
 import time
-from functools import cache
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ import torch
 from acceleron.config import PRESETS
 from acceleron.device import resolve_device, resolve_dtype
 
-from .op_cases import OPS, PUBLISHED, select_cases
-from .op_peers import Provider, providers
-from .ops import DTYPES, TOKENS
+from .op_cases import OPS, PUBLISHED
+from .op_peers import providers
+from .ops import BOTH, DTYPES, FORWARD, TOKENS, Settings
 
 DEFAULT_SIZES = {"cuda": ["tiny"], "cpu": ["nano"]}
 
@@ -25,18 +24,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.device = resolve_device("auto")
-    name = config.getoption("--dtype")
-    config.dtype = DTYPES[name] if name in DTYPES else resolve_dtype(name, config.device)
-
-
-@cache
-def _providers(op: str, device: torch.device) -> list[Provider]:
-    return providers(op, device)
+    device, name = resolve_device("auto"), config.getoption("--dtype")
+    dtype = DTYPES[name] if name in DTYPES else resolve_dtype(name, device)
+    sizes = config.getoption("--size") or DEFAULT_SIZES[device.type]
+    tokens = config.getoption("--tokens") or TOKENS[device.type]
+    config.settings = Settings(tuple(sizes), tuple(config.getoption("--op")), tokens, dtype, device)
 
 
 def _clock():
-    """Seconds, once the GPU is done with what was launched."""
+    """Seconds, once the GPU has finished what was launched."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -45,21 +41,17 @@ def _clock():
 def pytest_generate_tests(metafunc):
     if "provider" not in metafunc.fixturenames:
         return
-    config = metafunc.config
-    tokens = config.getoption("--tokens") or TOKENS[config.device.type]
-    sizes = config.getoption("--size") or DEFAULT_SIZES[config.device.type]
-    params = []
-    for case in select_cases(sizes, config.getoption("--op"), tokens, config.dtype):
-        for step in case.work:
-            timed = pytest.mark.benchmark(group=f"{case.op}, {case.shape}, {step}", timer=_clock, max_time=0.25)
-            for provider in _providers(case.op, config.device):
+    settings, params = metafunc.config.settings, []
+    for number, case in enumerate(settings.cases()):
+        for provider in providers(case, settings.device):
+            for step in (FORWARD,) if case.op == "dispatch_plan" else (FORWARD, BOTH):
+                group = f"{case.op}, {case.shape}, {step}"
+                marks = [pytest.mark.benchmark(group=group, timer=_clock, max_time=0.25)]
+                marks += [pytest.mark.skip(provider.absent)] if provider.absent else []
                 name = "-".join((case.op, case.shape, step, provider.name)).replace(" ", "_")
-                marks = [timed, pytest.mark.skip(provider.absent)] if provider.absent else [timed]
-                params.append(pytest.param(case, step, provider, id=name, marks=marks))
-    metafunc.parametrize(("case", "step", "provider"), params)
+                params.append(pytest.param(number, step, provider.name, id=name, marks=marks))
+    metafunc.parametrize(("number", "step", "provider"), params)
 
 
 def pytest_report_header(config):
-    found = [(op, provider) for op in config.getoption("--op") for provider in _providers(op, config.device)]
-    lines = [f"absent: {provider.name} ({op}): {provider.absent}" for op, provider in found if provider.absent]
-    return [f"ops on {config.device}, {str(config.dtype).removeprefix('torch.')}", *lines]
+    return f"ops on {config.settings.device}, {str(config.settings.dtype).removeprefix('torch.')}"

@@ -172,12 +172,14 @@ def planned(size: str, dtype: torch.dtype, tokens: int, device: torch.device) ->
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse(__doc__, device="auto", size=["nano", "tiny"], tokens=2048, dtype="auto")
-    device, tokens, shown, failed = arguments.device, arguments.tokens, [], False
+    arguments = parse(__doc__, size=[], tokens=int, dtype="auto")
+    device, shown, failed = arguments.device, [], False
+    sizes = arguments.size or (["tiny", "small"] if device.type == "cuda" else ["nano", "tiny"])
+    tokens = arguments.tokens or (16 * SEQ_LEN if device.type == "cuda" else SEQ_LEN)
     if tokens < 2 or (tokens > SEQ_LEN and tokens % SEQ_LEN):
         raise InputError(f"--tokens {tokens}: expected 2 to {SEQ_LEN}, or a multiple of {SEQ_LEN}")
     results = Results(arguments.output, device)
-    contenders = [each for size in arguments.size for each in planned(size, arguments.dtype, tokens, device)]
+    contenders = [each for size in sizes for each in planned(size, arguments.dtype, tokens, device)]
     for contender in progress(contenders, "contenders"):
         row = row_of(contender, device)
         failed |= not results.write(row) and contender.ours

@@ -253,7 +253,7 @@ def entry(contender: Contender, device: torch.device) -> Iterator:
 
 def main():
     shape = dict(size="tiny", batch_size=2, seq_len=1024)
-    arguments = parse(__doc__, device="auto", dtype="auto", kernels="auto", rounds=5, no_compile=False, **shape)
+    arguments = parse(__doc__, dtype="auto", kernels="auto", rounds=5, no_compile=False, **shape)
     size, device, longest = arguments.size, arguments.device, PRESETS[arguments.size].max_seq_len
     if not 2 <= arguments.seq_len <= longest:
         raise InputError(f"--seq_len {arguments.seq_len}: expected 2 to {longest}")

@@ -50,7 +50,7 @@ class Row:
 
     benchmark: str
     provider: str
-    case: dict
+    case: dict = field(default_factory=dict)
     unit: str = ""
     values: list[float] = field(default_factory=list)
     group: str = ""
@@ -191,8 +191,17 @@ def read(directory: Path) -> list[Row]:
     return rows
 
 
-# A bar with an ETA on a terminal; elsewhere a line every five seconds.
-progress = partial(tqdm, dynamic_ncols=True, mininterval=0.1 if sys.stderr and sys.stderr.isatty() else 5.0)
+TERMINAL = bool(sys.stderr and sys.stderr.isatty())
+# A bar with an ETA: on a terminal at once, elsewhere a line at most every five seconds.
+progress = partial(tqdm, dynamic_ncols=True, mininterval=0.1 if TERMINAL else 5.0)
+
+
+def say(line: str):
+    """Print a line, above the bar if there is one."""
+    if TERMINAL:
+        tqdm.write(line)
+    else:
+        print(line, flush=True)
 
 
 def describe(error: BaseException) -> str:
@@ -206,9 +215,10 @@ def print_rows(rows: list[Row], baseline: str = ""):
     bases = {row.group: row for row in rows if row.provider == baseline and not row.complaint()}
     for row in rows:
         if row.complaint() or not row.values:
-            tqdm.write(f"{row.provider:{width}}  {row.complaint() or 'passed its check'}")
+            passed = "" if row.complaint() else f"passed: error {row.error:.2g} of {row.allowed:.2g} allowed"
+            say(f"{row.provider:{width}}  {row.complaint() or passed}")
             continue
         middle, low, high = (f"{value:,.5g}" for value in spread(row.values))
         base = bases.get(row.group)
         against = "" if base in (None, row) else "  {:.3f} ({:.3f} .. {:.3f}) of {}".format(*ratio(row, base), baseline)
-        tqdm.write(f"{row.provider:{width}}  {middle} {row.unit} ({low} .. {high}){against}")
+        say(f"{row.provider:{width}}  {middle} {row.unit} ({low} .. {high}){against}")

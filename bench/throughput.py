@@ -15,43 +15,40 @@ steps on it. MFU counts the FLOPs of the active parameters, recomputation exclud
 failed.
 """
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
-from acceleron import ModelConfig, kernels
-from acceleron.config import PRESETS
+from acceleron import kernels
 from acceleron.device import (
-    DTYPES,
     dtype_name,
     missing_compiler,
     peak_flops,
     peak_memory,
     reset_peak_memory,
-    resolve_device,
     resolve_dtype,
     synchronize,
 )
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
-from acceleron.training import train
+from acceleron.training.loop import model_config, train
 from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
+from .command import parse
 from .corpus import write_corpus
-from .rows import Results, Row, print_rows, progress
-from .shapes import NANO_VOCAB, add_batch_flags, batch_shape
+from .rows import Results, Row, print_rows, progress, say
+from .shapes import NANO_VOCAB, batch_shape
 from .worker import Failure, Worker
 
 MODES = {
@@ -72,15 +69,12 @@ def serve(connection, options: TrainOptions):
     """A contender's process: the check, then train.py's loop, paused before each step that no round has asked for."""
     device = torch.device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    vocabulary = {"vocab_size": NANO_VOCAB} if options.model_size == "nano" else {}
-    config = ModelConfig.preset(options.model_size, dense=options.dense, **vocabulary)
     connection.recv()
     if not options.no_compile and missing_compiler(device):
         raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
-    check = check_gradients(
-        config, device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
-        compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing,
-    )  # fmt: skip
+    shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
+    mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
+    check = check_gradients(model_config(options, None), device, dtype, options.kernels, **shape, **mode)
     connection.send(check)
     connection.recv()
     began, step, left = time.perf_counter(), Run.step, 1
@@ -97,7 +91,7 @@ def serve(connection, options: TrainOptions):
             try:
                 message = connection.recv()
             except EOFError:
-                os._exit(0)  # the parent has ended, and nothing here is worth saving
+                sys.exit()  # not an error, after which the loop would save a checkpoint
             if isinstance(message, int):
                 break
             answer = figures(run) if message == "figures" else profiled(lambda: step(run, 0.0), device)
@@ -115,7 +109,12 @@ def serve(connection, options: TrainOptions):
         left -= 1
 
     reset_peak_memory(device)
-    with mock.patch.object(Run, "step", paused_step):
+    with (
+        mock.patch.object(Run, "step", paused_step),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         train(options)
 
 
@@ -123,9 +122,11 @@ def figures(run: Run) -> dict:
     """What a contender knows after its rounds."""
     options, config = run.options, run.model.config
     flops = flops_per_token(config, run.model.num_parameters()[1], options.seq_len)
-    statistics = run.read_statistics()
-    shares = {name: statistics[name] for name in ("expert_least_share", "expert_most_share") if name in statistics}
-    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops, "loss": statistics["loss"]} | shares
+    statistics = run.read_statistics() if run.unread_steps else {}
+    kept = {
+        name: statistics[name] for name in ("loss", "expert_least_share", "expert_most_share") if name in statistics
+    }
+    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops} | kept
 
 
 def profiled(step, device: torch.device) -> list[dict]:
@@ -195,10 +196,11 @@ def contenders(size: str, mode: str, device: torch.device, directory: str, argum
     """The MoE and the dense baseline, by each of the kernel backends asked for, on the corpus in <directory>/data."""
     on_gpu = device.type == "cuda"
     batch_size, grad_accum, seq_len = batch_shape(size, on_gpu, arguments)
-    dtype = dtype_name(resolve_dtype(arguments.dtype, device))
+    dtype = dtype_name(arguments.dtype)
     options = TrainOptions(
-        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, dtype=dtype,
-        device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER, num_workers=2 if on_gpu else 1,
+        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
+        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER,
+        vocab_size=NANO_VOCAB if size == "nano" else None,
     )  # fmt: skip
     backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
@@ -231,30 +233,13 @@ def compete(found: list[Contender], rounds: int, seconds: float, peak: float, wi
             contender.worker.close()
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all; on a CPU without the GPU's modes")
-    text = "default: triton on a GPU; the reference on a CPU, where triton needs TRITON_INTERPRET=1"
-    parser.add_argument("--kernels", nargs="+", choices=("triton", "reference"), help=text)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    add_batch_flags(parser)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of training per round, in whole steps")
-    parser.add_argument("--limit", type=float, default=600.0, help="most seconds of a check, a start, or a profile")
-    parser.add_argument("--profile", action="store_true", help="add the time of each kernel of one step to the rows")
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1 or not 0 < arguments.seconds < float("inf") or not 0 < arguments.limit < float("inf"):
-        raise InputError("--rounds, --seconds and --limit: expected at least one round, and seconds above 0")
-    return arguments
-
-
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse()
-    device = resolve_device(arguments.device)
+    arguments = parse(
+        __doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, size=[], mode=[], kernels=[], dtype="auto",
+        batch_size=int, grad_accum=int, seq_len=int, rounds=5, seconds=3.0, limit=600.0, profile=False,
+    )  # fmt: skip
+    device = arguments.device
     on_gpu = device.type == "cuda"
     for size in arguments.size or ():
         batch_shape(size, on_gpu, arguments)
@@ -266,17 +251,18 @@ def main():
     sizes = arguments.size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])
     modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
     results, failed = Results(arguments.output, device), False
-    peak, source = peak_flops(device, resolve_dtype(arguments.dtype, device))
+    peak, source = peak_flops(device, arguments.dtype)
     with tempfile.TemporaryDirectory() as directory:
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         print(f"MFU is against {peak / 1e12:.3g} TFLOP/s, {source}", flush=True)
         for size, mode in progress(list(product(sizes, modes)), "sizes and modes"):
             found = contenders(size, mode, device, directory, arguments)
             rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
-            failed |= not all([results.write(row) for row in rows])
+            for row in rows:
+                failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             fastest = max(baselines, key=lambda row: row.median, default=rows[0])
-            tqdm.write(f"{size}, {mode}: {json.dumps(rows[0].case)}")
+            say(f"{size}, {mode}: {json.dumps(rows[0].case)}")
             print_rows(rows, baseline=fastest.provider)
     print(f"wrote {results.path}")
     if failed:

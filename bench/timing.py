@@ -25,7 +25,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 def interleave(samples: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Each sample's values, one per round, all samples in turn; a first round warms up and is not counted."""
     values = {name: [] for name in samples}
-    for count in progress(range(rounds + 1), desc="rounds", leave=False):
+    for count in progress(range(rounds + 1), desc="rounds", leave=False, disable=None):
         for name, sample in samples.items():
             value = sample()
             if count:

@@ -18,7 +18,7 @@ class Failure(Exception):
 class Worker:
     """Runs `serve(connection, *args)` in a spawned process; `serve` receives messages and sends one answer to each.
 
-    Use it as a context manager: leaving the context kills the process.
+    `serve` sees the end of its connection as EOFError once the parent closes it.
     """
 
     def __init__(self, serve: Callable, *args):
@@ -26,12 +26,6 @@ class Worker:
         self.process = CONTEXT.Process(target=_run, args=(serve, theirs, args))
         self.process.start()
         theirs.close()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error):
-        self.close()
 
     def ask(self, message, seconds: float | None = None):
         """The answer to a message. Raises Failure, with the process dead, if it raises, ends, or exceeds the limit."""
@@ -46,7 +40,7 @@ class Worker:
         except Failure as failure:
             answer = failure
         if isinstance(answer, Failure):
-            self.close()
+            self.close(patience=0)
             raise answer
         return answer
 
@@ -59,10 +53,12 @@ class Worker:
     def alive(self) -> bool:
         return self.process.is_alive()
 
-    def close(self):
+    def close(self, patience: float = 10.0):
+        """End the process, by force after so many seconds."""
+        self.connection.close()
+        self.process.join(patience)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
 
 def _run(serve: Callable, connection, args: tuple):

@@ -6,12 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acceleron import ModelConfig
+from acceleron import ModelConfig, kernels
 from bench import memory, rows
 from bench.peers import Contender
 
 CPU = torch.device("cpu")
 BLOCK = Contender("reference", "block", "nano", torch.float32, 1, 32)
+
+
+@pytest.fixture(autouse=True)
+def selection_restored(monkeypatch):
+    monkeypatch.setattr(kernels, "_choice", kernels._choice)
 
 
 def test_saved_bytes_are_counted_once_without_parameters_and_tables_and_apart_from_copies():
@@ -20,7 +25,7 @@ def test_saved_bytes_are_counted_once_without_parameters_and_tables_and_apart_fr
     with memory.saved_bytes(found, [weight], (table,)):
         y = F.linear(x, weight.half()).square()
         (y[:3] * table).sum()
-    # x, the input of the square, and what a gradient of the table would need is not, as it has none.
+    # x, and the square's input. The product saves only the table, as that has no gradient.
     assert found == {"bytes": 2 * (6 * 4 + 6 * 8), "weight_copies": 2 * 8 * 4}
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from acceleron import kernels
 from bench import decoding, loader, peers, rows
 
 CPU = torch.device("cpu")
@@ -11,6 +12,8 @@ NANO = ["--size", "nano", "--dtype", "fp32", "--device", "cpu"]
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "_choice", kernels._choice)  # restored at the end
+
     def run_command(module, *flags, status=None):
         monkeypatch.setattr("sys.argv", ["bench", *flags, "--rounds", "2", "--output", str(tmp_path)])
         if status:
