@@ -62,12 +62,13 @@ def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
     ends it sets the row's check. Exits with status 1 if one of the first `ours` failed.
     """
     rows, samples = [next(entry) for entry in entries], {}
+    print(f"{rows[0].benchmark}: {rows[0].case}", flush=True)
 
     def guarded(row: Row, sample: Callable[[], float]) -> float:
-        value = math.nan
         with failures_in(row):
-            value = value if row.failed else sample()
-        return value
+            if not row.failed:
+                return sample()
+        return math.nan
 
     for index, row in enumerate(progress(rows, "preparing")):
         with failures_in(row):
