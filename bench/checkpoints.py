@@ -10,6 +10,7 @@ The exit status is 1 if there are any.
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -35,24 +36,19 @@ CORPUS_CHARACTERS = 4_000_000
 LEARNING_RATE = 3e-4
 
 
-def tensors_of(state: dict) -> dict[str, Tensor]:
-    """Copies of all tensors of a nested state on the CPU, by the path of their keys."""
-    leaves = tree_flatten_with_path(state)[0]
-    return {keystr(path): leaf.detach().to("cpu", copy=True) for path, leaf in leaves if isinstance(leaf, Tensor)}
+def tensors_of(state: dict) -> dict[str, tuple]:
+    """Dtype, shape and bytes of all tensors of a nested state, by the path of their keys."""
+    leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, Tensor)]
+    return {name: (leaf.dtype, leaf.shape, leaf.detach().cpu().numpy().tobytes()) for name, leaf in leaves}
 
 
-def wrong_tensors(path: Path, saved: dict[str, Tensor]) -> int:
+def wrong_tensors(path: Path, saved: dict[str, tuple]) -> int:
     """The number of tensors that differ from those saved, are missing or too many; all if it cannot be loaded."""
     try:
         found = tensors_of(load_checkpoint(path))
     except InputError:
         return len(saved)
-
-    def bits(tensors: dict[str, Tensor], name: str) -> tuple:  # as numbers, -0.0 is 0.0 and NaN is not NaN
-        return tensors[name].dtype, tensors[name].shape, tensors[name].numpy().tobytes()
-
-    both = saved.keys() & found.keys()
-    return len(saved.keys() ^ found.keys()) + sum(bits(saved, name) != bits(found, name) for name in both)
+    return sum(saved.get(name) != found.get(name) for name in saved | found)
 
 
 def entry(run: Run, interval: int, directory: Path, row: Row) -> Iterator:
@@ -90,26 +86,19 @@ def entry(run: Run, interval: int, directory: Path, row: Row) -> Iterator:
 
 def main():
     arguments = parse(__doc__, size="nano", interval=100, rounds=5)
-    size, device = arguments.size, arguments.device
-    results, dtype, compiled = (
-        Results(arguments.output, device),
-        resolve_dtype("auto", device),
-        not missing_compiler(device),
-    )
-    batch = {"batch_size": CPU_BATCH[size], "seq_len": CPU_SEQ_LEN}
-    if device.type == "cuda":
-        batch = {"batch_size": MICRO_BATCH[size], "seq_len": SEQ_LEN}
-    case = {"size": size, "dtype": dtype_name(dtype), "compiled": compiled, "interval": arguments.interval} | batch
+    size, device, interval = arguments.size, arguments.device, arguments.interval
+    results, dtype = Results(arguments.output, device), resolve_dtype("auto", device)
+    compiled = missing_compiler(device) is None
+    batch_size, seq_len = (MICRO_BATCH[size], SEQ_LEN) if device.type == "cuda" else (CPU_BATCH[size], CPU_SEQ_LEN)
+    shape = dict(batch_size=batch_size, seq_len=seq_len)
+    case = dict(size=size, dtype=dtype_name(dtype), compiled=compiled, **shape, interval=interval)
     row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
     with tempfile.TemporaryDirectory() as name:
         print(write_corpus(f"{name}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
-        options = TrainOptions(f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, **batch)
+        options = TrainOptions(f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, **shape)
         kernels.select("auto", device)
         run = Run(options, ModelConfig.preset(size), Shards(options.data_dir), device, dtype)
         if compiled:
             run.model.compile_blocks()
-        try:
-            with run.context():
-                compete([entry(run, arguments.interval, Path(name), row)], arguments.rounds, results, ours=1)
-        finally:
-            run.loader.close()
+        with closing(run.loader), run.context():
+            compete([entry(run, interval, Path(name), row)], arguments.rounds, results, ours=1)

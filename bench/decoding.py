@@ -46,35 +46,34 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
     return ((logits.amax(dim=1) - chosen) / logits.std(dim=1)).mean().item()
 
 
-def decoder(experts: str, model: Acceleron, dtype: torch.dtype, prompt: Tensor, num_tokens: int):
-    """A function that returns the new tokens."""
-    if not experts:
-        model = prepare_for_inference(model, dtype).to(prompt.device)
-        return lambda: list(generate(model, prompt[0].tolist(), num_tokens, Sampling(temperature=0)))
-    peer = transformers_model(model.config, experts, dtype)
-    load_weights(peer, model)
-    peer.to(prompt.device).eval()
-    settings = dict(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True)
-    settings |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
-    return lambda: peer.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
-
-
-def entry(experts: str, size: str, dtype: torch.dtype, truth: Acceleron, prompt: Tensor, num_tokens: int) -> Iterator:
-    """Ours if `experts` is empty, else GraniteMoeShared with these experts."""
+def entry(experts: str, size: str, dtype: torch.dtype, prompt: Tensor, num_tokens: int) -> Iterator:
+    """For `compete`: ours if `experts` is empty, else GraniteMoeShared with these experts."""
     provider = f"transformers GraniteMoeShared, {experts} experts" if experts else "Acceleron"
     case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": num_tokens}
     row, tokens = Row("decoding", provider, case, "tokens/s", group="decoding"), []
     yield row
-    decode = decoder(experts, deciding_model(size), dtype, prompt, num_tokens)
+    model = deciding_model(size)
+    if experts:
+        peer = transformers_model(model.config, experts, dtype)
+        load_weights(peer, model)
+        peer.to(prompt.device).eval()
+        settings = dict(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True)
+        settings |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
+    else:
+        model = prepare_for_inference(model, dtype).to(prompt.device)
 
     def rate() -> float:
         start = time.perf_counter()
-        tokens[:] = decode()  # a list, so the device is done
+        if experts:
+            tokens[:] = peer.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
+        else:
+            tokens[:] = generate(model, prompt[0].tolist(), num_tokens, Sampling(temperature=0))
         return num_tokens / (time.perf_counter() - start)
 
     yield rate
+    kernels.select("reference", prompt.device)
     row.check = "mean distance from the fp32 reference's choices, in standard deviations of the logits"
-    row.error, row.allowed = distance(truth, prompt, tokens), ALLOWED[dtype]
+    row.error, row.allowed = distance(deciding_model(size).to(prompt.device), prompt, tokens), ALLOWED[dtype]
 
 
 def main():
@@ -82,8 +81,9 @@ def main():
     most = PRESETS[arguments.size].max_seq_len - PROMPT_TOKENS
     if arguments.tokens > most:
         raise InputError(f"--tokens {arguments.tokens}: expected at most {most}")
-    results, truth = Results(arguments.output, arguments.device), deciding_model(arguments.size).to(arguments.device)
+    results = Results(arguments.output, arguments.device)
     kernels.select("auto", arguments.device)
-    prompt = torch.randint(truth.config.vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
-    common = (arguments.size, arguments.dtype, truth, prompt, arguments.tokens)
-    compete([entry(experts, *common) for experts in ("", *GRANITE, "batched_mm")], arguments.rounds, results, ours=1)
+    prompt = torch.randint(PRESETS[arguments.size].vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
+    common = (arguments.size, arguments.dtype, prompt, arguments.tokens)
+    entries = [entry(experts, *common) for experts in ("", *GRANITE, "batched_mm")]
+    compete(entries, arguments.rounds, results, ours=1)

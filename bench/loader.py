@@ -44,7 +44,7 @@ def wrong_sequences(directory: Path, seq_len: int, batch_size: int) -> int:
 
 def entry(directory: Path, seq_len: int, batch_size: int, seconds: float) -> Iterator:
     case = {"seq_len": seq_len, "batch_size": batch_size}
-    row = Row("loader", f"Loader, seq_len {seq_len}", case, "tokens/s", group="loader")
+    row = Row("loader", f"Loader, seq_len {seq_len}", case, "tokens/s", group=f"loader, {seq_len}")
 
     yield row
     timer = Timer("next(loader)", globals={"loader": make_loader(directory, seq_len, batch_size)})

@@ -16,7 +16,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import accumulate, groupby, product
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
 from acceleron import ModelConfig, kernels
 from acceleron.device import missing_compiler
@@ -33,14 +32,14 @@ from acceleron.kernels import reference
 from acceleron.training.optimizer import build_optimizer
 
 from .command import failures_in, parse
-from .peers import GRANITE, Contender
+from .peers import GRANITE, TRANSFORMERS, Contender
 from .rows import Results, Row, print_rows, progress
 from .shapes import SEQ_LEN
 
-PEERS_OF = {
-    "moe layer": [*GRANITE, "liger"], "block": [*GRANITE, "llama"], "model step": [*GRANITE, "llama"],
-    "cross-entropy": ["torch"],
-}  # fmt: skip
+PEERS_OF = {"block": TRANSFORMERS, "model step": TRANSFORMERS, "cross-entropy": ["torch"]}
+PEERS_OF["moe layer"] = [*GRANITE, "liger"]
+# Ours, of blocks and steps.
+VARIANTS = [{}, {"dense": True}, {"checkpointing": True}, {"dense": True, "checkpointing": True}, {"compiled": True}]
 
 
 def saved_per_token(config: ModelConfig, part: str, itemsize: int, checkpointing: bool = False) -> int:
@@ -134,19 +133,20 @@ def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int],
 
 def row_of(contender: Contender, device: torch.device) -> Row:
     """A contender's row: measured and checked, or with the reason why not."""
-    c, saved = contender, contender.part in ("moe layer", "block")
-    case = dict(part=c.part, tokens=c.tokens, checkpointing=c.checkpointing, compiled=c.compiled)
-    row = c.row("memory", "bytes", what="saved" if saved else "peak", **case)
+    part, tokens, checkpointing = contender.part, contender.tokens, contender.checkpointing
+    what = "saved" if part in ("moe layer", "block") else "peak"
+    case = dict(what=what, part=part, tokens=tokens, checkpointing=checkpointing, compiled=contender.compiled)
+    row = contender.row("memory", "bytes", **case)
     with failures_in(row):
-        found, gradients = measure(c, device)
-        c.check(row, gradients, device)
-        row.values, config = [found.pop("bytes")], ModelConfig.preset(c.size, c.dense)
-        layers = config.num_layers if c.part == "model step" else 1
-        each = (row.values[0] - found.get("state_bytes", 0)) / c.tokens / layers
+        found, gradients = measure(contender, device)
+        contender.check(row, gradients, device)
+        config = ModelConfig.preset(contender.size, contender.dense)
+        row.values, layers = [found.pop("bytes")], config.num_layers if part == "model step" else 1
+        each = (row.values[0] - found.get("state_bytes", 0)) / tokens / layers
         row.details = found | {"bytes_per_token_per_layer": each}
-        if saved and c.source == "triton" and not c.compiled:
-            formula = saved_per_token(config, c.part, c.dtype.itemsize, c.checkpointing)
-            row.details["formula_bytes"] = c.tokens * formula
+        if what == "saved" and contender.source == "triton" and not contender.compiled:
+            formula = saved_per_token(config, part, contender.dtype.itemsize, checkpointing)
+            row.details["formula_bytes"] = tokens * formula
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
@@ -164,34 +164,29 @@ def planned(size: str, dtype: torch.dtype, tokens: int, device: torch.device) ->
     found = []
     for part, peers in PEERS_OF.items():
         ours = backends if on_gpu or part != "model step" else ["reference"]  # interpreted, a step takes minutes
-        layered = part in ("block", "model step")
-        for checkpointing, dense in product((False, True) if layered else (False,), repeat=2):
-            flags = dict(dense=dense, checkpointing=checkpointing)
-            found += [Contender(source, part, **shape, **flags) for source in ours]
+        variants = VARIANTS if part in ("block", "model step") else [{}]
+        found += [Contender(source, part, **shape, **variant) for variant in variants for source in ours]
         found += [Contender(source, part, **shape, dense=source == "llama") for source in peers]
-        if layered and (on_gpu or part == "block") and not missing_compiler(device):  # slow to compile on a CPU
-            found.append(Contender(ours[0], part, **shape, compiled=True))
-    return found
+    return [contender for contender in found if not (contender.compiled and missing_compiler(device))]
 
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse(__doc__, size=["nano", "tiny"], tokens=2048, dtype="auto")
-    device, tokens, failed = arguments.device, arguments.tokens, False
+    arguments = parse(__doc__, size=[], tokens=int, dtype="auto")
+    device, shown, failed = arguments.device, [], False
+    sizes = arguments.size or (["tiny", "small"] if device.type == "cuda" else ["nano", "tiny"])
+    tokens = arguments.tokens or (16 * SEQ_LEN if device.type == "cuda" else SEQ_LEN)
     if tokens < 2 or (tokens > SEQ_LEN and tokens % SEQ_LEN):
         raise InputError(f"--tokens {tokens}: expected 2 to {SEQ_LEN}, or a multiple of {SEQ_LEN}")
     results = Results(arguments.output, device)
-    contenders = [each for size in arguments.size for each in planned(size, arguments.dtype, tokens, device)]
-    for group, part in groupby(progress(contenders, "contenders"), key=lambda each: f"{each.size}, {each.part}"):
-        rows = []
-        for contender in part:
-            row = row_of(contender, device)
-            failed |= not results.write(row) and contender.ours
-            row.provider += ", checkpointed" * contender.checkpointing
-            values = [row.details["bytes_per_token_per_layer"]] if row.values else []
-            rows.append(replace(row, unit="bytes/token/layer", values=values))
-        tqdm.write(group)
-        print_rows(rows)
+    contenders = [each for size in sizes for each in planned(size, arguments.dtype, tokens, device)]
+    for contender in progress(contenders, "contenders"):
+        row = row_of(contender, device)
+        failed |= not results.write(row) and contender.ours
+        name = f"{contender.size} {contender.part}: {row.provider}" + ", checkpointed" * contender.checkpointing
+        values = [row.details["bytes_per_token_per_layer"]] if row.values else []
+        shown.append(replace(row, provider=name, unit="bytes/token/layer", values=values))
+    print_rows(shown)
     print(f"wrote {results.path}")
     if failed:
         sys.exit(1)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from acceleron import kernels
 from acceleron.config import PRESETS
-from acceleron.device import DTYPES as TRAINING_DTYPES
+from acceleron.device import DTYPES
 from acceleron.errors import InputError
 
 from . import timing
@@ -34,7 +34,6 @@ from .op_peers import Provider, plain, providers
 from .rows import Results, Row, describe, print_rows, progress, say, spread
 from .worker import Failure, Worker
 
-DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
 FORWARD, BOTH = "forward", "forward + backward"
@@ -339,19 +338,10 @@ def run_cases(
 
 
 def main():
-    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES)}
+    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
     arguments = parse(
-        __doc__,
-        choices,
-        size=[],
-        op=[],
-        provider=[],
-        tokens=int,
-        dtype="auto",
-        rounds=int,
-        limit=120.0,
-        check_only=False,
-    )
+        __doc__, choices, size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False
+    )  # fmt: skip
     device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
     if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")

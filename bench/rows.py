@@ -27,11 +27,8 @@ from tqdm import tqdm
 from acceleron.errors import InputError
 
 FILE = "results.jsonl"
-# Packages that a figure depends on once they are imported, beside torch.
-PACKAGES = (
-    "triton", "transformers", "liger_kernel", "moe_ops", "cut_cross_entropy", "sonicmoe", "scattermoe", "flash_attn",
-    "flash_attn_interface",
-)  # fmt: skip
+# Packages that a figure can depend on, beside torch.
+PACKAGES = ("triton", "transformers", "liger-kernel", "moe-ops", "cut-cross-entropy", "flash-attn")
 # Environment variables that change which kernels run.
 SWITCHES = ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS", "ACCELERON_TUNED")
 
@@ -104,27 +101,18 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str:
     """The checkout's commit, with a + if tracked files differ from it. Outside git: ACCELERON_COMMIT, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    outside = os.environ.get("ACCELERON_COMMIT", "unknown")
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # git is not installed
-        return outside
-    if head.returncode:
-        return outside
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--"], capture_output=True, check=False).returncode
-    return head.stdout.strip() + "+" * bool(changed)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("ACCELERON_COMMIT", "unknown")
 
 
 def versions() -> str:
-    """Python's, torch's, and those of the packages in PACKAGES that are imported."""
+    """Python's, torch's, and those of the installed packages in PACKAGES."""
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    if torch.version.cuda:
-        found.append(f"CUDA {torch.version.cuda}")
     for name in PACKAGES:
-        if name in sys.modules:
-            with suppress(PackageNotFoundError):
-                found.append(f"{name} {version(name)}")
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
     return ", ".join(found)
 
 

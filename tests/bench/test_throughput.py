@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from argparse import Namespace
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def options(tmp_path_factory):
 
 
 def contender(options: TrainOptions, save_dir, **changes) -> Contender:
-    return Contender(dataclasses.replace(options, save_dir=str(save_dir), **changes), "eager", "fp32", limit=600.0)
+    return Contender(dataclasses.replace(options, save_dir=str(save_dir), **changes), "eager", limit=600.0)
 
 
 def losses(directory) -> list[float]:
@@ -87,16 +88,16 @@ def test_a_round_counts_the_tokens_of_its_steps(options, monkeypatch):
 
 def flags(**given) -> Namespace:
     names = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "kernels"))
-    return Namespace(**(names | dict(dtype="fp32", limit=1.0) | given))
+    return Namespace(**(names | dict(dtype=torch.float32, limit=1.0, device=torch.device("cpu")) | given))
 
 
 def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
-    monkeypatch.setattr(throughput, "Worker", lambda serve, options: None)
+    monkeypatch.setattr(throughput, "Worker", lambda serve, options: Namespace(close=None))
     made = {}
     for mode in throughput.MODES:
-        moe, dense = throughput.contenders("nano", mode, torch.device("cpu"), str(tmp_path), flags())
+        moe, dense = throughput.contenders("nano", mode, str(tmp_path), flags(), ExitStack())
         assert dataclasses.replace(moe.options, dense=True, save_dir="x") == dataclasses.replace(
-            dense.options, save_dir=""
+            dense.options, save_dir="x"
         )
         made[mode] = moe.options
     assert made["predecessor"].tokens_per_step == 32 * 4 * 512
