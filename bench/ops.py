@@ -34,6 +34,7 @@ from .op_peers import Provider, plain, providers
 from .rows import Results, Row, describe, print_rows, progress, say, spread
 from .worker import Failure, Worker
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float16: "fp16"}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
 FORWARD, BOTH = "forward", "forward + backward"
@@ -256,8 +257,7 @@ def measure_case(checker: Checker, number: int, case: Case, names: list[str], ro
         reasons |= {name: str(failure) for name in names if name not in reasons}
     rows = []
     for step, name in product(steps if rounds else list(steps)[-1:], names):
-        dtype = str(checker.settings.dtype).removeprefix("torch.")
-        about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": dtype}
+        about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": NAMES[checker.settings.dtype]}
         row = Row("ops" if rounds else "kernels", name, about, group=f"{case.op} {case.shape} {step}")
         row.failed = reasons.get(name, "")
         row.check, row.error, row.allowed = passed.get(name, ("", None, None))

@@ -174,8 +174,13 @@ def read(directory: Path) -> list[Row]:
         try:
             row = json.loads(line)
             rows.append(Row(**{name: row[name] for name in row if name not in ("median", "p20", "p80")}))
+            rows[-1].complaint()  # raises TypeError for figures that are none
+            if not all(isinstance(value, dict) for value in (rows[-1].case, rows[-1].details, rows[-1].about)):
+                raise TypeError("case, details and about are objects")
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a row ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: no rows")
     return rows
 
 

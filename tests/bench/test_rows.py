@@ -51,7 +51,14 @@ def test_what_did_not_pass_a_check_is_no_result(fields, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"benchmark": "ops"}', '{"benchmark": "a", "provider": "b", "colour": 1}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"benchmark": "ops"}',
+        '{"benchmark": "a", "provider": "b", "colour": 1}',
+        '{"benchmark": "a", "provider": "b", "case": "x"}',
+    ],
 )
 def test_a_line_that_is_no_row_is_named(text, tmp_path):
     Results(str(tmp_path), CPU).write(Row("ops", "triton", **CHECKED))
