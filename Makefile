@@ -42,10 +42,10 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 test-all: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n logical --dist worksteal -m slow
 	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"

@@ -19,7 +19,7 @@ from .model import Acceleron
 # A backend's error may be FACTOR times the reference's in the same dtype plus FLOOR. In bf16 the reference's is about
 # 0.01, and that of the loss, a single value, anything from 0 to 2e-5.
 FACTOR, FLOOR = 2.0, 1e-4
-# Tokens that `require_correct_kernels` takes: enough to launch what a training step does, and a second at most.
+# Tokens that `require_correct_kernels` takes: each persistent program of a grouped GEMM runs through several tiles.
 MAX_TOKENS = 16384
 
 

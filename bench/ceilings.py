@@ -3,14 +3,14 @@
 python -m bench ceilings [--dtype bf16] [--output DIR]
 """
 
-import argparse
 import subprocess
 
 import torch
 
-from acceleron.device import DTYPES, resolve_device, resolve_dtype
+from acceleron.device import dtype_name
 
 from . import timing
+from .command import parse
 from .rows import Results, Row, print_rows
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
@@ -26,26 +26,18 @@ def card() -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
-    arguments = parser.parse_args()
-    device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device)
-    results = Results(arguments.output, device)
-    before = card()
+    arguments = parse(__doc__, dtype="auto")
+    device, dtype = arguments.device, arguments.dtype
+    results, before = Results(arguments.output, device), card()
     flops, moved = timing.ceilings(device, dtype)
-    after = card()
     a, b = torch.randn(2, 256, 256, device=device).to(dtype)
-    error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
+    truth = a.double() @ b.double()
+    error = ((a @ b).double() - truth).norm() / truth.norm()
     check = dict(check="a small GEMM against float64", error=error.item(), allowed=torch.finfo(dtype).eps)
-    details = {"card_before": before, "card_after": after} if before else {}
-    rows = [
-        Row("ceilings", f"GEMM, {str(dtype).removeprefix('torch.')}", {}, "FLOP/s", [flops], details=details, **check),
-        Row("ceilings", "copy", {}, "bytes/s", [moved], details=details, **check),
-    ]
+    details = {"card_before": before, "card_after": card()} if before else {}
+    rows = [Row("ceilings", f"GEMM, {dtype_name(dtype)}", {}, "FLOP/s", [flops], details=details, **check)]
+    rows.append(Row("ceilings", "copy", {}, "bytes/s", [moved], **check))
     for row in rows:
         results.write(row)
-    print(before, after, sep="\n")
+    print(details or "no nvidia-smi here")
     print_rows(rows)

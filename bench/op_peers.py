@@ -1,7 +1,6 @@
 """The providers of an op: Triton, the reference (plain PyTorch), eager and compiled, and installed peers.
 
 All providers of an op take its inputs in the same order (bench/op_cases.py) and return its outputs in the same order.
-`layout` converts the inputs to a peer's own layout. It is not timed, as the peer's users keep their tensors that way.
 """
 
 from collections.abc import Callable
@@ -32,14 +31,12 @@ FACTOR = 1.5
 class Provider(NamedTuple):
     """An implementation of an op, or the reason why it is `absent`.
 
-    layout: from the op's inputs to those of `run`, differentiable, not timed. factor: how many times the reference's
-    error it may have; above FACTOR with a reason where it is made.
+    factor: how many times the reference's error it may have; above FACTOR with a reason where it is made.
     """
 
     name: str
     run: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     absent: str | None = None
-    layout: Callable[..., tuple] | None = None
     factor: float = FACTOR
 
 
@@ -79,57 +76,14 @@ def matmul_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-# Peers. Each maker imports its package and returns the provider's function and options.
+# Peers. Each maker imports its package and returns the provider's function, and its factor.
 
 
 def liger_expert_mlp():
     from liger_kernel.ops import LigerFusedMoEFunction
 
     # The gradients of the top-k scores are added up tile by tile in the compute dtype, by atomics.
-    return lambda x, scores, ids, w13, w2: LigerFusedMoEFunction.apply(x, w13, w2, ids, scores), dict(factor=3)
-
-
-def liger_swiglu():
-    from liger_kernel.transformers.functional import liger_swiglu
-
-    # Its users have gate and up from two GEMMs. Backward overwrites them with their gradients: the times are of values
-    # that change from call to call.
-    return liger_swiglu, dict(layout=lambda gate_up: tuple(half.contiguous() for half in gate_up.chunk(2, dim=-1)))
-
-
-def liger_rope():
-    from liger_kernel.transformers.functional import liger_rope
-
-    def run(q_BSHC, k_BSGC, cos_SC, sin_SC):
-        q, k = liger_rope(q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), cos_SC, sin_SC)
-        return q.transpose(1, 2), k.transpose(1, 2)
-
-    # Its tables have a batch axis, of 1 where all sequences share them; q and k are rotated in place.
-    return run, dict(layout=lambda q, k, cos, sin: (q.clone(), k.clone(), cos[None], sin[None]))
-
-
-def liger_rms_norm():
-    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
-
-    # Not in place, as the output's gradient has other readers; it moves the same bytes.
-    return lambda x, weight, residual: liger_fused_add_rms_norm(
-        x, residual, weight.to(x.dtype), EPS, in_place=False
-    ), {}
-
-
-def liger_cross_entropy():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
-
-    # By default the weight's gradient is summed over the chunks in the compute dtype.
-    return lambda x, weight, labels: function(x, weight.to(x.dtype), labels, accum_dtype=torch.float32), {}
-
-
-def cut_cross_entropy():
-    from cut_cross_entropy import linear_cross_entropy
-
-    # Unfiltered: the default drops gradients below eps / 32, on random data all but the labels' own. Gradients are
-    # added up in the compute dtype, block by block.
-    return lambda x, w, labels: linear_cross_entropy(x, w.to(x.dtype), labels, filter_eps=None), dict(factor=10)
+    return lambda x, scores, ids, w13, w2: LigerFusedMoEFunction.apply(x, w13, w2, ids, scores), 3
 
 
 def moe_ops_expert_mlp():
@@ -140,55 +94,42 @@ def moe_ops_expert_mlp():
         act = reference.swiglu(moe_ops.grouped_gemm(rows, w13, offsets))
         return moe_ops.unpermute(moe_ops.grouped_gemm(act, w2, offsets), row_map, scores, *ids.shape)
 
-    return run, {}
+    return run, FACTOR
 
 
-def sonic_moe():
-    from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import moe_general_routing_inputs
+def liger_cross_entropy():
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
 
-    def interleaved(x, scores, ids, w13, w2):
-        return x, scores, ids, torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2), w2
-
-    def run(x, scores, ids, w13, w2):
-        tokens = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(2)
-        stream, evaluates = torch.cuda.current_stream().cuda_stream, not torch.is_grad_enabled()
-        w1, w2, choices = w13.permute(1, 2, 0), w2.permute(1, 2, 0), (scores.flatten(), tokens, ids.flatten())
-        settings = (w13.shape[0], stream, ActivationType.SWIGLU, evaluates)
-        return moe_general_routing_inputs(x, *choices, w1, None, w2, None, *settings)[0]
-
-    return run, dict(layout=interleaved)
+    # By default the weight's gradient is summed over the chunks in the compute dtype.
+    return lambda x, weight, labels: function(x, weight.to(x.dtype), labels, accum_dtype=torch.float32), FACTOR
 
 
-# op -> (name, distribution, maker)
+def cut_cross_entropy():
+    from cut_cross_entropy import linear_cross_entropy
+
+    # Unfiltered: the default drops gradients below eps / 32, on random data all but the labels' own. Gradients are
+    # added up in the compute dtype, block by block.
+    return lambda x, weight, labels: linear_cross_entropy(x, weight.to(x.dtype), labels, filter_eps=None), 10
+
+
 PEERS = {
-    "expert_mlp": [
-        ("liger fused_moe", "liger-kernel", liger_expert_mlp),
-        ("moe-ops", "moe-ops", moe_ops_expert_mlp),
-        ("sonic-moe", "sonic-moe", sonic_moe),
-    ],
-    "swiglu": [("liger", "liger-kernel", liger_swiglu)],
-    "rope": [("liger", "liger-kernel", liger_rope)],
-    "rms_norm": [("liger", "liger-kernel", liger_rms_norm)],
-    "linear_cross_entropy": [
-        ("liger", "liger-kernel", liger_cross_entropy),
-        ("cut-cross-entropy", "cut-cross-entropy", cut_cross_entropy),
-    ],
+    "expert_mlp": {"liger-kernel": liger_expert_mlp, "moe-ops": moe_ops_expert_mlp},
+    "linear_cross_entropy": {"liger-kernel": liger_cross_entropy, "cut-cross-entropy": cut_cross_entropy},
 }
 
 
-def peer(name: str, distribution: str, maker: Callable, device: torch.device) -> Provider:
-    """The peer's provider, absent if its package is, or cannot be used here."""
+def peer(distribution: str, maker: Callable, device: torch.device) -> Provider:
+    """The provider of an installed peer; absent if its package is, or cannot be used here."""
     try:
         version(distribution)
         if device.type != "cuda":
-            return Provider(name, absent="needs a GPU")
-        run, options = maker()
+            return Provider(distribution, absent="needs a GPU")
+        run, factor = maker()
     except PackageNotFoundError:
-        return Provider(name, absent=f"{distribution} is not installed")
+        return Provider(distribution, absent="not installed")
     except Exception as error:  # whatever another package does while it is imported
-        return Provider(name, absent=f"{distribution} cannot be imported ({describe(error)})")
-    return Provider(name, run, **options)
+        return Provider(distribution, absent=f"cannot be imported ({describe(error)})")
+    return Provider(distribution, run, factor=factor)
 
 
 # FlashAttention's own tests allow two to three times the error of matmuls and a softmax in the same dtype.
@@ -248,4 +189,4 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     compiler = missing_compiler(device)
     absent = f"torch.compile needs {compiler}" if compiler else None
     found.append(Provider("reference compiled", torch.compile(plain(case), dynamic=False), absent))
-    return found + [peer(*each, device) for each in PEERS.get(case.op, [])]
+    return found + [peer(name, maker, device) for name, maker in PEERS.get(case.op, {}).items()]

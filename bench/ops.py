@@ -12,11 +12,10 @@ is replaced: a kernel that fails with TMA is tried without it, and an op that st
 reference. A row `fallbacks` then has the values of ACCELERON_NO_TMA and ACCELERON_REFERENCE_OPS that avoid them.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import groupby, product
 from typing import NamedTuple
 
@@ -26,10 +25,10 @@ from torch import Tensor
 from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES as TRAINING_DTYPES
-from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError
 
 from . import timing
+from .command import parse
 from .op_cases import GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
 from .op_peers import Provider, plain, providers
 from .rows import Results, Row, describe, print_rows, progress, say, spread
@@ -128,15 +127,9 @@ def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[
     """What was compared, the error and the allowed error of the worst result: outputs, with and without gradients, and
     all gradients."""
 
-    def laid_out() -> tuple:
-        copies = _copies(inputs)
-        return copies, provider.layout(*copies) if provider.layout else copies
-
     with torch.no_grad():
-        evaluated = dict(zip(case.outputs, _outputs(provider.run, laid_out()[1]), strict=True))
-    copies, native = laid_out()
-    # The op's inputs get the gradients, through the layout, so that their shapes are the reference's.
-    results, _ = _results(case, lambda *_: provider.run(*native), copies, truth.output_grads)
+        evaluated = dict(zip(case.outputs, _outputs(provider.run, inputs), strict=True))
+    results, _ = _results(case, provider.run, _copies(inputs), truth.output_grads)
     found = {f"{name} alone": (name, x) for name, x in evaluated.items()} | {n: (n, x) for n, x in results.items()}
     # Where the reference happens to be exact, an eighth of a unit, and a few of fp32's for sums and exponentials.
     units = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
@@ -153,17 +146,16 @@ def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[
 
 def bind(provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
     """The calls to time, by pass, once warmed up."""
-    native = _copies(provider.layout(*inputs) if provider.layout else inputs)
-    leaves = _leaves(native)
+    leaves = _leaves(inputs)
 
     @torch.no_grad()
     def forward():
-        return _outputs(provider.run, native)
+        return _outputs(provider.run, inputs)
 
     grads = [None if g is None else g.to(out.dtype, copy=True) for out, g in zip(forward(), output_grads, strict=True)]
 
     def both():
-        return _input_grads(_outputs(provider.run, native), leaves, grads)
+        return _input_grads(_outputs(provider.run, inputs), leaves, grads)
 
     if not leaves:
         return {FORWARD: forward}
@@ -314,7 +306,9 @@ def fallbacks(rows: list[Row]) -> Row | None:
     return Row("fallbacks", "triton", {}, details=values, **check) if values else None
 
 
-def run_cases(settings: Settings, wanted: list[str] | None, rounds: int, limit: float, results: Results) -> list[Row]:
+def run_cases(
+    settings: Settings, wanted: Sequence[str] | None, rounds: int, limit: float, results: Results
+) -> list[Row]:
     """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
     ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
     rows, absent, avoided, checker = [], set(), {}, Checker(settings, limit)
@@ -344,44 +338,33 @@ def run_cases(settings: Settings, wanted: list[str] | None, rounds: int, limit: 
     return rows
 
 
-@cache
-def known_providers(device: torch.device) -> set[str]:
-    cases = select_cases(["nano"], [*OPS, *GEMMS], 16, torch.float32)
-    return {provider.name for case in cases for provider in providers(case, device)}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS, *PUBLISHED], help="default: by the device")
-    parser.add_argument("--op", nargs="+", choices=[*OPS, *GEMMS], help="default: all")
-    parser.add_argument(
-        "--provider", nargs="+", metavar="NAME", help="only these, such as triton or 'reference compiled'"
+    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES)}
+    arguments = parse(
+        __doc__,
+        choices,
+        size=[],
+        op=[],
+        provider=[],
+        tokens=int,
+        dtype="auto",
+        rounds=int,
+        limit=120.0,
+        check_only=False,
     )
-    parser.add_argument("--tokens", type=int, help="at the model sizes; default 65536 on a GPU, 256 on a CPU")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, help="samples of each; default 10 on a GPU, 5 on a CPU")
-    parser.add_argument("--limit", type=float, default=120.0, help="most seconds of one check, or of a case's timing")
-    parser.add_argument("--check_only", action="store_true", help="triton and reference, no times; 1 if one is wrong")
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
-    arguments = parser.parse_args()
-    device = resolve_device(arguments.device)
-    for flag in ("tokens", "rounds", "limit"):
-        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise InputError(f"--{flag} {getattr(arguments, flag)}: expected at least 1")
-    if not arguments.check_only and not kernels._missing and kernels.launch.INTERPRETED:
+    device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
+    if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    wanted = arguments.provider or (OURS if arguments.check_only else None)
-    if unknown := sorted(set(wanted or ()) - known_providers(device)):
-        raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known_providers(device)))}")
-    dtype = DTYPES[arguments.dtype] if arguments.dtype in DTYPES else resolve_dtype(arguments.dtype, device)
-    ops = arguments.op or [*OPS, *(GEMMS if arguments.check_only else [])]
-    sizes, tokens = arguments.size or SIZES[device.type], arguments.tokens or TOKENS[device.type]
-    rounds = 0 if arguments.check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
+    settings = Settings(
+        tuple(arguments.size or SIZES[device.type]), tuple(arguments.op or [*OPS, *(GEMMS if check_only else [])]),
+        arguments.tokens or TOKENS[device.type], arguments.dtype, device,
+    )  # fmt: skip
+    known = {provider.name for case in settings.cases() for provider in providers(case, device)}
+    if unknown := sorted(set(wanted or ()) - known):
+        raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
     results = Results(arguments.output, device)
-    rows = run_cases(
-        Settings(tuple(sizes), tuple(ops), tokens, dtype, device), wanted, rounds, arguments.limit, results
-    )
+    rounds = 0 if check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
+    rows = run_cases(settings, wanted or (OURS if check_only else None), rounds, arguments.limit, results)
     print(f"wrote {results.path}")
     if any(row.failed for row in rows if row.provider in (*OURS, "acceleron")):
         sys.exit(1)

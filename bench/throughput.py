@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from unittest import mock
@@ -29,15 +30,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from acceleron import kernels
-from acceleron.config import PRESETS
 from acceleron.device import (
-    DTYPES,
     dtype_name,
     missing_compiler,
     peak_flops,
     peak_memory,
     reset_peak_memory,
-    resolve_device,
     resolve_dtype,
     synchronize,
 )
@@ -48,9 +46,10 @@ from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
+from .command import parse
 from .corpus import write_corpus
 from .rows import Results, Row, print_rows, progress, say
-from .shapes import NANO_VOCAB, add_batch_flags, batch_shape
+from .shapes import NANO_VOCAB, batch_shape
 from .worker import Failure, Worker
 
 MODES = {
@@ -61,6 +60,7 @@ MODES = {
     "deterministic": dict(no_gradient_checkpointing=True, deterministic=True),
     "predecessor": dict(batch_size=32, grad_accum=4),
 }
+BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # unless asked for others
 GPU_MODES = ("deterministic", "predecessor")  # on a CPU only if asked for
 CORPUS_CHARACTERS = 4_000_000
 PROFILED = 40  # kernels of a profile that are kept, by time
@@ -68,25 +68,24 @@ NEVER = 1 << 30
 
 
 def serve(connection, options: TrainOptions):
-    """A contender's process: the check, then train.py's loop, paused before each step that no round has asked for."""
-    device = torch.device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
+    """A contender's process: the check, then train.py's loop, which pauses before each step that no round has asked
+    for."""
+    device, step, left = torch.device(options.device), Run.step, 1
     connection.recv()
     if not options.no_compile and missing_compiler(device):
         raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
-    check = check_gradients(
-        model_config(options, None), device, dtype, options.kernels, batch_size=min(2, options.batch_size), seq_len=options.seq_len,
-        compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing,
-    )  # fmt: skip
-    connection.send(check)
-    connection.recv()
-    began, step, left = time.perf_counter(), Run.step, 1
+    config, dtype = model_config(options, None), resolve_dtype(options.dtype, device)
+    shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
+    mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
+    answer = {"check": check_gradients(config, device, dtype, options.kernels, **shape, **mode)}
+    reset_peak_memory(device)
+    began = time.perf_counter()
 
     def pause(run: Run) -> int:
         """Send the round's seconds, answer questions, and return the number of steps of the next round."""
-        nonlocal began
+        nonlocal answer, began
         synchronize(device)
-        answer = {"seconds": time.perf_counter() - began}
+        answer |= {"seconds": time.perf_counter() - began}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the memory is the next contender's
         while True:
@@ -101,18 +100,21 @@ def serve(connection, options: TrainOptions):
         if device.type == "cuda":
             step(run, run.optimizer.param_groups[0]["lr"])  # refills the allocator's cache, untimed
         synchronize(device)
-        began = time.perf_counter()
+        answer, began = {}, time.perf_counter()
         return message
 
     def paused_step(run: Run, lr: float):
         nonlocal left
-        if not left:
-            left = pause(run)
+        left = left or pause(run)
         step(run, lr)
         left -= 1
 
-    reset_peak_memory(device)
-    with mock.patch.object(Run, "step", paused_step):
+    with (
+        mock.patch.object(Run, "step", paused_step),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         train(options)
 
 
@@ -120,9 +122,11 @@ def figures(run: Run) -> dict:
     """What a contender knows after its rounds."""
     options, config = run.options, run.model.config
     flops = flops_per_token(config, run.model.num_parameters()[1], options.seq_len)
-    statistics = run.read_statistics()
-    shares = {name: statistics[name] for name in ("expert_least_share", "expert_most_share") if name in statistics}
-    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops, "loss": statistics["loss"]} | shares
+    statistics = run.read_statistics() if run.unread_steps else {}
+    kept = {
+        name: statistics[name] for name in ("loss", "expert_least_share", "expert_most_share") if name in statistics
+    }
+    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops} | kept
 
 
 def profiled(step, device: torch.device) -> list[dict]:
@@ -142,35 +146,31 @@ def profiled(step, device: torch.device) -> list[dict]:
 class Contender:
     """The parent's side of one training process. `row` gets its figures, or `failed`."""
 
-    def __init__(self, options: TrainOptions, mode: str, dtype: str, limit: float):
+    def __init__(self, options: TrainOptions, mode: str, limit: float):
         self.options, self.limit, self.step_seconds = options, limit, 0.0
-        shape = {"batch_size": options.batch_size, "grad_accum": options.grad_accum, "seq_len": options.seq_len}
-        case = {"size": options.model_size, "mode": mode, "dtype": dtype} | shape
+        case = {"size": options.model_size, "mode": mode, "dtype": options.dtype, "batch_size": options.batch_size}
+        case |= {"grad_accum": options.grad_accum, "seq_len": options.seq_len}
         provider = f"{'dense' if options.dense else 'MoE'}, {options.kernels}"
-        group = f"{options.model_size} {mode}"
-        self.row = Row("throughput", provider, case, "tokens/s", group=group)
+        self.row = Row("throughput", provider, case, "tokens/s", group=f"{options.model_size} {mode}")
         self.worker = Worker(serve, options)
 
     def ask(self, message, limit: float):
         """The answer, or None once this contender has failed."""
-        if self.row.failed:
-            return None
         try:
-            return self.worker.ask(message, limit)
+            return None if self.row.failed else self.worker.ask(message, limit)
         except Failure as failure:
-            self.row.failed, self.row.values = str(failure), []
+            self.row.failed = str(failure)
             return None
 
     def begin(self):
-        """Check, build, compile, and train the first steps."""
-        row, began = self.row, time.perf_counter()
-        if check := self.ask("check", self.limit):
-            row.check, row.error, row.allowed = f"{check.name} against the fp32 reference", check.error, check.allowed
-            row.details["check_seconds"] = time.perf_counter() - began
-        if started := self.ask("train", self.limit):
-            row.details["start_seconds"] = started["seconds"]
-        if step := self.ask(1, self.limit):
-            self.step_seconds = step["seconds"]
+        """Check, build, compile, and train two steps."""
+        row = self.row
+        if started := self.ask("begin", self.limit):
+            name, row.error, row.allowed = started["check"]
+            row.check = f"{name} against the fp32 reference"
+            row.details["start_seconds"] = started["seconds"]  # the check has compiled the kernels
+        if one := self.ask(1, self.limit):
+            self.step_seconds = one["seconds"]
 
     def round(self, seconds: float):
         """Train for about this long, in whole steps, and note the tokens/s."""
@@ -180,103 +180,81 @@ class Contender:
 
     def finish(self, peak: float, with_profile: bool) -> Row:
         if found := self.ask("figures", self.limit):
-            mfu = self.row.median * found["flops_per_token"] / peak
-            self.row.details |= found | {"mfu": mfu, "peak_flops": peak}
-        if with_profile and (kernels_used := self.ask("profile", self.limit)):
-            self.row.details["profile"] = kernels_used
+            self.row.details |= found | {"mfu": self.row.median * found["flops_per_token"] / peak, "peak_flops": peak}
+        if with_profile and not self.row.failed:
+            try:
+                self.row.details["profile"] = self.worker.ask("profile", self.limit)
+            except Failure as failure:  # the rounds before it still count
+                self.row.details["profile_failed"] = str(failure)
         self.worker.close()
         return self.row
 
 
-def contenders(size: str, mode: str, device: torch.device, directory: str, arguments) -> list[Contender]:
-    """The MoE and the dense baseline, by each of the kernel backends asked for, on the corpus in <directory>/data."""
-    on_gpu = device.type == "cuda"
-    batch_size, grad_accum, seq_len = batch_shape(size, on_gpu, arguments)
-    dtype = dtype_name(resolve_dtype(arguments.dtype, device))
+def contenders(
+    size: str, mode: str, directory: str, arguments: argparse.Namespace, stack: ExitStack
+) -> list[Contender]:
+    """The MoE and the dense baseline by each of the kernel backends asked for, on the corpus in <directory>/data.
+
+    Their processes end with the stack.
+    """
+    device = arguments.device
+    batch_size, grad_accum, seq_len = batch_shape(size, device.type == "cuda", arguments)
     options = TrainOptions(
         data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
-        dtype=dtype, device=str(device), max_steps=NEVER, eval_interval=NEVER, save_interval=NEVER,
-        vocab_size=NANO_VOCAB if size == "nano" else None,
+        dtype=dtype_name(arguments.dtype), device=str(device), max_steps=NEVER, eval_interval=NEVER,
+        save_interval=NEVER, vocab_size=NANO_VOCAB if size == "nano" else None,
     )  # fmt: skip
-    backends = arguments.kernels or (["triton"] if can_run_triton(device) else ["reference"])
     found = []
-    for backend, dense in product(backends, (False, True)):
+    for backend, dense in product(arguments.kernels or BACKENDS[device.type], (False, True)):
         save_dir = f"{directory}/{size}-{mode}-{backend}-{dense}"
         own = replace(options, dense=dense, kernels=backend, save_dir=save_dir, **MODES[mode])
-        found.append(Contender(own, mode, dtype, arguments.limit))
+        found.append(Contender(own, mode, arguments.limit))
+        stack.callback(found[-1].worker.close)
     return found
-
-
-def can_run_triton(device: torch.device) -> bool:
-    try:
-        kernels.select("triton", device)
-    except ValueError:
-        return False
-    return device.type == "cuda"
 
 
 def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool) -> list[Row]:
     """The rows of contenders that are trained in interleaved rounds, one at a time on the device."""
-    try:
-        for contender in found:
-            contender.begin()
-        for count in range(rounds):
-            for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
-                contender.round(seconds)
-        return [contender.finish(peak, with_profile) for contender in found]
-    finally:
-        for contender in found:
-            contender.worker.close()
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all; on a CPU without the GPU's modes")
-    text = "default: triton on a GPU; the reference on a CPU, where triton needs TRITON_INTERPRET=1"
-    parser.add_argument("--kernels", nargs="+", choices=("triton", "reference"), help=text)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    add_batch_flags(parser)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of training per round, in whole steps")
-    parser.add_argument("--limit", type=float, default=600.0, help="most seconds of a check, a start, or a profile")
-    parser.add_argument("--profile", action="store_true", help="add the time of each kernel of one step to the rows")
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1 or not 0 < arguments.seconds < float("inf") or not 0 < arguments.limit < float("inf"):
-        raise InputError("--rounds, --seconds and --limit: expected at least one round, and seconds above 0")
-    return arguments
+    for contender in found:
+        contender.begin()
+    for count in range(rounds):
+        for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
+            contender.round(seconds)
+    return [contender.finish(peak, with_profile) for contender in found]
 
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse()
-    device = resolve_device(arguments.device)
+    arguments = parse(
+        __doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, size=[], mode=[], kernels=[], dtype="auto",
+        batch_size=int, grad_accum=int, seq_len=int, rounds=5, seconds=3.0, limit=600.0, profile=False,
+    )  # fmt: skip
+    device = arguments.device
     on_gpu = device.type == "cuda"
-    for size in arguments.size or ():
-        batch_shape(size, on_gpu, arguments)
-    if "triton" in (arguments.kernels or ()):
-        try:
-            kernels.select("triton", device)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    try:
+        for backend in arguments.kernels or ():
+            kernels.select(backend, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     sizes = arguments.size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])
     modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
+    for size in sizes:
+        batch_shape(size, on_gpu, arguments)
     results, failed = Results(arguments.output, device), False
-    peak, source = peak_flops(device, resolve_dtype(arguments.dtype, device))
-    with tempfile.TemporaryDirectory() as directory:
+    peak, source = peak_flops(device, arguments.dtype)
+    print(f"MFU is against {peak / 1e12:.3g} TFLOP/s, {source}", flush=True)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        groups = (contenders(size, mode, directory, arguments, stack) for size, mode in product(sizes, modes))
+        if on_gpu:
+            groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
-        print(f"MFU is against {peak / 1e12:.3g} TFLOP/s, {source}", flush=True)
-        for size, mode in progress(list(product(sizes, modes)), "sizes and modes"):
-            found = contenders(size, mode, device, directory, arguments)
+        for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
             rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
             for row in rows:
                 failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
-            fastest = max(baselines, key=lambda row: row.median, default=rows[0])
-            say(f"{size}, {mode}: {json.dumps(rows[0].case)}")
-            print_rows(rows, baseline=fastest.provider)
+            say(f"{rows[0].group}: {json.dumps(rows[0].case)}")
+            print_rows(rows, baseline=max(baselines, key=lambda row: row.median, default=rows[0]).provider)
     print(f"wrote {results.path}")
     if failed:
         sys.exit(1)

@@ -24,7 +24,7 @@ from acceleron.training.saver import Saver
 
 resource = pytest.importorskip("resource")
 
-SECONDS, BYTES = 10, 1 << 30  # a case may take
+SECONDS, BYTES = 10, 1 << 30  # of CPU time and memory that a case may take
 VOCAB_SIZE, ROW_LENGTH = 64, 32
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, d_ff=16, d_ff_shared=16
@@ -41,19 +41,19 @@ def limits(case: str):
     """Too much memory is a MemoryError within, too much time a failure."""
 
     def too_slow(*_):
-        pytest.fail(f"{case}: above {SECONDS} s")
+        pytest.fail(f"{case}: above {SECONDS} s of CPU time")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, too_slow)
+    handler = signal.signal(signal.SIGPROF, too_slow)
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def small_run(directory: Path) -> Run:

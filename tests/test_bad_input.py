@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from waiting import HANG
 
 import generate
 import train
@@ -308,7 +309,7 @@ def test_flags_of_generate(refusal, flags, culprit):
 
 def command(script, *arguments):
     run = subprocess.run(
-        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=HANG, check=False
     )
     assert run.returncode == 2, run.stderr
     assert run.stdout == ""

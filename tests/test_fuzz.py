@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +24,7 @@ from hostile_files import (
     doubled,
     limits,
     rewritten,
-    small_run,
     use,
-    write_checkpoint,
 )
 
 from acceleron import Acceleron, ModelConfig
@@ -158,27 +155,6 @@ def test_enough_cases():
     assert "FUZZ_CASES" in os.environ or CASES >= 2000
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = small_run(tmp_path_factory.mktemp("data"))
-    yield run
-    run.loader.close()
-
-
-@pytest.fixture(scope="module")
-def original(run, tmp_path_factory) -> Path:
-    return write_checkpoint(run, tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The model is too small for more, which would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def same(value, other) -> bool:
     if type(value) is not type(other):
         return False
@@ -191,9 +167,10 @@ def same(value, other) -> bool:
     return value == other
 
 
-def test_damaged_archives(original, tmp_path):
+def test_damaged_archives(small_checkpoint, tmp_path):
     """Only what no reader looks at may be damaged unseen: then the contents are those of the original, to the bit."""
-    content, expected, path = original.read_bytes(), load_checkpoint(original), tmp_path / "bad.pt"
+    content, expected = small_checkpoint.read_bytes(), load_checkpoint(small_checkpoint)
+    path = tmp_path / "bad.pt"
 
     def read(mutate, rng):
         path.write_bytes(mutate(rng, content))
@@ -203,28 +180,28 @@ def test_damaged_archives(original, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_checkpoints_with_valid_checksums(run, original, tmp_path):
+def test_checkpoints_with_valid_checksums(small_run, small_checkpoint, tmp_path):
     path = tmp_path / "bad.pt"
-    everything = torch.load(original, weights_only=True)
+    everything = torch.load(small_checkpoint, weights_only=True)
 
     def absurd_values(rng):
         torch.save(damage_values(rng, copy.deepcopy(everything), NUMBERS + OTHERS + TENSORS + [doubled(40)]), path)
 
     def damaged_pickle(rng):
         damage = DAMAGE[rng.integers(len(DAMAGE))]
-        rewritten(original, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
+        rewritten(small_checkpoint, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
 
     def records_mixed_up(rng):
-        with zipfile.ZipFile(original) as archive:
+        with zipfile.ZipFile(small_checkpoint) as archive:
             names = archive.namelist()
         chosen, other = rng.choice(names, 2, replace=False)
         changes = [[], [(other, b"x")], [(chosen, b"")], [(chosen, b"1"), (chosen, b"2")], [(chosen.upper(), b"3")]]
         change = changes[rng.integers(len(changes))]
-        rewritten(original, path, lambda name, content: change if name == chosen else [(name, content)])
+        rewritten(small_checkpoint, path, lambda name, content: change if name == chosen else [(name, content)])
 
     def read(mutate, rng):
         mutate(rng)
-        use(run, path)
+        use(small_run, path)
 
     fuzz("checkpoints", [absurd_values, damaged_pickle, records_mixed_up], read)
 

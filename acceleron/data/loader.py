@@ -21,6 +21,7 @@ VALIDATION_BATCHES = 20
 BATCHES_AHEAD = 4  # of each reader thread
 MAX_DRAWS = 100  # of a substitute for a bad chunk
 ROWS_NAMED = 8  # by origin()
+CLOSE_SECONDS = 1.0  # that close() waits for the readers
 
 
 class Chunks:
@@ -254,10 +255,10 @@ class Loader:
         return batch
 
     def close(self):
-        """End the readers, waiting for them up to a second: one that a stalled disk holds ends when it wakes."""
+        """End the readers, waiting for them up to CLOSE_SECONDS: one that a stalled disk holds ends when it wakes."""
         readers = self._readers
         self._restart(self.position)
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread, _ in readers:
             thread.join(max(0, deadline - time.monotonic()))
 

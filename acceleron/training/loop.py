@@ -181,7 +181,7 @@ class Trainer:
         if log and run.unread_steps:
             self._log(evaluate)
         self._report_save()
-        due = (save and run.steps > self.save_begun) or self.save_due or time.monotonic() > self.retry_at
+        due = (save and run.steps > self.save_begun) or self.save_due or time.monotonic() >= self.retry_at
         if due and not last:
             self._report_bad_steps()
             # After bad steps: at the next good one.

@@ -55,7 +55,11 @@ class TrainOptions:
     dtype: str = option(
         "auto", "of GEMMs and activations; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
     )
-    kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
+    kernels: str = option(
+        "auto",
+        "kernel backend; auto is Triton on an NVIDIA GPU if it passes a check, else the reference",
+        choices=("auto", "triton", "reference"),
+    )
     deterministic: bool = option(False, "the same bits from the same start on a GPU; a CPU's always are")
     no_compile: bool = option(False, "no torch.compile")
     debug_force_load_balance: bool = option(False, "route tokens to the experts in turn, for benchmarks and debugging")

@@ -62,8 +62,8 @@ class StopSignals:
         if not self.learned:
             self._end(f"{number.name} before the first step was done: nothing new to save", STOPPED)
         if self.requested is None:
-            self._say(f"{number.name}: saving and stopping after this step")
             self.requested = number.name
+            self._say(f"{number.name}: saving and stopping after this step")
 
     def _say(self, line: str):
         with suppress(OSError):

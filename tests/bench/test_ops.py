@@ -119,12 +119,12 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
 def test_what_passes_is_timed_and_an_absent_peer_is_listed_once(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.timing, "ceilings", lambda device, dtype: (1e12, 1e11))
     settings = ops.Settings(("nano",), ("expert_mlp", "swiglu"), 32, torch.float32, DEVICE)
-    ops.run_cases(settings, ["reference", "sonic-moe"], 3, 600.0, rows.Results(str(tmp_path), DEVICE))
+    ops.run_cases(settings, ["reference", "moe-ops"], 3, 600.0, rows.Results(str(tmp_path), DEVICE))
     absent, *measured = sorted(rows.read(tmp_path), key=lambda row: not row.absent)
     assert (absent.case, absent.provider, absent.absent) == (
         {"op": "expert_mlp"},
-        "sonic-moe",
-        "sonic-moe is not installed",
+        "moe-ops",
+        "not installed",
     )
     assert {(row.case["op"], row.case["pass"]) for row in measured} == {
         (op, step) for op in ("expert_mlp", "swiglu") for step in (FORWARD, BOTH)

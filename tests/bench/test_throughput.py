@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from argparse import Namespace
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def options(tmp_path_factory):
 
 
 def contender(options: TrainOptions, save_dir, **changes) -> Contender:
-    return Contender(dataclasses.replace(options, save_dir=str(save_dir), **changes), "eager", "fp32", limit=600.0)
+    return Contender(dataclasses.replace(options, save_dir=str(save_dir), **changes), "eager", limit=600.0)
 
 
 def losses(directory) -> list[float]:
@@ -39,11 +40,12 @@ def losses(directory) -> list[float]:
 
 
 def test_a_contender_runs_trains_own_loop_and_pauses_between_rounds(options, tmp_path):
-    found = [contender(options, tmp_path / "moe"), contender(options, tmp_path / "dense", dense=True)]
+    own = dict(log_interval=3)  # the fourth step's statistics are unread at the end
+    found = [contender(options, tmp_path / "moe", **own), contender(options, tmp_path / "dense", dense=True, **own)]
     moe, dense = compete(found, rounds=2, seconds=1e-9, peak=1e12, with_profile=True)
     for row in (moe, dense):
         assert row.complaint() == ""
-        assert 0 < row.error <= row.allowed < 1e-3
+        assert row.error <= row.allowed < 1e-3
         assert len(row.values) == 2
         assert row.details["mfu"] == pytest.approx(row.median * row.details["flops_per_token"] / 1e12)
         assert row.details["start_seconds"] > 0
@@ -86,16 +88,16 @@ def test_a_round_counts_the_tokens_of_its_steps(options, monkeypatch):
 
 def flags(**given) -> Namespace:
     names = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "kernels"))
-    return Namespace(**(names | dict(dtype="fp32", limit=1.0) | given))
+    return Namespace(**(names | dict(dtype=torch.float32, limit=1.0, device=torch.device("cpu")) | given))
 
 
 def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
-    monkeypatch.setattr(throughput, "Worker", lambda serve, options: None)
+    monkeypatch.setattr(throughput, "Worker", lambda serve, options: Namespace(close=None))
     made = {}
     for mode in throughput.MODES:
-        moe, dense = throughput.contenders("nano", mode, torch.device("cpu"), str(tmp_path), flags())
-        assert dataclasses.replace(moe.options, dense=True, save_dir="") == dataclasses.replace(
-            dense.options, save_dir=""
+        moe, dense = throughput.contenders("nano", mode, str(tmp_path), flags(), ExitStack())
+        assert dataclasses.replace(moe.options, dense=True, save_dir="x") == dataclasses.replace(
+            dense.options, save_dir="x"
         )
         made[mode] = moe.options
     assert made["predecessor"].tokens_per_step == 32 * 4 * 512

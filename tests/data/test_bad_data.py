@@ -23,8 +23,10 @@ from counting_shards import (
     shards_of,
     write_shards,
 )
+from waiting import HANG
 
 from acceleron.data import Loader, ShardError, Shards, validation_batches, validation_loader
+from acceleron.data import loader as loader_module
 from acceleron.data import shards as shards_module
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
@@ -337,9 +339,9 @@ def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shard
         patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
         loader, count = make_validation(shards, batch_size=batch_size)
         assert count == len(sizes)
-        batches = [loader.poll(30) for _ in range(count)]
+        batches = [loader.poll(HANG) for _ in range(count)]
         for reader in readers():
-            reader.join(5)
+            reader.join(HANG)
         assert not readers()
         assert len(read_rows) == sum(sizes)
         assert torch.equal(torch.cat(batches), held_out_order(ROW_LENGTH // 4)[: sum(sizes)])
@@ -351,9 +353,10 @@ def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shard
 
 
 def test_a_stalled_validation_can_be_left(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", 0.0)
     with ending_readers():
         gate, plain = threading.Event(), Shards.read
-        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(30) and plain(*arguments))
+        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
         loader, _ = make_validation(shards)
         assert loader.poll(0.05) is None
         loader.close()
@@ -494,15 +497,16 @@ def ending_readers():
     """Other tests' readers have ended before, and all have by the end."""
     gc.collect()
     for thread in readers():
-        thread.join(5)
+        thread.join(HANG)
     assert not readers()
     yield
     for thread in readers():
-        thread.join(5)
+        thread.join(HANG)
     assert not readers()
 
 
-def test_readers_start_late_and_end_with_close(shards):
+def test_readers_start_late_and_end_with_close(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", HANG)
     expected = list(islice(make_loader(shards), 2))
     with ending_readers():
         loader = make_loader(shards, num_workers=3)
@@ -533,7 +537,7 @@ def test_readers_end_when_their_loader_goes_elsewhere(shards):
         next(loader)
         (first,) = readers()
         loader.load_state_dict(loader.state_dict())
-        first.join(5)
+        first.join(HANG)
         assert not first.is_alive()
         loader.close()
 
@@ -542,20 +546,21 @@ def test_readers_end_when_their_loader_goes_elsewhere(shards):
 def test_a_stalled_reader_is_waited_for(shards, monkeypatch, num_workers):
     expected = list(islice(make_loader(shards), 2))
     gate, plain = threading.Event(), Shards.read
-    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(30) and plain(*arguments))
+    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
     loader = make_loader(shards, num_workers=num_workers)
     assert loader.poll(0.05) is None
     assert loader.poll(0) is None
     assert loader.position == 0
     gate.set()
-    assert torch.equal(loader.poll(30), expected[0])
+    assert torch.equal(loader.poll(HANG), expected[0])
     assert torch.equal(next(loader), expected[1])
 
 
 def test_closing_does_not_wait_for_a_stalled_reader(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", 0.0)
     with ending_readers():
         gate, plain = threading.Event(), Shards.read
-        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(30) and plain(*arguments))
+        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
         loader = make_loader(shards)
         assert loader.poll(0) is None
         loader.close()

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 # Longer than the 10 MiB that huggingface_hub reads at a time, so that a transfer can break after the first of them.
@@ -78,12 +79,13 @@ def download(output, port, *, repo="someone/Some", shards=2):
         "HF_HOME": str(output.parent / "hub"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(HANG)),
+        "HF_HUB_ETAG_TIMEOUT": str(int(HANG)),
         "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
     }
     arguments = ["download", "--repo", repo, "--shards", str(shards), "--output", str(output)]
     command = [sys.executable, "-c", COMMAND, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 def fetched(hub):

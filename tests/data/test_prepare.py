@@ -119,13 +119,11 @@ def test_the_trained_tokenizer_has_its_special_tokens_and_size(tokenizer):
     assert len(train([some_text(0)], 258).encode("rain").ids) == 4  # no room for merges: a token a byte
 
 
-@settings(deadline=None)
 @given(text=anything | mostly_spaces)
 def test_the_trained_tokenizer_writes_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-@settings(deadline=None)
 @given(text=anything | mostly_spaces)
 def test_token_bytes_add_up_to_the_text(tokenizer, text):
     lengths = token_bytes(tokenizer, 512)
@@ -140,7 +138,7 @@ def test_token_bytes_are_none_for_special_and_missing_entries(tokenizer):
     assert (lengths[2:400] > 0).all()
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(text=mostly_spaces, size=st.integers(1, 8))
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
     parts = list(pieces(text, size))

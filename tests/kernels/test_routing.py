@@ -107,7 +107,7 @@ def test_narrow_logits_are_routed_in_fp32(dtype):
 VALUES = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from([2, 5]).flatmap(lambda E: st.lists(st.lists(VALUES, min_size=E, max_size=E), min_size=1)))
 def test_any_value_gives_two_experts_that_exist(rows):
     """NaN counts as the largest; the losses are not finite where the reference's aren't; the plan is a permutation."""
@@ -215,7 +215,7 @@ def assignments(draw):
     return E, experts, draw(st.sampled_from([torch.int32, torch.int64])), draw(st.sampled_from([1, 3, 256]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(assignments())
 def test_plan_is_a_stable_sort(case):
     num_experts, experts, dtype, programs = case

@@ -1,12 +1,17 @@
-"""One thread: models of milliseconds gain nothing from two, and with two they wait for whatever else runs."""
+import multiprocessing
 
 import pytest
-import torch
+from runs import write_shard
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_child_left():
+    """Some wait for what a failed test no longer does."""
     yield
-    torch.set_num_threads(threads)
+    for process in multiprocessing.active_children():
+        process.kill()

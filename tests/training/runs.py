@@ -1,19 +1,21 @@
 """Small runs, in this process or in one of their own, and what they leave behind."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from waiting import HANG, wait_until
 
 from acceleron.config import PRESETS
 from acceleron.errors import run_command
+from acceleron.model import Acceleron
 from acceleron.training import TrainOptions, train
 from acceleron.training.checkpoint import load_checkpoint
 
@@ -79,27 +81,46 @@ def shrink_nano():
     PRESETS["nano"] = dataclasses.replace(PRESETS["nano"], **small)
 
 
-class SlowFile:
-    """Takes a while for every write, so that a process is mostly killed in the middle of one."""
+class HalfWritten:
+    """A file that calls `between` halfway through every write."""
 
-    def __init__(self, file, seconds: float):
-        self.file, self.seconds = file, seconds
+    def __init__(self, file, between: Callable[[], None]):
+        self.file, self.between = file, between
 
     def write(self, data):
         half = len(data) // 2
         written = self.file.write(data[:half])
         self.file.flush()
-        time.sleep(self.seconds)
+        self.between()
         return written + self.file.write(data[half:])
 
     def flush(self):
         self.file.flush()
 
 
-def slow_saves(seconds: float):
-    """Every write of a checkpoint, of which there are some hundreds, takes this much longer."""
+def within_writes(between: Callable[[], None]):
+    """Calls `between` halfway through every write of a checkpoint, of which there are some hundreds."""
     save = torch.save
-    torch.save = lambda contents, file: save(contents, SlowFile(file, seconds))
+    torch.save = lambda contents, file: save(contents, HalfWritten(file, between))
+
+
+def hold(gate: str):
+    """In a child: prints "held", and waits until there is a file of this name."""
+    print("held", flush=True)
+    wait_until(lambda: os.path.exists(gate))
+
+
+def hold_step(step: int, gate: str):
+    """A hook with these arguments: this step, counted from 1, waits for the gate before it is computed."""
+    shrink_nano()
+    forward, steps = Acceleron.forward, itertools.count(1)
+
+    def held(*args, **kwargs):
+        if next(steps) == step:
+            hold(gate)
+        return forward(*args, **kwargs)
+
+    Acceleron.forward = held
 
 
 def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None):
@@ -121,21 +142,16 @@ class Child:
         self.process = CONTEXT.Process(target=_child, args=(settings, str(output), hook))
         self.process.start()
 
-    def wait_for(self, text: str, seconds: float = 60.0):
+    def wait_for(self, text: str):
         """Until the output has this text."""
-        deadline = time.monotonic() + seconds
-        while text not in self.output.read_text():
-            assert self.process.is_alive(), self.output.read_text()
-            assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output.read_text()}"
-            time.sleep(0.005)
+        wait_until(lambda: text in self.output.read_text() or not self.process.is_alive())
+        assert text in self.output.read_text(), self.output.read_text()
 
     def signal(self, number: int):
         os.kill(self.process.pid, number)
 
-    def status(self, seconds: float = 60.0) -> int:
-        """Its exit status, for which it has this long."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"still running after {seconds} s:\n{self.output.read_text()}")
+    def status(self) -> int:
+        """Its exit status, once it has ended."""
+        self.process.join(HANG)
+        assert not self.process.is_alive(), self.output.read_text()
         return self.process.exitcode

@@ -7,12 +7,13 @@ import math
 import os
 import re
 import signal
-import time
+import threading
 
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, records, write_shard
+from runs import assert_same_bits, learned, options, records
+from waiting import HANG
 
 from acceleron import ModelConfig
 from acceleron.data import Loader, Shards
@@ -22,11 +23,7 @@ from acceleron.training import guard, train
 from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.training.guard import SPIKE_HORIZON, StepGuard
 from acceleron.training.run import Run
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
+from acceleron.training.stop import StopSignals
 
 
 @pytest.fixture
@@ -214,15 +211,18 @@ def test_a_step_that_fails_loses_none_before_it(data_dir, tmp_path, poison, caps
     assert_same_bits(learned(tmp_path / "run", 6), learned(tmp_path / "whole", 6))
 
 
-def test_a_step_that_fails_because_of_a_stop_is_a_part_of_it(data_dir, tmp_path, poison):
+def test_a_step_that_fails_because_of_a_stop_is_a_part_of_it(data_dir, tmp_path, poison, monkeypatch):
     """As when the compiler got the signal too. An error may say nothing, and all may be saved already."""
+    hear, heard = StopSignals._hear, threading.Event()
+    monkeypatch.setattr(StopSignals, "_hear", lambda stop, number: hear(stop, number) or heard.set())
 
     def fail(output):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)  # in which the signal is heard
+        assert heard.wait(HANG)
         raise MemoryError
 
     for name, interval in (("unsaved", 100), ("saved", 4)):
+        heard.clear()
         poison({5}, fail)
         with pytest.raises(RunStopped, match=r"SIGTERM: stopped at step 4; .*checkpoint_4\.pt holds all of it"):
             train(options(data_dir, tmp_path / name, save_interval=interval))

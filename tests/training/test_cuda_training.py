@@ -4,17 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, write_shard
+from runs import assert_same_bits, learned, options
 
 from acceleron import ModelConfig
 from acceleron.data import Shards
 from acceleron.training import train
 from acceleron.training.run import Run
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -4,19 +4,21 @@ import dataclasses
 import errno
 import os
 import re
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from runs import assert_same_bits, learned, options, records, write_shard
+from waiting import HANG
 
-from acceleron.data.loader import Chunks
+from acceleron.data.loader import Chunks, Loader
 from acceleron.data.shards import Shards
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
 from acceleron.training import run as run_module
 from acceleron.training.checkpoint import load_checkpoint
+from acceleron.training.run import Run
 
 
 @pytest.fixture
@@ -142,12 +144,31 @@ def test_data_and_disk_that_both_fail_are_both_told(data_dir, tmp_path, before_b
         train(options(data_dir, tmp_path / "run", max_steps=30, eval_interval=30, save_interval=100))
 
 
-def test_a_stall_is_told_and_measured(data_dir, tmp_path, before_batch, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "STALL_SECONDS", 0.3)
-    before_batch(4, lambda: time.sleep(1.5))
+def test_a_stall_is_told_and_measured(data_dir, tmp_path, monkeypatch, capsys):
+    """The clock advances by 25 s in each step, and in each of three attempts to get the fourth batch that fail."""
+    clock, poll, step, failures = SimpleNamespace(now=0.0), Loader.poll, Run.step, [25.0, 25.0, 25.0]
+    clock.perf_counter = clock.monotonic = lambda: clock.now
+
+    def poll_again(loader, timeout):
+        if loader.position == 3 * loader.batch_size and failures:
+            clock.now += failures.pop()
+            return None
+        return poll(loader, HANG)
+
+    def timed_step(run, lr):
+        step(run, lr)
+        clock.now += 25.0
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(Loader, "poll", poll_again)
+    monkeypatch.setattr(Run, "step", timed_step)
     train(options(data_dir, tmp_path / "run", max_steps=4, eval_interval=4))
     said = capsys.readouterr()
-    assert re.search(rf"warning: no data for [01] s: {data_dir}/shard_0000[01]\.npy rows? \d+", said.err)
-    waits = [line["data_wait"] for line in records(tmp_path / "run")]
-    assert max(waits[:3]) < 0.5 < waits[3] <= 1
-    assert f"data wait {waits[3]:.1%}" in said.out
+    assert run_module.STALL_SECONDS == 60  # passed by the third attempt alone
+    (warning,) = [line for line in said.err.splitlines() if "no data" in line]
+    assert re.fullmatch(rf"warning: no data for 75 s: {data_dir}/shard_0000[01]\.npy rows? \d+.*", warning)
+    log = records(tmp_path / "run")
+    assert [line["data_wait"] for line in log] == [0, 0, 0, 0.75]
+    assert [line["tokens_per_second"] for line in log] == [4 * 64 / 25] * 3 + [4 * 64 / 100]
+    assert "data wait 75.0%" in said.out

@@ -4,32 +4,19 @@ import functools
 import operator
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-from hostile_files import VOCAB_SIZE, doubled, limits, rewritten, small_run, use, write_checkpoint
+from hostile_files import VOCAB_SIZE, doubled, limits, rewritten, use
 
 from acceleron.errors import InputError
 from acceleron.training.checkpoint import load_checkpoint
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = small_run(tmp_path_factory.mktemp("data"))
-    yield run
-    run.loader.close()
-
-
-@pytest.fixture(scope="module")
-def original(run, tmp_path_factory) -> Path:
-    return write_checkpoint(run, tmp_path_factory.mktemp("original"))
-
-
-def test_the_original_is_usable(run, original):
+def test_the_original_is_usable(small_run, small_checkpoint):
     """Else a reader that refuses everything would pass."""
-    use(run, original)
-    assert run.steps == 3
+    use(small_run, small_checkpoint)
+    assert small_run.steps == 3
 
 
 @pytest.mark.parametrize(
@@ -54,13 +41,13 @@ def test_the_original_is_usable(run, original):
         (["rng", "python"], [3, [2**40], None]),
     ],
 )
-def test_absurd_values_in_a_checkpoint(run, original, tmp_path, keys, value):
-    contents = torch.load(original, weights_only=True)
+def test_absurd_values_in_a_checkpoint(small_run, small_checkpoint, tmp_path, keys, value):
+    contents = torch.load(small_checkpoint, weights_only=True)
     *path, last = keys
     functools.reduce(operator.getitem, path, contents)[last] = value
     torch.save(contents, tmp_path / "bad.pt")
     with limits(str(keys)), pytest.raises(InputError):
-        use(run, tmp_path / "bad.pt")
+        use(small_run, tmp_path / "bad.pt")
 
 
 # Instead of the whole pickle: what takes much memory, or runs code, by each of the opcodes that can.
@@ -78,9 +65,9 @@ CODE = {
 
 
 @pytest.mark.parametrize("case", CODE)
-def test_a_pickle_that_would_run_code_is_refused_by_name(original, tmp_path, monkeypatch, case):
+def test_a_pickle_that_would_run_code_is_refused_by_name(small_checkpoint, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    rewritten(original, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
+    rewritten(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
     with pytest.raises(
         InputError, match=r"bad\.pt: refused: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
     ):
@@ -107,27 +94,29 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("case", MEMORY)
-def test_pickles_that_take_memory(original, tmp_path, case):
-    rewritten(original, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)])
+def test_pickles_that_take_memory(small_checkpoint, tmp_path, case):
+    rewritten(
+        small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)]
+    )
     with limits(case), pytest.raises(InputError, match=r"bad\.pt"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("level", [0, 9])
-def test_compressed_records(original, tmp_path, level):
+def test_compressed_records(small_checkpoint, tmp_path, level):
     """A bomb; and what torch would take for weights as it is, compressed."""
 
     def change(name, content):
         return [(name, bytes(1 << 28) if level and name.endswith("data/0") else content)]
 
-    rewritten(original, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
+    rewritten(small_checkpoint, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
     assert (tmp_path / "bad.pt").stat().st_size < 1 << 20
     with limits("bomb"), pytest.raises(InputError, match=r"bad\.pt: not written by torch\.save"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
-def test_tensors_larger_than_the_file(original, tmp_path, extra):
-    torch.save(torch.load(original, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
+def test_tensors_larger_than_the_file(small_checkpoint, tmp_path, extra):
+    torch.save(torch.load(small_checkpoint, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
     with pytest.raises(InputError, match=r"bad\.pt: its tensors are larger than the file"):
         load_checkpoint(tmp_path / "bad.pt")

@@ -5,32 +5,20 @@ import fcntl
 import json
 import os
 import socket
-import time
+from functools import partial
 
 import pytest
-from runs import Child, options, shrink_nano, write_shard
+from runs import Child, hold_step, options, shrink_nano
 
 from acceleron.errors import InputError
-from acceleron.model import Acceleron
 from acceleron.training import train
 from acceleron.training.lock import DirectoryLock
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
-
-
-def slow_steps():
-    shrink_nano()
-    forward = Acceleron.forward
-    Acceleron.forward = lambda *args, **kwargs: time.sleep(0.1) or forward(*args, **kwargs)
-
-
 def test_the_second_run_is_refused_with_the_firsts_pid_and_host(data_dir, tmp_path):
-    run = options(data_dir, tmp_path / "run", max_steps=1000, resume="auto")
-    first = Child(run, tmp_path / "output", slow_steps)
-    first.wait_for("step 1/")
+    run = options(data_dir, tmp_path / "run", resume="auto")
+    first = Child(run, tmp_path / "output", partial(hold_step, 2, str(tmp_path / "no gate")))
+    first.wait_for("held")
     with pytest.raises(InputError, match=f"in use by the process {first.process.pid} on {socket.gethostname()}"):
         train(run)
     second = Child(run, tmp_path / "second")
@@ -44,10 +32,10 @@ def test_the_second_run_is_refused_with_the_firsts_pid_and_host(data_dir, tmp_pa
 def test_the_lock_of_a_killed_run_is_stale(data_dir, tmp_path):
     """Even while a process has its pid."""
     run = options(data_dir, tmp_path / "run", max_steps=1, resume="auto")
-    killed = Child(run, tmp_path / "output", slow_steps)
-    killed.wait_for("writing to")
+    killed = Child(run, tmp_path / "output", partial(hold_step, 1, str(tmp_path / "no gate")))
+    killed.wait_for("held")
     killed.process.kill()
-    killed.process.join()
+    assert killed.status() == -9
     lock = tmp_path / "run" / "run.lock"
     assert json.loads(lock.read_text()) == {"pid": killed.process.pid, "host": socket.gethostname()}
     lock.write_text(json.dumps({"pid": os.getppid(), "host": "elsewhere"}))

@@ -6,17 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, records, write_shard
+from runs import assert_same_bits, learned, options, records
 
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
 from acceleron.training.checkpoint import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 def forget_after(save_dir, step: int):
@@ -54,7 +49,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, case):
 
 def test_an_evaluation_changes_nothing_but_the_log(data_dir, tmp_path):
     """Compiled with static shapes: a batch of another shape in between is compiled on its own."""
-    settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1, no_compile=False)
+    settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1) | SETTINGS["compiled"]
     train(options(data_dir, tmp_path / "often", eval_interval=1, **settings))
     train(options(data_dir, tmp_path / "once", eval_interval=4, **settings))
     (often, state), (once, expected) = learned(tmp_path / "often", 4), learned(tmp_path / "once", 4)

@@ -1,25 +1,34 @@
 """A signal ends a run within a step, saved; started again it ends as an uninterrupted one."""
 
+import itertools
 import os
 import signal
-import time
+import threading
+from functools import partial
 
 import pytest
 import torch
-from runs import Child, SlowFile, assert_same_bits, learned, options, records, shrink_nano, slow_saves, write_shard
+from runs import (
+    Child,
+    HalfWritten,
+    assert_same_bits,
+    hold,
+    hold_step,
+    learned,
+    options,
+    records,
+    shrink_nano,
+    within_writes,
+)
+from waiting import wait_until
 
+from acceleron.data import Loader
 from acceleron.data.loader import Chunks
-from acceleron.model import Acceleron
 from acceleron.training import loop
 from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
 
 STEPS = 40
 STOPPED = 75
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
 
 
 def settings(data_dir, save_dir, **changes):
@@ -35,61 +44,58 @@ def uninterrupted(data_dir, tmp_path_factory):
     return learned(directory / "run", STEPS)
 
 
-def slow_steps():
-    shrink_nano()
-    forward = Acceleron.forward
-    Acceleron.forward = lambda *args, **kwargs: time.sleep(0.1) or forward(*args, **kwargs)
-
-
-def slow_evaluation(stalls: bool = False):
-    """Of 50 batches, each of which takes a while, or of one that never comes."""
+def hold_evaluation(gate: str, stalls: bool = False):
+    """At the first of 50 batches; with `stalls` it never comes."""
     shrink_nano()
     make = loop.validation_loader
 
-    def make_slow(*args, **kwargs):
+    def make_held(*args, **kwargs):
         loader, _ = make(*args, **kwargs)
-        batch = next(loader)
+        batch, polls = next(loader), itertools.count(1)
 
         def poll(timeout):
-            print("evaluating", flush=True)
-            time.sleep(0.2)
+            number = next(polls)
+            print("poll", number, flush=True)
+            if number == 1:
+                hold(gate)
             return None if stalls else batch
 
         loader.poll = poll
         return loader, 50
 
-    loop.validation_loader = make_slow
+    loop.validation_loader = make_held
 
 
-def stalling_evaluation():
-    slow_evaluation(stalls=True)
-
-
-def stalling_data():
-    """The sixth batch never comes."""
+def stall_data(gate: str):
+    """The sixth batch never comes, which does not wait for the gate."""
     shrink_nano()
-    read, count = Chunks.batch, iter(range(1000))
+    read, poll, count = Chunks.batch, Loader.poll, itertools.count(1)
 
-    def stall(self, *args):
-        if next(count) == 5:
-            print("stalled", flush=True)
-            time.sleep(1000)
-        return read(self, *args)
+    def stall(*args):
+        return threading.Event().wait() if next(count) == 6 else read(*args)
 
-    Chunks.batch = stall
+    def tell(loader, timeout):
+        batch = poll(loader, timeout)
+        if batch is None and loader.position == 5 * loader.batch_size:
+            print("held", flush=True)
+        return batch
+
+    Chunks.batch, Loader.poll = stall, tell
 
 
-def very_slow_saves():
+def hold_first_write(gate: str):
+    """That of the checkpoint of step 3, while the training goes on."""
     shrink_nano()
-    slow_saves(0.002)
+    writes = itertools.count(1)
+    within_writes(lambda: hold(gate) if next(writes) == 1 else None)
 
 
-PHASES = {  # hook, the text that tells that it is in that phase
-    "warm-up": (slow_steps, "step 3/"),  # of the learning rate, which takes 4 steps
-    "evaluation": (slow_evaluation, "evaluating"),
-    "data stall": (stalling_data, "step 3/"),
-    "data stall in an evaluation": (stalling_evaluation, "evaluating"),
-    "writing a checkpoint": (very_slow_saves, "step 3/"),
+PHASES = {  # a hook that holds the run in that phase, and the steps at which it may end then
+    "warm-up": (partial(hold_step, 4), {4}),  # of the learning rate, which takes 4 steps
+    "evaluation": (hold_evaluation, {10}),
+    "data stall": (stall_data, {5}),
+    "data stall in an evaluation": (partial(hold_evaluation, stalls=True), {10}),
+    "writing a checkpoint": (hold_first_write, {3, 4, 5, 6}),  # the next one, of step 6, waits for it
 }
 
 
@@ -107,24 +113,22 @@ PHASES = {  # hook, the text that tells that it is in that phase
     ],
 )
 def test_a_signal_saves_and_ends_the_run_within_a_step(data_dir, tmp_path, uninterrupted, phase, number):
-    hook, text = PHASES[phase]
+    hook, steps = PHASES[phase]
     run = settings(data_dir, tmp_path / "run", save_interval=3 if phase == "writing a checkpoint" else 1000)
-    child = Child(run, tmp_path / "output", hook)
-    child.wait_for(text)
-    if phase == "data stall":
-        time.sleep(0.5)  # in which it does the two steps that it has data for
-    began = time.monotonic()
+    child = Child(run, tmp_path / "output", partial(hook, gate=str(tmp_path / "gate")))
+    child.wait_for("held")
+    assert any((tmp_path / "run").glob("*.partial")) == (phase == "writing a checkpoint")
     child.signal(number)
-    assert child.status(10) == STOPPED, child.output.read_text()
-    seconds = time.monotonic() - began
+    child.wait_for(f"{number.name}: saving and stopping after this step")
+    (tmp_path / "gate").touch()
+    assert child.status() == STOPPED, child.output.read_text()
     step = max(list_checkpoints(tmp_path / "run"))
     said = child.output.read_text()
     assert f"{number.name}: stopped at step {step}; {tmp_path}/run/checkpoint_{step}.pt holds all of it" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "run.lock").exists()
-    expected_steps = {"data stall": (5, 5)}.get(phase, (10, 10) if "evaluation" in phase else (3, 5))
-    assert expected_steps[0] <= step <= expected_steps[1]
-    assert seconds < (8 if phase == "writing a checkpoint" else 2)  # one or two writes of 1.5 s
+    assert step in steps
+    assert "poll 2" not in said or "stall" in phase  # of an evaluation's 50 batches, none after the signal
 
     again = Child(run, tmp_path / "output", shrink_nano)
     assert again.status() == 0, again.output.read_text()
@@ -134,63 +138,102 @@ def test_a_signal_saves_and_ends_the_run_within_a_step(data_dir, tmp_path, unint
         assert_same_bits(log, uninterrupted[0])
 
 
+COMPILER = """#!/bin/sh
+case "$*" in *.cpp*)
+    if [ -e {0}/hold ]; then
+        touch {0}/compiling
+        while [ -e {0}/hold ]; do sleep 0.02; done
+    fi
+esac
+exec g++ "$@"
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """While there is a file "hold" beside it, it makes a file "compiling" and waits."""
+    path = tmp_path / "compiler" / "compiler"
+    path.parent.mkdir()
+    path.write_text(COMPILER.format(path.parent))
+    path.chmod(0o755)
+    yield path
+    path.with_name("hold").unlink(missing_ok=True)
+
+
+def compile_with(compiler: str):
+    """And find nothing that was compiled before."""
+    from torch._inductor import config
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{compiler}.cache"
+    config.cpp.cxx = (None, compiler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_path, number):
+def test_a_signal_while_compiling_ends_at_once_and_leaves_nothing(data_dir, tmp_path, compiler, number):
+    compiler.with_name("hold").touch()
     run = settings(data_dir, tmp_path / "run", no_compile=False)
-    child = Child(run, tmp_path / "output", FreshCache(tmp_path / "cache"))
-    child.wait_for("writing to")
-    time.sleep(1)
+    child = Child(run, tmp_path / "output", partial(compile_with, str(compiler)))
+    wait_until(compiler.with_name("compiling").exists)
     assert "step" not in child.output.read_text().rpartition("writing to")[2]
     child.signal(number)
-    assert child.status(5) == STOPPED
+    assert child.status() == STOPPED
     assert f"{number.name} before the first step was done: nothing new to save" in child.output.read_text()
     assert not list_checkpoints(tmp_path / "run")
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
-class FreshCache:
-    """Nothing compiled before is found. A class, as the child must be able to unpickle it."""
-
-    def __init__(self, directory, hook=shrink_nano):
-        self.directory, self.hook = str(directory), hook
-
-    def __call__(self):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.directory
-        self.hook()
-
-
-def in_a_group_of_its_own():
+def compile_evaluation_with(compiler: str, hold: str):
+    """In a group of its own; what is held is the evaluation's compilation alone."""
     shrink_nano()
     os.setsid()
+    make = loop.validation_loader
+
+    def make_and_hold(*args, **kwargs):
+        compile_with(compiler)
+        open(hold, "w").close()
+        return make(*args, **kwargs)
+
+    loop.validation_loader = make_and_hold
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_compiler_too_loses_nothing(data_dir, tmp_path, number):
+def test_a_signal_to_the_compiler_too_loses_nothing(data_dir, tmp_path, compiler, number):
     """As a terminal or a scheduler sends it: to all processes of the group, while the first evaluation compiles."""
     run = settings(data_dir, tmp_path / "run", no_compile=False, batch_size=8, eval_interval=2, log_interval=1)
-    child = Child(run, tmp_path / "output", FreshCache(tmp_path / "cache", in_a_group_of_its_own))
-    child.wait_for("step 1/", 300)
-    time.sleep(1.5)
+    hold = compiler.with_name("hold")
+    child = Child(run, tmp_path / "output", partial(compile_evaluation_with, str(compiler), str(hold)))
+    wait_until(compiler.with_name("compiling").exists)
+    assert "step 1/" in child.output.read_text()
     assert "step 2/" not in child.output.read_text()
     os.killpg(child.process.pid, number)
-    assert child.status(60) == STOPPED, child.output.read_text()
+    child.wait_for(f"{number.name}: saving and stopping after this step")
+    hold.unlink()
+    assert child.status() == STOPPED, child.output.read_text()
     assert list(list_checkpoints(tmp_path / "run")) == [2]
     assert "Traceback" not in child.output.read_text()
 
 
+def hold_second_save(gate: str):
+    shrink_nano()
+    save, saves = torch.save, itertools.count(1)
+
+    def save_and_hold(contents, file):
+        held = next(saves) == 2
+        save(contents, HalfWritten(file, lambda: hold(gate)) if held else file)
+
+    torch.save = save_and_hold
+
+
 def test_a_second_interrupt_ends_at_once_and_harms_no_file(data_dir, tmp_path, uninterrupted):
     run = settings(data_dir, tmp_path / "run", save_interval=10)
-    child = Child(run, tmp_path / "output", saves_that_slow_down)
+    child = Child(run, tmp_path / "output", partial(hold_second_save, str(tmp_path / "no gate")))
     child.wait_for("saved")
-    child.wait_for("step 12/")
     child.signal(signal.SIGINT)
     child.wait_for("SIGINT: saving and stopping after this step")
-    time.sleep(0.2)
-    began = time.monotonic()
+    child.wait_for("held")
     child.signal(signal.SIGINT)
-    assert child.status(5) == 130
-    assert time.monotonic() - began < 1
+    assert child.status() == 130
     assert any((tmp_path / "run").glob("*.partial"))  # it was in the middle of a write
     assert load_checkpoint(tmp_path / "run" / "checkpoint_10.pt")["step"] == 10
     assert Child(run, tmp_path / "output", shrink_nano).status() == 0
@@ -198,23 +241,17 @@ def test_a_second_interrupt_ends_at_once_and_harms_no_file(data_dir, tmp_path, u
     assert_same_bits(learned(tmp_path / "run", STEPS), uninterrupted)
 
 
-def saves_that_slow_down():
-    """The first is fast, the others take a minute."""
-    shrink_nano()
-    save = torch.save
-    pauses = iter([0.0, 0.1])
-    torch.save = lambda contents, file: save(contents, SlowFile(file, next(pauses)))
+def ignore_hangup(gate: str):
+    hold_step(4, gate)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(data_dir, tmp_path):
     """As by nohup, which a closed terminal must not end."""
-    child = Child(settings(data_dir, tmp_path / "run", max_steps=20), tmp_path / "output", slow_and_nohup)
-    child.wait_for("step 3/")
+    run = settings(data_dir, tmp_path / "run", max_steps=20)
+    child = Child(run, tmp_path / "output", partial(ignore_hangup, str(tmp_path / "gate")))
+    child.wait_for("held")
     child.signal(signal.SIGHUP)
+    (tmp_path / "gate").touch()
     assert child.status() == 0, child.output.read_text()
     assert records(tmp_path / "run")[-1]["step"] == 20
-
-
-def slow_and_nohup():
-    slow_steps()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)

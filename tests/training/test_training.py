@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import options, records, write_shard
+from runs import options, records
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.data.prepare import prepare
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
-from acceleron.training import TrainOptions, train
+from acceleron.training import TrainOptions, loop, train
 from acceleron.training.checkpoint import load_checkpoint
-from acceleron.training.metrics import expert_health
+from acceleron.training.metrics import expert_health, flops_per_token
 from acceleron.training.optimizer import build_optimizer
 from acceleron.training.options import parse_options
 from acceleron.training.schedule import learning_rate
@@ -27,12 +27,8 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shard(tmp_path_factory.mktemp("data"))
-
-
-def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path):
+def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: (1e12, "a constant"))
     train(options(data_dir, tmp_path, max_steps=60))
     log = records(tmp_path)
     assert [r["step"] for r in log] == list(range(1, 61))
@@ -43,14 +39,19 @@ def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path):
     assert log[0]["loss"] == pytest.approx(math.log(64), abs=0.2)
     assert log[-1]["val_loss"] < 2.0  # the unigram entropy is near log 64 = 4.16, the chain's own log 4 = 1.39
     assert log[-1]["tokens"] == 60 * 4 * 64
-    assert all(0 < r["mfu"] < 1 for r in log)
+    config = ModelConfig.preset("nano", vocab_size=64)
+    flops = flops_per_token(config, Acceleron(config).num_parameters()[1], 64)
+    assert all(0 < r["mfu"] == pytest.approx(r["tokens_per_second"] * flops / 1e12) for r in log)
     assert {p.name for p in tmp_path.glob("checkpoint_*")} == {f"checkpoint_{s}.pt" for s in range(6, 61, 6)}
     assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_checkpoint_loads_with_weights_only_and_plain_names(data_dir, tmp_path):
-    """Compiled training, where the compiler is there, keeps the uncompiled model's parameter names."""
-    train(options(data_dir, tmp_path, max_steps=1, no_compile=False))
+    """Compiled training, where the compiler is there, keeps the uncompiled model's parameter names.
+
+    In the shapes of test_resume.py's compiled runs, whose compilation torch finds in its cache.
+    """
+    train(options(data_dir, tmp_path, batch_size=8, max_steps=1, no_compile=False, no_gradient_checkpointing=True))
     contents = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
     model = Acceleron(ModelConfig(**contents["config"]))
     model.load_state_dict(contents["model"])
