@@ -2,27 +2,26 @@
 
 The ops run on tensors without data, up to their launches, which compile into Triton's cache: what is checked is what
 is launched, and a training on this machine finds its kernels compiled. The token counts are those of `bench
-throughput`. --check compiles each size three times, as an argument that is 1 or a multiple of 16 becomes part of the
-code: with 256 tokens, with the size's own, and with pointers that are not 16-byte aligned. The exit status is then 1 if
-sm_90 spills, serialises wgmma, or lacks wgmma or TMA where the design has them, or if a kernel asks for more shared
-memory than its device has.
+throughput`. --check compiles sm_90 in two more variants, as an argument that is 1 or a multiple of 16 becomes part of
+the code: with 256 tokens, and with pointers that are not 16-byte aligned. The exit status is 1 if a kernel does not
+compile, and with --check also if sm_90 spills, serialises wgmma, or lacks wgmma or TMA where the design has them, or if
+a kernel asks for more shared memory than its device has.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 import triton
 from torch import Tensor
@@ -36,12 +35,13 @@ from acceleron.errors import InputError
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
-from .offline import Launching, offline
+from .offline import Launching, Pool, offline
 from .rows import progress
 from .shapes import MICRO_BATCH, SEQ_LEN
+from .worker import Failure
 
 SIZES = ("tiny", "small", "medium", "large")
-# Widths that no tile divides, so that all loads are by pointers.
+# Widths that no tile divides, so that most loads are by pointers.
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
@@ -66,40 +66,13 @@ TARGETS = {
 }
 
 
-class Compiled(NamedTuple):
-    """What one specialisation of a kernel takes, per program or per thread."""
-
-    arch: str
-    size: str
-    dtype: str
-    tokens: int
-    aligned: bool  # whether the pointers were
-    kernel: str
-    blocks: str
-    warps: int
-    stages: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    wgmma: int
-    tma: int
-    serialised: bool  # whether ptxas made each wgmma wait for the one before
-
-
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
     def __init__(self, arch: str):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.arch].triton
-
-    def get_current_device(self) -> str:
-        return self.arch
-
-    def get_current_stream(self, device) -> int:
-        return 0
+        self.get_current_target = lambda: TARGETS[arch].triton
+        self.get_current_device = lambda: arch
+        self.get_current_stream = lambda device: 0
 
 
 @contextmanager
@@ -121,21 +94,24 @@ def compiling(
         yield compiled
 
 
-def resources(arch: str, kernel) -> dict:
-    """The fields of `Compiled` that the binary says."""
+def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
+    """What a compiled kernel takes, per program or per thread, as its binary says."""
+    wgmma, tma, serialised = 0, 0, False
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))
-        found = dict(registers=registers, spilled_bytes=4 * spilled, wgmma=0, tma=0, serialised=False)
+        spilled *= 4
     else:
         text = kernel.asm["ptx"]
         wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
         usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        log = _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text) if wgmma else ""
-        found = dict(registers=registers, spilled_bytes=spilled, wgmma=wgmma, tma=tma, serialised="serialized" in log)
-    metadata = kernel.metadata
-    return found | dict(warps=metadata.num_warps, stages=metadata.num_stages, shared_bytes=metadata.shared)
+        if wgmma:  # whether ptxas makes each wait for the one before
+            serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
+    blocks = "x".join(str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS")))
+    shape = dict(blocks=blocks, warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)
+    memory = dict(registers=registers, spilled_bytes=spilled, shared_bytes=kernel.metadata.shared)
+    return dict(kernel=function.__name__) | shape | memory | dict(wgmma=wgmma, tma=tma, serialised=serialised)
 
 
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
@@ -186,10 +162,9 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     kernels.linear_cross_entropy(empty(T, D, grad=False), head, labels)
 
 
-def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tuple[int, bool]]) -> list[Compiled]:
-    """Compile the kernels of a part for these numbers of tokens, with aligned pointers or not; each row is distinct."""
+def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tuple[int, bool]]) -> list[dict]:
+    """Compile a part's kernels for these numbers of tokens, with aligned pointers or not. Returns distinct rows."""
     rows = {}
-    config = ODD if size == "odd" else ModelConfig.preset(size)
     names = {"any", *(key[1] for key in configs.table() if key[0] == arch)}
 
     def wanted(function: JITFunction) -> bool:
@@ -197,37 +172,28 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
 
     for (tokens, aligned), name in product(variants, names):
         with compiling(arch, name, 0 if aligned else 2, wanted) as compiled:
-            run_ops(config, tokens, DTYPES[dtype])
+            run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
+        which = dict(arch=arch, size=size, dtype=dtype, tokens=tokens, aligned=aligned)
         for function, kernel, arguments in compiled:
             if kernel.hash not in rows:
-                blocks = [str(value) for key, value in arguments.items() if key.startswith(("BLOCK", "ROWS", "COLS"))]
-                shown = dict(kernel=function.__name__, blocks="x".join(blocks), tokens=tokens, aligned=aligned)
-                rows[kernel.hash] = Compiled(arch=arch, size=size, dtype=dtype, **shown, **resources(arch, kernel))
+                rows[kernel.hash] = which | describe(arch, function, kernel, arguments)
     return [*rows.values()]
 
 
-def complaints(row: Compiled) -> list[str]:
+def complaints(row: dict) -> list[str]:
     """What is wrong with a kernel that is to be shipped."""
-    found = []
-    if row.shared_bytes > TARGETS[row.arch].shared_bytes:
-        found.append(f"{row.shared_bytes} bytes of shared memory, of {TARGETS[row.arch].shared_bytes}")
-    if row.arch == "sm_90":
-        if row.spilled_bytes:
-            found.append(f"{row.spilled_bytes} bytes spilled")
-        if row.serialised:
+    found, most = [], TARGETS[row["arch"]].shared_bytes
+    if row["shared_bytes"] > most:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, of {most}")
+    if row["arch"] == "sm_90":
+        if row["spilled_bytes"]:
+            found.append(f"{row['spilled_bytes']} bytes spilled")
+        if row["serialised"]:
             found.append("wgmmas serialised by ptxas")
-        if row.dtype != "fp32" and row.kernel in GEMMS:
-            with_tma = row.aligned and row.size != "odd" and row.kernel[1:-7] not in configs.without_tma()
-            found += ["no wgmma"] * (not row.wgmma) + ["no TMA"] * (with_tma and not row.tma)
+        if row["dtype"] != "fp32" and row["kernel"] in GEMMS:
+            with_tma = row["aligned"] and row["size"] != "odd" and row["kernel"][1:-7] not in configs.without_tma()
+            found += ["no wgmma"] * (not row["wgmma"]) + ["no TMA"] * (with_tma and not row["tma"])
     return found
-
-
-def print_table(rows: list[Compiled]):
-    form = "{:7} {:7} {:5} {:>7} {:9} {:26} {:12} {:>5} {:>6} {:>9} {:>7} {:>7} {:>5} {:>4}"
-    names = ("arch", "size", "dtype", "tokens", "pointers", "kernel", "blocks")
-    print(form.format(*names, "warps", "stages", "registers", "spilled", "shared", "wgmma", "tma"))
-    for row in rows:
-        print(form.format(*row._replace(aligned="aligned" if row.aligned else "unaligned")[:-1]))
 
 
 def main():
@@ -235,38 +201,40 @@ def main():
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", type=int, help="instead of the size's own, and of --check's three variants")
+    parser.add_argument("--tokens", type=int, help="instead of the size's own, and without further variants")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="write the table to DIR/compile.jsonl, too")
     arguments = parser.parse_args()
     if arguments.tokens is not None and arguments.tokens < 1:
         raise InputError(f"--tokens {arguments.tokens}: expected at least 1")
-    try:
-        if arguments.json:  # now, and keeping what is there: a wrong path should not cost the compilation
-            open(arguments.json, "a").close()
-    except OSError as error:
-        raise InputError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
-
+    try:
+        if arguments.output:  # now: a wrong path should not cost the compilation
+            arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
     tasks = []
     for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
         tokens = arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN
-        more = [(256, True), (tokens, False)] if arguments.check and not arguments.tokens else []
+        more = [(256, True), (tokens, False)] if arguments.check and not arguments.tokens and arch == "sm_90" else []
         tasks.append((arch, dtype, size, part, [(tokens, True), *more]))
-    # Processes, as a compiler holds the interpreter's lock.
-    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
+    rows, broken = [], []
+    with Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         futures = {pool.submit(compile_part, *task): task for task in tasks}
-        for _ in progress(as_completed(futures), "parts", len(tasks)):
-            pass
-    rows = [row for future in sorted(futures, key=lambda future: futures[future][:3]) for row in future.result()]
-    wrong = [f"{row.arch} {row.size} {row.dtype} {row.kernel}: {text}" for row in rows for text in complaints(row)]
-    print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print_table(rows)
-    if arguments.json:
-        Path(arguments.json).write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
-    print("\n".join(wrong) or "nothing to complain of")
-    sys.exit(bool(wrong and arguments.check))
+        for future in progress(as_completed(futures), "parts", len(tasks)):
+            try:
+                rows += future.result()
+            except Failure as failure:
+                broken.append(f"{' '.join(futures[future][:4])}: {failure}")
+    table = pd.DataFrame(sorted(rows, key=lambda row: (row["arch"], row["dtype"], row["size"])))
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{table.to_string(index=False)}")
+    if arguments.output:
+        table.to_json(arguments.output / "compile.jsonl", orient="records", lines=True)
+    name = "{arch} {dtype} {size} {kernel}, {tokens} tokens, aligned={aligned}: ".format_map
+    wrong = [name(row) + text for row in rows for text in complaints(row)]
+    print("\n".join(broken + wrong) or "nothing to complain of")
+    sys.exit(bool(broken or (wrong and arguments.check)))
 
 
 if __name__ == "__main__":

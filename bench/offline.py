@@ -1,10 +1,14 @@
-"""Launches without a GPU and without memory: ops run on tensors without data, as far as the launches of their kernels.
+"""What the offline tools share: launches on tensors without data, and a pool of processes that may crash.
+
+Ops run as far as the launches of their kernels, and take no memory.
 
 The tensors pass for a CPU's, as torch's CPU build has no others. They have no values to wait for: an op that asks the
 host to read one (`.item()`, a mask as index) raises.
 """
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -16,6 +20,8 @@ from triton.runtime.jit import JITFunction
 from acceleron import kernels
 from acceleron.kernels import launch
 from acceleron.kernels.launch import Device
+
+from .worker import Worker
 
 
 class Launching(TorchDispatchMode):
@@ -47,3 +53,39 @@ def offline(device: Device, run: Callable, offset: int = 0) -> Iterator[None]:
         patch(FakeTensor, "data_ptr", address, create=True)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+class Pool:
+    """Processes that call functions side by side. One that raises, hangs or ends its process costs its result alone.
+
+    Use it as a context manager: leaving the context drops what is not done yet.
+    """
+
+    def __init__(self, processes: int):
+        self.threads, self.local, self.workers = ThreadPoolExecutor(processes), threading.local(), []
+
+    def submit(self, function: Callable, *args, seconds: float = 600) -> Future:
+        """The function's result, or worker.Failure if it takes longer than `seconds` or fails."""
+        return self.threads.submit(self._ask, (function, args), seconds)
+
+    def _ask(self, call: tuple, seconds: float):
+        if not getattr(self.local, "worker", None) or not self.local.worker.alive:
+            self.local.worker = Worker(serve_calls)
+            self.workers.append(self.local.worker)
+        return self.local.worker.ask(call, seconds)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *error):
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self.workers:
+            worker.process.kill()
+        self.threads.shutdown()
+
+
+def serve_calls(connection):
+    """Answer each (function, arguments) with its result."""
+    while True:
+        function, arguments = connection.recv()
+        connection.send(function(*arguments))
