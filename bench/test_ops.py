@@ -42,4 +42,4 @@ def test_op(benchmark, number, step, provider):
     assert error <= allowed, what
     benchmark.group = f"{case.op}, {case.shape}, {step}"
     benchmark.extra_info |= {"check": what, "error": error, "allowed": allowed}
-    benchmark(bind(providers[provider], inputs, truth.output_grads)[step])
+    benchmark(bind(case, providers[provider], inputs, truth.output_grads)[step])

@@ -113,7 +113,7 @@ def answers(connection):
             os._exit(3)
         if message == "hang":
             threading.Event().wait()
-        connection.send(message * 2)
+        connection.send(Failure("an answer") if message == "fail" else message * 2)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,17 @@ def answers(connection):
         ("raise", None, "RuntimeError: of some kind"),
         ("die", None, "exit status 3"),
         ("hang", 0.1, "no answer within 0 s"),
+        ("fail", None, "an answer"),
     ],
 )
 def test_a_worker_that_fails_costs_one_answer(message, seconds, reason):
     worker = Worker(answers)
     try:
         assert worker.ask(21) == 42
+        first = worker.process
         with pytest.raises(Failure, match=reason):
             worker.ask(message, seconds)
-        assert not worker.alive
+        assert worker.ask(21) == 42
+        assert (worker.process is first) == (message == "fail")  # which leaves the process as it was
     finally:
         worker.close()
