@@ -79,9 +79,10 @@ class Pool:
 
     def __exit__(self, *error):
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self.workers:
-            worker.process.kill()
-        self.threads.shutdown()
+        for _ in range(2):  # a thread may be starting one meanwhile
+            for worker in self.workers:
+                worker.process.kill()
+            self.threads.shutdown()
 
 
 def serve_calls(connection):

@@ -44,7 +44,7 @@ from .timing import measure
 from .worker import Failure
 
 CANDIDATES = Path(__file__).parent / "candidates.jsonl"
-AT_ONCE, ROUNDS = 3, 10  # candidates that are timed together, and how often
+AT_ONCE, ROUNDS = 4, 5  # candidates that are timed together, and how often
 LIMIT = 60  # seconds of one compilation, check or timing
 TILES = {
     "up": [(128, 128, 64, 8), (256, 64, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4)],  # of two matrices

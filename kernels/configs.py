@@ -147,7 +147,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
-    if not tma:  # addresses and masks take the registers of a larger tile; hidden_grad's epilogue those of four warps
+    # Addresses and masks take the registers of a larger tile, and those of hidden_grad's epilogue of four warps.
+    if not tma or any(size % 64 for size in sizes[1:3]):
         return Config(64, 32 if op == "up" else 64, 32, 8 if op == "hidden_grad" else 4, 3)
     if op == "up" and dtype == torch.float16:
         return Config(128, 64, 64, 8, 4, flatten=device.arch == "sm_90")  # wider, ptxas serialises it without h
