@@ -44,8 +44,8 @@ class ModelConfig:
     """Everything that fixes a model's parameters and its function.
 
     `d_ff` is the width of one routed expert, `d_ff_shared` that of the shared one. `dense` replaces the MoE by its
-    dense twin: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. Raises InputError for impossible
-    shapes.
+    dense baseline: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. `debug_force_load_balance` routes
+    tokens to the experts in turn while the model is in training mode. Raises InputError for impossible shapes.
     """
 
     vocab_size: int = NAMED_VOCAB_SIZE
@@ -62,6 +62,7 @@ class ModelConfig:
     z_loss_coef: float = 1e-3
     balance_loss_coef: float = 1e-2
     dense: bool = False
+    debug_force_load_balance: bool = False
 
     def __post_init__(self):
         for field in fields(self):
@@ -95,12 +96,12 @@ class ModelConfig:
 
     @property
     def d_ff_dense(self) -> int:
-        """Width of the dense twin's SwiGLU."""
+        """Width of the dense baseline's SwiGLU."""
         return 2 * self.d_ff + self.d_ff_shared
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
-        """A named size, or its dense twin. Nano has no vocabulary of its own: pass `vocab_size`."""
+        """A named size, or its dense baseline. Nano has no vocabulary of its own: pass `vocab_size`."""
         if size not in PRESETS:
             raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[size], dense=dense, **overrides)

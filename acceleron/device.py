@@ -47,6 +47,11 @@ def cpu_has_bf16() -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that --dtype takes, such as "bf16"."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
 def missing_compiler(device: torch.device) -> str | None:
     """The compiler that torch.compile needs for this device and that is not here; None if nothing is missing."""
     if device.type == "cpu":

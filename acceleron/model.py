@@ -104,17 +104,17 @@ class Acceleron(nn.Module):
         self.register_buffer("cos_SC", angles_SC.cos(), persistent=False)
         self.register_buffer("sin_SC", angles_SC.sin(), persistent=False)
 
-    def reset_parameters(self):
+    def reset_parameters(self, generator: torch.Generator | None = None):
         """Normal with std 0.02; what writes to the residual stream is narrowed by sqrt(2 layers) (GPT-2).
 
         A routed expert's output is then doubled: the weights of a token's two add up to 1, so that without this the
-        layer would begin with half the contribution that these widths make in the dense twin.
+        layer would begin with half the contribution that these widths make in the dense baseline.
         """
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
                 into_residual = name.endswith(("attention.out.weight", "w2", "w2_EDF"))
                 std = 0.02 / (2 * self.config.num_layers) ** (0.5 * into_residual)
-                nn.init.normal_(weight, std=2 * std if name.endswith("w2_EDF") else std)
+                nn.init.normal_(weight, std=2 * std if name.endswith("w2_EDF") else std, generator=generator)
 
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active counts the embedding once and, of the routed experts, the two a token takes."""

@@ -19,7 +19,7 @@ class MoEStats(NamedTuple):
 
 
 class SwiGLU(nn.Module):
-    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the whole feed-forward layer of the dense twin."""
+    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the feed-forward layer of the dense baseline."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -45,6 +45,7 @@ class MoE(nn.Module):
         self.w13_E2FD = nn.Parameter(torch.empty(E, 2 * width, D))  # gate rows (w1), then up rows (w3)
         self.w2_EDF = nn.Parameter(torch.empty(E, D, width))
         self.shared = SwiGLU(D, config.d_ff_shared)
+        self.force_load_balance = config.debug_force_load_balance
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
@@ -52,9 +53,9 @@ class MoE(nn.Module):
         """A residual of x's shape is added to y. The steps are those of `kernels.reference.moe`."""
         x_TD, residual_TD = (v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (x, residual))
         shared = self.shared
-        y_TD, *stats = kernels.moe(
-            x_TD, self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2, residual_TD=residual_TD
-        )
+        weights = (self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2)
+        force = self.force_load_balance and self.training
+        y_TD, *stats = kernels.moe(x_TD, *weights, residual_TD=residual_TD, force_load_balance=force)
         return y_TD.view_as(x), MoEStats(*stats)
 
     def decode_token(self, x: Tensor) -> Tensor:

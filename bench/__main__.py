@@ -1,5 +1,5 @@
 """python -m bench throughput | quality | memory | ops | report | peers | decoding | loader | checkpoints |
-                      compile | roofline | tune
+                      ceilings | compile | roofline | tune
 
 What each does, and its flags, with --help.
 """
@@ -10,8 +10,8 @@ import sys
 from acceleron.errors import run_command
 
 COMMANDS = (
-    "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "checkpoints", "compile",
-    "roofline", "tune",
+    "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "checkpoints", "ceilings",
+    "compile", "roofline", "tune",
 )  # fmt: skip
 
 

@@ -1,44 +1,54 @@
-"""Compile every kernel at every shipped configuration for GPUs that need not be there, and print what it takes.
+"""Compile every kernel as it ships, for GPUs that need not be present, and print what each takes.
 
-The ops run for real on CPU tensors, up to the launch, which compiles instead: what is checked is what is launched. Of
-each kernel: registers a thread, bytes spilled, shared memory, warps and stages, and for Hopper the tensor-core (wgmma)
-and TMA instructions. With --check the exit status is 1 if sm_90 spills or lacks wgmma or TMA where the design has them,
-or if any kernel asks for more shared memory than its device has.
+The ops run on tensors without data, up to their launches, which compile into Triton's cache: what is checked is what
+is launched, and a training on this machine finds its kernels compiled. The token counts are those of `bench
+throughput`. --check compiles sm_90 in two more variants, as an argument that is 1 or a multiple of 16 becomes part of
+the code: with 256 tokens, and with pointers that are not 16-byte aligned. The exit status is 1 if a kernel does not
+compile, and with --check also if sm_90 spills, serialises wgmma, or lacks wgmma or TMA where the design has them, or if
+a kernel asks for more shared memory than its device has.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 import triton
 from torch import Tensor
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES as TRAINING_DTYPES
+from acceleron.errors import InputError
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
+from .offline import Launching, Pool, offline
+from .rows import progress
+from .shapes import MICRO_BATCH, SEQ_LEN
+from .worker import Failure
+
 SIZES = ("tiny", "small", "medium", "large")
-# Widths that no tile divides, which go by pointers.
+# Widths that no tile divides, so that most loads are by pointers.
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
-GEMMS = ("_up_kernel", "_hidden_grad_kernel", "_rows_kernel", "_weight_grad_kernel")
+# The parts of a size that compile in parallel, longest first: each kernel of a GEMM, and the other kernels of a module.
+GEMMS = ("_hidden_grad_kernel", "_up_kernel", "_rows_kernel", "_weight_grad_kernel")
+MODULES = ("router", "routing", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
 
 
 class Target(NamedTuple):
@@ -56,67 +66,36 @@ TARGETS = {
 }
 
 
-class Compiled(NamedTuple):
-    """What one kernel takes, in one specialisation."""
-
-    arch: str
-    size: str
-    kernel: str
-    blocks: str
-    warps: int
-    stages: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    wgmma: int
-    tma: int
-    serialised: bool  # whether ptxas made the wgmmas wait for one another
-
-
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
     def __init__(self, arch: str):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.arch].triton
-
-    def get_current_device(self) -> str:
-        return self.arch
-
-    def get_current_stream(self, device) -> int:
-        return 0
+        self.get_current_target = lambda: TARGETS[arch].triton
+        self.get_current_device = lambda: arch
+        self.get_current_stream = lambda device: 0
 
 
 @contextmanager
-def compiling(arch: str, device_name: str = "any"):
-    """In this context launches on CPU tensors compile for `arch` and run nothing; yields the list of their kernels.
+def compiling(
+    arch: str, device_name: str = "any", offset: int = 0, wanted: Callable[[JITFunction], bool] = lambda function: True
+) -> Iterator[list]:
+    """In this context the launches of the wanted kernels compile for `arch`, and none runs.
 
-    The list has (JITFunction, CompiledKernel, keyword arguments of the launch).
+    Yields the list of (JITFunction, CompiledKernel, keyword arguments of the launch). offset: see `offline`.
     """
-    launched = []
-    run, cpu_device = JITFunction.run, launch.cpu_device
+    compiled, run = [], JITFunction.run
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        for x in args:
-            if isinstance(x, Tensor) and not x.is_floating_point():
-                x.zero_()  # torch's ops index by what the kernels would have written
-        launched.append((self, kernel, kwargs))
-        return kernel
+    def compile_only(function, *args, grid, warmup, **kwargs):
+        if wanted(function):
+            compiled.append((function, run(function, *args, grid=grid, warmup=True, **kwargs), kwargs))
 
-    JITFunction.run = compile_only
-    launch.cpu_device = Device(device_name, arch, TARGETS[arch].processors)
     triton.runtime.driver.set_active(_Driver(arch))
-    try:
-        yield launched
-    finally:
-        JITFunction.run, launch.cpu_device = run, cpu_device
+    with offline(Device(device_name, arch, TARGETS[arch].processors), compile_only, offset), Launching():
+        yield compiled
 
 
-def describe(arch: str, size: str, function: JITFunction, kernel, arguments: dict) -> Compiled:
-    """The resources of a compiled kernel, as its binary says."""
+def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
+    """What a compiled kernel takes, per program or per thread, as its binary says."""
     wgmma, tma, serialised = 0, 0, False
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
@@ -126,15 +105,13 @@ def describe(arch: str, size: str, function: JITFunction, kernel, arguments: dic
         text = kernel.asm["ptx"]
         wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
         usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
-        if wgmma:
-            serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        if wgmma:  # whether ptxas makes each wait for the one before
+            serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
     blocks = "x".join(str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS")))
-    metadata = kernel.metadata
-    return Compiled(
-        arch, size, function.__name__, blocks, metadata.num_warps, metadata.num_stages,
-        registers, spilled, metadata.shared, wgmma, tma, serialised,
-    )  # fmt: skip
+    shape = dict(blocks=blocks, warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)
+    memory = dict(registers=registers, spilled_bytes=spilled, shared_bytes=kernel.metadata.shared)
+    return dict(kernel=function.__name__) | shape | memory | dict(wgmma=wgmma, tma=tma, serialised=serialised)
 
 
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
@@ -149,7 +126,7 @@ def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
 
 
 def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
-    """Every op of a size, forward and backward, on memory that nobody reads."""
+    """Every op of a size, forward and backward."""
     T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     H, G, C = config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -180,48 +157,44 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     weight = empty(D, dtype=torch.float32)
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
     both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))
-    head = empty(config.vocab_size, D, grad=False)
-    rows = min(T, 16)  # as this one's GEMMs do run
-    labels = torch.zeros(rows, dtype=torch.int64)
-    kernels.linear_cross_entropy(empty(rows, D), head, labels)
-    kernels.linear_cross_entropy(empty(rows, D, grad=False), head, labels)
+    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D))[:1])  # the last norm's sum is not used
+    head, labels = empty(config.vocab_size, D, grad=False), torch.empty(T, dtype=torch.int64)
+    kernels.linear_cross_entropy(empty(T, D), head, labels)
+    kernels.linear_cross_entropy(empty(T, D, grad=False), head, labels)
 
 
-def compile_size(arch: str, size: str, dtype: str, tokens: int, device_name: str) -> list[Compiled]:
-    """Compile all kernels of a named size. Each distinct kernel is listed once."""
-    with compiling(arch, device_name) as launched:
-        kernels.select("triton", torch.device("cpu"))
-        run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
-    distinct = {id(kernel): (function, kernel, kwargs) for function, kernel, kwargs in launched}
-    return [describe(arch, size, *each) for each in distinct.values()]
+def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tuple[int, bool]]) -> list[dict]:
+    """Compile a part's kernels for these numbers of tokens, with aligned pointers or not. Returns distinct rows."""
+    rows = {}
+    names = {"any", *(key[1] for key in configs.table() if key[0] == arch)}
+
+    def wanted(function: JITFunction) -> bool:
+        return part == (function.__name__ if function.__name__ in GEMMS else function.__module__.rpartition(".")[2])
+
+    for (tokens, aligned), name in product(variants, names):
+        with compiling(arch, name, 0 if aligned else 2, wanted) as compiled:
+            run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
+        which = dict(arch=arch, size=size, dtype=dtype, tokens=tokens, aligned=aligned)
+        for function, kernel, arguments in compiled:
+            if kernel.hash not in rows:
+                rows[kernel.hash] = which | describe(arch, function, kernel, arguments)
+    return [*rows.values()]
 
 
-def complaints(row: Compiled, dtype: str) -> list[str]:
+def complaints(row: dict) -> list[str]:
     """What is wrong with a kernel that is to be shipped."""
-    found = []
-    if row.shared_bytes > TARGETS[row.arch].shared_bytes:
-        found.append(f"{row.shared_bytes} bytes of shared memory, of {TARGETS[row.arch].shared_bytes}")
-    if row.arch == "sm_90":
-        if row.spilled_bytes:
-            found.append(f"{row.spilled_bytes} bytes spilled")
-        if dtype != "fp32" and row.kernel in GEMMS and not row.wgmma:
-            found.append("no wgmma")
-        if dtype != "fp32" and row.kernel in GEMMS and not row.tma and row.size != "odd":
-            found.append("no TMA")
-        if row.serialised:
+    found, most = [], TARGETS[row["arch"]].shared_bytes
+    if row["shared_bytes"] > most:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, of {most}")
+    if row["arch"] == "sm_90":
+        if row["spilled_bytes"]:
+            found.append(f"{row['spilled_bytes']} bytes spilled")
+        if row["serialised"]:
             found.append("wgmmas serialised by ptxas")
+        if row["dtype"] != "fp32" and row["kernel"] in GEMMS:
+            with_tma = row["aligned"] and row["size"] != "odd" and row["kernel"][1:-7] not in configs.without_tma()
+            found += ["no wgmma"] * (not row["wgmma"]) + ["no TMA"] * (with_tma and not row["tma"])
     return found
-
-
-def print_table(rows: list[Compiled]):
-    form = "{:7} {:7} {:28} {:14} {:>5} {:>6} {:>9} {:>7} {:>6} {:>5} {:>4}"
-    print(
-        form.format(
-            "arch", "size", "kernel", "blocks", "warps", "stages", "registers", "spilled", "shared", "wgmma", "tma"
-        )
-    )
-    for row in rows:
-        print(form.format(*row[:-1]))
 
 
 def main():
@@ -229,40 +202,40 @@ def main():
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", type=int, default=256, help="compiled in are only: 1, a multiple of 16, or another")
+    parser.add_argument("--tokens", type=int, help="instead of the size's own, and without further variants")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON lines, too")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="write the table to DIR/compile.jsonl, too")
     arguments = parser.parse_args()
-    if arguments.tokens < 1:
-        parser.error(f"--tokens {arguments.tokens}: expected at least 1")
-    try:
-        if arguments.json:  # now, and keeping what is there: a wrong path should not cost the compilation
-            open(arguments.json, "a").close()
-    except OSError as error:
-        parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")
+    if arguments.tokens is not None and arguments.tokens < 1:
+        raise InputError(f"--tokens {arguments.tokens}: expected at least 1")
     if launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
-    tasks = [
-        (arch, size, dtype, arguments.tokens, name)
-        for arch in arguments.arch
-        for dtype in arguments.dtype
-        for size in arguments.size
-        for name in sorted({"any", *(key[1] for key in configs.table() if key[0] == arch)})
-    ]
-    rows, wrong = [], []
-    # Processes of their own, as a compiler holds the interpreter's lock.
-    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
-        futures = [pool.submit(compile_size, *task) for task in tasks]
-        for task, future in tqdm(zip(tasks, futures, strict=True), "sizes", len(tasks), disable=None):
-            for row in future.result():
-                rows.append(row)
-                wrong += [f"{row.arch} {row.size} {task[2]} {row.kernel}: {text}" for text in complaints(row, task[2])]
-    print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print_table(rows)
-    if arguments.json:
-        Path(arguments.json).write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
-    print("\n".join(wrong) or "nothing to complain of")
-    sys.exit(bool(wrong and arguments.check))
+    try:
+        if arguments.output:  # now: a wrong path should not cost the compilation
+            arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+    tasks = []
+    for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
+        tokens = arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN
+        more = [(256, True), (tokens, False)] if arguments.check and not arguments.tokens and arch == "sm_90" else []
+        tasks.append((arch, dtype, size, part, [(tokens, True), *more]))
+    rows, broken = [], []
+    with Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(compile_part, *task): task for task in tasks}
+        for future in progress(as_completed(futures), "parts", len(tasks)):
+            try:
+                rows += future.result()
+            except Failure as failure:
+                broken.append(f"{' '.join(futures[future][:4])}: {failure}")
+    table = pd.DataFrame(sorted(rows, key=lambda row: (row["arch"], row["dtype"], row["size"])))
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{table.to_string(index=False)}")
+    if arguments.output:
+        table.to_json(arguments.output / "compile.jsonl", orient="records", lines=True)
+    name = "{arch} {dtype} {size} {kernel}, {tokens} tokens, aligned={aligned}: ".format_map
+    wrong = [name(row) + text for row in rows for text in complaints(row)]
+    print("\n".join(broken + wrong) or "nothing to complain of")
+    sys.exit(bool(broken or (wrong and arguments.check)))
 
 
 if __name__ == "__main__":

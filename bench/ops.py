@@ -1,53 +1,67 @@
-"""Every op of acceleron.kernels, and attention, against plain PyTorch, torch's own ops and installed peers.
+"""Every op of acceleron.kernels, and attention, against plain PyTorch, eager and compiled, and installed peers.
 
 python -m bench ops [--size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
 
-Each provider is checked, then timed in turns with the others, at the shapes of the model sizes and, for expert_mlp, at
-those that its peers publish. "forward" keeps nothing for backward, as in an evaluation. expert_mlp starts from the
-chosen experts: the plan of the dispatch is part of it, for everybody.
+Each provider is checked, then timed in rounds interleaved with the others, at the shapes of the model sizes and, for
+expert_mlp, at those that its peers publish. "forward" keeps nothing for backward, as in an evaluation. expert_mlp
+starts from the top-k ids: every provider builds its dispatch plan within it.
 
-Rows: op, shape, sizes, pass ("forward" or "forward + backward"), provider, dtype, seconds (median), seconds_p20,
-seconds_p80, samples, flops (of the GEMMs), bytes (every input read once and every output written once), bound
-("compute" or "memory"), rate (FLOP/s or bytes/s, by the bound), share_of_ceiling (the least seconds by the ceilings
-measured in this run / seconds), ceiling_flops, ceiling_bytes. With --check_only, no times but `checked_only`, in
-kernels.jsonl. A provider that is not there is a row of op, provider and absent; one that fails has `failed`.
+Checks and timings run in a process of their own, so that a crash, a hang, or an exhausted memory costs one provider at
+one shape. With --check_only nothing is timed, the four grouped-GEMM kernels are checked one by one too, and what fails
+is replaced: a kernel that fails with TMA is tried without it, and an op that still fails leaves its place to the
+reference. A row `fallbacks` then has the values of ACCELERON_NO_TMA and ACCELERON_REFERENCE_OPS that avoid them.
 """
 
-import argparse
-import gc
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from acceleron import kernels
 from acceleron.config import PRESETS
-from acceleron.device import DTYPES as TRAINING_DTYPES
-from acceleron.device import resolve_device, resolve_dtype
+from acceleron.device import DTYPES
 from acceleron.errors import InputError
 
 from . import timing
-from .op_cases import BOTH, FORWARD, OPS, PUBLISHED, Case, Draw, select_cases
+from .command import parse
+from .op_cases import GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
 from .op_peers import Provider, plain, providers
-from .results import Results, complaint
+from .rows import Results, Row, describe, print_rows, progress, say, spread
+from .worker import Failure, Worker
 
-DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float16: "fp16"}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
-# However far off the reference is itself, nobody may be farther.
+FORWARD, BOTH = "forward", "forward + backward"
+OURS = ("triton", "reference")
+# However large the reference's own error is, no provider's may be larger.
 LARGEST_ERROR = 0.05
 
 
+class Settings(NamedTuple):
+    """What a worker needs to build the same cases as its parent."""
+
+    sizes: tuple[str, ...]
+    ops: tuple[str, ...]
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def cases(self) -> list[Case]:
+        return select_cases(self.sizes, self.ops, self.tokens, self.dtype)
+
+
 class Truth(NamedTuple):
-    """What a case's results are held against. errors: of plain PyTorch in the case's dtype, by the result's name."""
+    """What a case's results are compared with. errors: plain PyTorch's in the case's dtype, by the result's name."""
 
     results: dict[str, Tensor]
     output_grads: list[Tensor | None]
     errors: dict[str, float]
-    dtype: torch.dtype
 
 
 def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
@@ -62,263 +76,256 @@ def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
     return tuple(copy(x) for x in inputs)
 
 
-def _leaves(inputs: tuple) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
 def _outputs(run: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     found = run(*inputs)
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def _input_grads(outputs: tuple[Tensor, ...], leaves: list[Tensor], output_grads: list[Tensor | None]):
-    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
-    return torch.autograd.grad([out for out, _ in pairs], leaves, [grad.to(out.dtype) for out, grad in pairs])
+def _leaves(case: Case, inputs: tuple) -> dict[str, Tensor]:
+    """The inputs that have a gradient, by name."""
+    named = zip(case.inputs, inputs, strict=False)
+    return {name: x for name, x in named if isinstance(x, Tensor) and x.requires_grad}
 
 
-def _results(case: Case, run: Callable, inputs: tuple, output_grads: list | None, draw: Draw | None = None) -> tuple:
-    """Outputs and gradients by name, and the outputs' gradients, which are drawn where none are given."""
+def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list[Tensor | None]) -> tuple:
+    """Outputs, and the gradients of the leaves."""
     outputs = _outputs(run, inputs)
-    results = dict(zip(case.outputs, (x.detach() for x in outputs), strict=True))
-    if output_grads is None:
-        scalar = torch.tensor(case.scalar_grad, device=draw.device)
-        drawn = (scalar if out.dim() == 0 else draw(*out.shape, grad=False) for out in outputs)
-        output_grads = [grad if out.requires_grad else None for out, grad in zip(outputs, drawn, strict=True)]
-    leaves = _leaves(inputs)
-    if leaves:
-        names = [name for name, x in zip(case.inputs, inputs, strict=True) if any(x is leaf for leaf in leaves)]
-        grads = _input_grads(outputs, leaves, output_grads)
-        results |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
-    return results, output_grads
+    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
+    grads = torch.autograd.grad([out for out, _ in pairs], leaves, [g.to(out.dtype) for out, g in pairs])
+    return outputs, grads
+
+
+def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> dict[str, Tensor]:
+    """Outputs without gradients ("... alone"), and outputs and gradients, by name."""
+    with torch.no_grad():
+        results = {f"{name} alone": x for name, x in zip(case.outputs, _outputs(run, inputs), strict=True)}
+    if leaves := _leaves(case, inputs):
+        outputs, grads = _both(run, inputs, list(leaves.values()), output_grads)
+        results |= {name: x.detach() for name, x in zip(case.outputs, outputs, strict=True)}
+        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
-    """Relative root mean square; of integers the share that differs."""
+    """Relative root mean square; for integers the share that differs."""
     if result.shape != truth.shape:
-        raise ValueError(f"shape {tuple(result.shape)} where {tuple(truth.shape)} is right")
+        raise ValueError(f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
     if not truth.is_floating_point():
         return (result != truth).double().mean().item()
     return ((result.to(truth.dtype) - truth).norm() / truth.norm()).item()
 
 
 def truth_of(case: Case, inputs: tuple, draw: Draw) -> Truth:
-    """The case's results from plain PyTorch on the same inputs in float64; in float32 on CUDA for 16-bit ops."""
-    wide = torch.float32 if draw.device.type == "cuda" and case.precision.itemsize == 2 else torch.float64
-    results, output_grads = _results(case, plain(case.op), _copies(inputs, wide), None, draw)
-    plain_results, _ = _results(case, plain(case.op), _copies(inputs), output_grads)
-    errors = {name: _error(plain_results[name], results[name]) for name in results}
-    return Truth(results, output_grads, errors, wide)
+    """The results of plain PyTorch on the same inputs in float64; in float32 on CUDA for 16-bit ops."""
+    wide = _copies(
+        inputs, torch.float32 if draw.device.type == "cuda" and case.precision.itemsize == 2 else torch.float64
+    )
+    outputs = _outputs(plain(case), wide)
+    grads = [
+        torch.tensor(case.scalar_grad, device=x.device) if x.dim() == 0 else draw(*x.shape, grad=False) for x in outputs
+    ]
+    grads = [grad if x.requires_grad else None for x, grad in zip(outputs, grads, strict=True)]
+    del outputs
+    truths, plains = (_results(case, plain(case), each, grads) for each in (wide, _copies(inputs)))
+    return Truth(truths, grads, {name: _error(plains[name], truth) for name, truth in truths.items()})
 
 
-def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> dict:
-    """The check's fields of a row: of all outputs, with and without gradients, and all gradients the worst one."""
-
-    def laid_out() -> tuple:
-        copies = _copies(inputs)
-        return copies, provider.layout(*copies) if provider.layout else copies
-
-    with torch.no_grad():
-        evaluated = dict(zip(case.outputs, _outputs(provider.run, laid_out()[1]), strict=True))
-    copies, native = laid_out()
-    # Gradients of what the op got, through the layout, so that they have the reference's shapes.
-    results, _ = _results(case, lambda *_: provider.run(*native), copies, truth.output_grads)
-    found = {f"{name} alone": (name, x) for name, x in evaluated.items()} | {n: (n, x) for n, x in results.items()}
-    # What the reference happens to hit exactly may be an eighth of a unit off, and sums and exponentials in fp32 a few.
+def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[str, float, float]:
+    """What was compared, the error and the allowed error of the result that is worst."""
+    # Where the reference happens to be exact: an eighth of a unit, and a few of fp32's for sums and exponentials.
     units = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
-    worst, worst_ratio = None, -1.0
-    for label, (name, result) in found.items():
-        error = _error(result, truth.results[name])
-        floats = truth.results[name].is_floating_point()
+    judged = []
+    for name, result in _results(case, provider.run, _copies(inputs), truth.output_grads).items():
+        error, floats = _error(result, truth.results[name]), truth.results[name].is_floating_point()
         allowed = min(provider.factor * truth.errors[name] + units, LARGEST_ERROR) if floats else 0.0
-        ratio = error / allowed if allowed else float("inf") if error else 0.0
-        if not ratio <= worst_ratio:  # a NaN is the worst
-            worst, worst_ratio = (label, error, allowed), ratio
-        if ratio != ratio:
-            break
-    label, error, allowed = worst
-    truth_name = str(truth.dtype).removeprefix("torch.")
-    against = f"relative RMS against {truth_name}, reference's times {provider.factor:g}" if allowed else "equality"
-    return {"check": f"{against}; the worst of {len(found)}: {label}", "check_error": error, "check_allowed": allowed}
+        passes = error <= allowed  # False for NaN
+        judged.append((not passes, error / allowed if allowed and passes else error, name, error, allowed))
+    *_, name, error, allowed = max(judged)
+    return f"{name}, the worst of {len(judged)}, relative RMS to plain PyTorch in a wider dtype", error, allowed
 
 
-def bind(provider: Provider, inputs: tuple, output_grads: list) -> tuple[dict[str, Callable], Callable | None]:
-    """The calls to time, by pass, once warmed up; and what restores the inputs of a provider that overwrites them."""
-    native = _copies(provider.layout(*inputs) if provider.layout else inputs)
-    pristine, leaves = _copies(native) if provider.in_place else (), _leaves(native)
-
-    @torch.no_grad()
-    def restore():
-        for x, values in zip(native, pristine, strict=True):
-            if isinstance(x, Tensor):
-                x.copy_(values)
-
-    @torch.no_grad()
-    def forward():
-        return _outputs(provider.run, native)
-
+def bind(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
+    """The calls to time, by pass, once run."""
+    leaves, forward = list(_leaves(case, inputs).values()), torch.no_grad()(lambda: _outputs(provider.run, inputs))
     grads = [None if g is None else g.to(out.dtype, copy=True) for out, g in zip(forward(), output_grads, strict=True)]
-
-    def both():
-        return _input_grads(_outputs(provider.run, native), leaves, grads)
-
+    calls = {FORWARD: forward}
     if leaves:
-        both()
-    return {FORWARD: forward} | ({BOTH: both} if leaves else {}), restore if provider.in_place else None
+        calls[BOTH] = lambda: _both(provider.run, inputs, leaves, grads)
+        calls[BOTH]()
+    return calls
 
 
-def row_of(case: Case, step: str, provider: Provider, dtype: torch.dtype, checked: dict) -> dict:
-    """The fields of a row but for its times; `step` is the pass."""
-    name = str(dtype).removeprefix("torch.")
-    about = {"op": case.op, "shape": case.shape, "sizes": case.sizes, "pass": step, "provider": provider.name}
-    return about | {"dtype": name} | checked
+def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
+    """By pass, the bytes of all inputs and outputs, and of their gradients: each is moved once at least."""
+    with torch.no_grad():
+        outputs = _outputs(plain(case), inputs)
+    floats = [x for x in outputs if x.is_floating_point()]
+    forward = sum(x.nbytes for x in (*inputs, *outputs) if isinstance(x, Tensor))
+    leaves = _leaves(case, inputs).values()
+    return {FORWARD: forward} | ({BOTH: forward + sum(x.nbytes for x in (*leaves, *floats))} if leaves else {})
 
 
-def times_of(case: Case, step: str, seconds: list[float], ceilings: tuple[float, float]) -> dict:
-    """The fields of a row that come of its times, and of the ceilings measured in this run."""
-    flops, moved = case.work[step]
-    median, p20, p80 = timing.spread(seconds)
+def work_of(case: Case, step: str, moved: int, seconds: list[float], ceilings: tuple[float, float]) -> dict:
+    """A row's details: FLOPs, bytes, what bounds the op, and its share of this run's measured ceiling."""
+    flops = case.flops * (3 if step == BOTH else 1)
     least = {"compute": flops / ceilings[0], "memory": moved / ceilings[1]}
     bound = max(least, key=least.get)
-    return {
-        "seconds": median, "seconds_p20": p20, "seconds_p80": p80, "samples": len(seconds),
-        "flops": flops, "bytes": moved, "bound": bound, "rate": (flops if bound == "compute" else moved) / median,
-        "share_of_ceiling": least[bound] / median, "ceiling_flops": ceilings[0], "ceiling_bytes": ceilings[1],
-    }  # fmt: skip
+    share = least[bound] / spread(seconds)[0]
+    return {"flops": flops, "bytes": moved, "bound": bound, "share_of_ceiling": share}
 
 
-def reason(error: Exception) -> str:
-    """Of a failure, in one short line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def check_case(case: Case, served: list[Provider], dtype: torch.dtype, device: torch.device):
-    """The inputs, the outputs' gradients, and of each provider its check's fields or `failed`, the reason."""
-    draw = Draw(dtype, device)
+@lru_cache(maxsize=1)  # the providers of a case follow one another
+def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider], tuple, Truth]:
+    """A case with its providers, inputs and truth."""
+    torch.compiler.reset()  # else a function's ninth shape is not compiled
+    case, draw = settings.cases()[number], Draw(settings.dtype, settings.device)
     inputs = case.make(draw)
-    truth = truth_of(case, inputs, draw)
-    checks = {}
-    for provider in served:
+    named = {provider.name: provider for provider in providers(case, settings.device)}
+    return case, named, inputs, truth_of(case, inputs, draw)
+
+
+def serve(connection, settings: Settings):
+    """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
+    (number, names, rounds) with the seconds by pass and name; and (number, None, None) with the least bytes by pass."""
+    while True:
+        number, wanted, last = connection.recv()
         try:
-            checks[provider] = check(case, provider, inputs, truth)
-        except Exception as error:  # a peer may raise anything; the others go on
-            checks[provider] = {"failed": reason(error)}
-    return inputs, truth.output_grads, checks
-
-
-def measure_case(
-    case: Case, served: list[Provider], dtype: torch.dtype, device: torch.device, rounds: int, ceilings: tuple
-) -> list[dict]:
-    """Rows of every pass of every provider: timed in turns if its check passed, else with what went wrong."""
-    inputs, output_grads, checks = check_case(case, served, dtype, device)
-    bound = {}
-    for provider in served:
-        if "failed" in checks[provider] or complaint(checks[provider]):
-            continue
-        try:
-            bound[provider] = bind(provider, inputs, output_grads)
-        except Exception as error:
-            checks[provider] = {"failed": reason(error)}
-    rows = []
-    for step in case.work:
-        calls = {provider.name: calls[step] for provider, (calls, _) in bound.items()}
-        before = {provider.name: restore for provider, (_, restore) in bound.items() if restore}
-        seconds = timing.measure(calls, device, rounds, before)
-        for provider in served:
-            row = row_of(case, step, provider, dtype, checks[provider])
-            rows.append(row | times_of(case, step, seconds[provider.name], ceilings) if provider in bound else row)
-    return rows
-
-
-def print_table(rows: list[dict]):
-    form = "{:21} {:18} {:19} {:18} {:>10} {:>21} {:>13} {:>8} {:>6}"
-    print(form.format("op", "shape", "pass", "provider", "ms", "p20 .. p80", "rate", "ceiling", "error"))
-    for row in rows:
-        names = [row[key] for key in ("op", "shape", "pass", "provider")]
-        wrong = row.get("failed") or complaint(row)
-        if wrong:
-            print(form.format(*names, "failed", "", "", "", "").rstrip(), wrong)
-            continue
-        error = f"{row['check_error'] / row['check_allowed']:.0%}" if row["check_allowed"] else "0"
-        if "seconds" not in row:
-            print(form.format(*names, "", "", "", "", error))
-            continue
-        spread = f"{row['seconds_p20'] * 1e3:.4g} .. {row['seconds_p80'] * 1e3:.4g}"
-        rate = f"{row['rate'] / 1e9:.1f} {'GFLOP/s' if row['bound'] == 'compute' else 'GB/s'}"
-        print(form.format(*names, f"{row['seconds'] * 1e3:.4g}", spread, rate, f"{row['share_of_ceiling']:.0%}", error))
-    print("ceiling: least time by this run's GEMM and copy / time. error: of what is allowed.")
-
-
-def run_cases(found: list[Case], arguments, dtype: torch.dtype, device: torch.device, results: Results) -> list[dict]:
-    """Measure or check all cases, and write each row as soon as it exists; returns those that aren't `absent`."""
-    ceilings = None if arguments.check_only else timing.ceilings(device, dtype)
-    rows, absent = [], set()
-    for case in tqdm(found, "cases", dynamic_ncols=True, disable=None):
-        torch.compiler.reset()  # else a function's ninth shape is not compiled
-        served = []
-        for provider in providers(case.op, device):
-            if arguments.provider and provider.name not in arguments.provider:
-                continue
-            if not provider.absent:
-                served.append(provider)
-            elif (case.op, provider.name) not in absent:
-                absent.add((case.op, provider.name))
-                results.write({"op": case.op, "provider": provider.name, "absent": provider.absent})
-        if not served:
-            continue
-        try:
-            if arguments.check_only:
-                step, checks = list(case.work)[-1], check_case(case, served, dtype, device)[2]
-                these = [row_of(case, step, each, dtype, checks[each] | {"checked_only": True}) for each in served]
+            case, named, inputs, truth = prepare(settings, number)
+            if wanted is None:
+                answer = least_bytes(case, inputs)
+            elif isinstance(wanted, str):
+                answer = check(case, named[wanted], inputs, truth)
+                if last:
+                    bind(case, named[wanted], inputs, truth.output_grads)
             else:
-                these = measure_case(case, served, dtype, device, arguments.rounds, ceilings)
-        except Exception as error:  # the truth itself could not be had, or a call failed that had worked
-            failed = {"failed": reason(error)}
-            these = [row_of(case, step, each, dtype, failed) for step in case.work for each in served]
+                calls = {name: bind(case, named[name], inputs, truth.output_grads) for name in wanted}
+                passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[wanted[0]]}
+                answer = {step: timing.measure(these, settings.device, last) for step, these in passes.items()}
+        except Exception as error:  # a peer may raise anything
+            answer = Failure(describe(error))
+            if settings.device.type == "cuda":
+                torch.cuda.synchronize()  # raises, which ends this process, if the CUDA context is lost
+        connection.send(answer)
+
+
+class Checker:
+    """The parent's side of a worker: rows of cases, and what to avoid."""
+
+    def __init__(self, settings: Settings, rounds: int, limit: float):
+        self.settings, self.rounds, self.limit = settings, rounds, limit
+        self.ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
+        self.worker = Worker(serve, settings)
+
+    def ask(self, *message):
+        return self.worker.ask(message, self.limit)
+
+    def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
+        """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
+        steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
+        try:
+            steps = self.ask(number, None, None)
+            for name in names:
+                try:
+                    passed[name] = self.checked(number, case, name)
+                except Failure as failure:
+                    reasons[name] = str(failure)
+            timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed]
+            if self.rounds and timed:
+                seconds = self.ask(number, timed, self.rounds)
+        except Failure as failure:
+            reasons |= {name: str(failure) for name in names if name not in reasons}
+        rows = []
+        for step, name in product(steps if self.rounds else list(steps)[-1:], names):
+            about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": NAMES[self.settings.dtype]}
+            row = Row("ops" if self.rounds else "kernels", name, about, group=f"{case.op} {case.shape} {step}")
+            row.failed = reasons.get(name, "")
+            row.check, row.error, row.allowed = passed.get(name, ("", None, None))
+            if name in seconds.get(step, {}) and not row.failed:
+                row.unit, row.values = "s", seconds[step][name]
+                row.details = work_of(case, step, steps[step], row.values, self.ceilings)
+            rows.append(row)
+        return rows
+
+    def checked(self, number: int, case: Case, name: str) -> tuple[str, float, float]:
+        """The check of one provider. One of our GEMM kernels that fails with TMA is checked again without it, and goes
+        without it from then on. Raises Failure."""
+        try:
+            found = self.ask(number, name, bool(self.rounds))
+            if found[1] <= found[2] or not may_drop_tma(case, name):
+                return found
+            reason = f"error {found[1]:.3g}, where {found[2]:.3g} is allowed"
+        except Failure as failure:
+            if not may_drop_tma(case, name):
+                raise
+            reason = str(failure)
+        say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
+        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), gemm_kernel(case.op)])
+        self.worker.close()  # the next process inherits the variable
+        what, error, allowed = self.ask(number, name, bool(self.rounds))
+        return f"{what} (without TMA; with it: {reason})", error, allowed
+
+
+def without_tma() -> list[str]:
+    return [name for name in os.environ.get("ACCELERON_NO_TMA", "").split(",") if name]
+
+
+def may_drop_tma(case: Case, name: str) -> bool:
+    return name == "triton" and case.op in GEMMS and not {gemm_kernel(case.op), "all"} & set(without_tma())
+
+
+def fallbacks(rows: list[Row]) -> Row | None:
+    """The environment that avoids the kernels that failed where the reference did not; None if there are none."""
+    wrong = {provider: {row.case["op"] for row in rows if row.provider == provider and row.failed} for provider in OURS}
+    names = sorted((wrong["triton"] - wrong["reference"]) & set(OPS))
+    values = {"ACCELERON_NO_TMA": os.environ.get("ACCELERON_NO_TMA"), "ACCELERON_REFERENCE_OPS": ",".join(names)}
+    values = {name: value for name, value in values.items() if value}
+    check = dict(check="the kernels' checks", error=0.0, allowed=0.0)
+    return Row("fallbacks", "triton", {}, details=values, **check) if values else None
+
+
+def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) -> list[Row]:
+    """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
+    rows, absent, avoided = [], {}, {}
+    for number, case in enumerate(progress(checker.settings.cases(), "cases")):
+        found = [p for p in providers(case, checker.settings.device) if not wanted or p.name in wanted]
+        absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
+        names = [provider.name for provider in found if not provider.absent]
+        these = checker.measure(number, case, names)
         for row in these:
             results.write(row)
+        for step, passes in groupby(these, key=lambda row: row.case["pass"]):
+            say(f"{case.op}, {case.shape}, {step}")
+            print_rows(list(passes), baseline=names[0])
         rows += these
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if absent:
-        print("absent:", ", ".join(f"{name} ({op})" for op, name in sorted(absent)))
+        if not checker.rounds and (row := fallbacks(rows)) and row.details != avoided:
+            avoided = row.details
+            results.write(row)
+            say(f"to avoid what failed: {' '.join(f'{k}={v}' for k, v in avoided.items())}")
+    for (op, name), reason in absent.items():
+        results.write(Row("ops", name, {"op": op}, absent=reason))
+        say(f"absent: {name} ({op}): {reason}")
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS, *PUBLISHED], help="default: by the device")
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="these alone, such as triton or 'torch compiled'")
-    parser.add_argument("--tokens", type=int, help="at the model sizes; default 65536 on a GPU, 256 on a CPU")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, help="samples of each; default 30 on a GPU, 5 on a CPU")
-    parser.add_argument("--check_only", action="store_true", help="triton and reference, no times; 1 if one is wrong")
-    parser.add_argument("--output", metavar="DIR")
-    arguments = parser.parse_args()
-    device = resolve_device(arguments.device)
-    for flag in ("tokens", "rounds"):
-        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise InputError(f"--{flag} {getattr(arguments, flag)}: expected at least 1")
-    if not arguments.check_only and not kernels._missing and kernels.launch.INTERPRETED:
+    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
+    flags = dict(size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
+    arguments = parse(__doc__, choices, **flags)
+    device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
+    if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    arguments.rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
-    if arguments.check_only:
-        arguments.provider = arguments.provider or ["triton", "reference"]
-    known = {provider.name for op in arguments.op for provider in providers(op, device)}
-    if unknown := sorted(set(arguments.provider or ()) - known):
+    sizes, ops = arguments.size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
+    settings = Settings(tuple(sizes), tuple(ops), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
+    known = {provider.name for case in settings.cases() for provider in providers(case, device)}
+    if unknown := sorted(set(wanted or ()) - known):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
-    dtype = DTYPES[arguments.dtype] if arguments.dtype in DTYPES else resolve_dtype(arguments.dtype, device)
-    tokens = arguments.tokens or TOKENS[device.type]
-    found = select_cases(arguments.size or SIZES[device.type], arguments.op, tokens, dtype)
-    results = Results(arguments.output, "kernels" if arguments.check_only else "ops", device)
-    rows = run_cases(found, arguments, dtype, device, results)
-    print_table(rows)
-    print(f"written to {results.path}")
-    ours = (row for row in rows if row["provider"] in ("triton", "reference", "acceleron"))
-    if any("failed" in row or complaint(row) for row in ours):
+    results = Results(arguments.output, device)
+    rounds = 0 if check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
+    checker = Checker(settings, rounds, arguments.limit)
+    try:
+        rows = run_cases(checker, wanted or (OURS if check_only else None), results)
+    finally:
+        checker.worker.close()
+    print(f"wrote {results.path}")
+    if any(row.failed for row in rows if row.provider in (*OURS, "acceleron")):
         sys.exit(1)

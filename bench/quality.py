@@ -1,342 +1,207 @@
-"""Is the MoE worth it? Trains it and its dense twin on the same tokens in the same order, with several seeds.
+"""Trains the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compares them.
 
-First both are tuned alike: each with the same learning rates, one seed of its own, and a share of the tokens; the
-best rate of each serves in its final runs. These are, for every seed, the dense twin and the MoE on the whole budget,
-and the MoE on smaller budgets, each a run of train.py with its full schedule. From them come
-  - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval (t);
-  - the wall clock after which the MoE reaches the dense twin's final loss, as a share of the dense twin's own. A
-    seed's MoE runs give its loss as a line in log(tokens) between neighbouring budgets; that line meets the dense
-    twin's loss at a number of tokens, which times the MoE's seconds a token is the time.
-A run's seconds are its tokens over the median of its logged tokens/s, which leaves out compilation and validation. On a
-CPU two runs at a time have a core each, the MoE beside its dense twin, so that what slows the machine slows both.
-
-The text is the source of Python's library, or for the GPU preset of all installed packages. All of its held-out part
-is scored at the end, by torch's cross_entropy on logits in fp32, which has to agree with train.py's own figure on the
-batches that this one took.
+Both are tuned first: the same learning rates, half of the steps, and a seed of its own. The final runs take the best
+rate of each: for every seed, both models on the whole budget and the MoE on smaller budgets, each a run of train.py
+with its full schedule. They give
+  - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval;
+  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. A line in log(tokens)
+    joins the losses of a seed's MoE runs. It meets the dense baseline's loss at some number of tokens, which times the
+    MoE's seconds per token is the wall clock.
+A run's seconds are its tokens over its median tokens/s, which excludes compilation and validation. On a CPU two runs
+train side by side, one core each, so that noise affects both. The text is the source of Python's standard library, or
+on a GPU of all installed packages; its whole held-out part is scored at the end.
 """
 
-import argparse
-import itertools
 import json
 import math
 import os
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import PIPE, STDOUT, Popen
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.interpolate import make_interp_spline
+from scipy.stats import ttest_1samp
 from tqdm import tqdm
 
 from acceleron import Acceleron, kernels
 from acceleron.data import Shards, validation_batches
 from acceleron.data.loader import Chunks
-from acceleron.device import resolve_device
 from acceleron.errors import InputError
 from acceleron.training.checkpoint import assign_weights, load_checkpoint
 
+from .command import parse
 from .corpus import write_corpus
-from .results import Results
+from .rows import Results, Row, progress, say
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Preset(NamedTuple):
-    """A comparison. `shares` are of the budget, for the MoE's shorter runs; `at_once` runs have a core each."""
-
-    size: str
-    vocab_size: int
-    characters: int
-    packages: bool
-    batch_size: int
-    seq_len: int
-    steps: int
-    shares: tuple[float, ...]
-    rates: tuple[float, ...]
-    tuning_share: float
-    seeds: int
-    at_once: int
-    flags: tuple[str, ...]
-
-
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+# flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
 PRESETS = {
-    "cpu": Preset(
-        size="nano",
-        vocab_size=2048,
-        characters=20_000_000,
-        packages=False,
-        batch_size=4,
-        seq_len=256,
-        steps=600,
-        shares=(0.8,),
-        rates=(1e-3, 2e-3, 4e-3),
-        tuning_share=0.5,
-        seeds=5,
-        at_once=2,
-        flags=("--device", "cpu", "--dtype", "fp32", "--no_compile"),
+    "cpu": dict(
+        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, dtype="fp32"),
+        characters=20_000_000, packages=False, steps=600, shares=(0.8,), lr=(1e-3, 2e-3, 4e-3), seeds=5, at_once=2,
     ),
-    "gpu": Preset(
-        size="tiny",
-        vocab_size=8192,
-        characters=200_000_000,
-        packages=True,
-        batch_size=32,
-        seq_len=2048,
-        steps=900,
-        shares=(0.6, 0.8),
-        rates=(6e-4, 1.2e-3, 2.4e-3),
-        tuning_share=0.5,
-        seeds=5,
+    "cuda": dict(
+        flags=dict(model_size="tiny", vocab_size=8192, batch_size=32, seq_len=2048, dtype="bf16"),
+        characters=200_000_000, packages=True, steps=900, shares=(0.6, 0.8), lr=(6e-4, 1.2e-3, 2.4e-3), seeds=5,
         at_once=1,
-        flags=("--device", "cuda"),
     ),
-}
+}  # fmt: skip
 TUNING_SEED = 1000
 
 
-class Training(NamedTuple):
-    """One run of train.py."""
-
-    model: str  # "moe" or "dense"
-    seed: int
-    rate: float
-    steps: int
-    purpose: str  # "tuning" or "final"
-
-    @property
-    def name(self) -> str:
-        return f"{self.purpose}-{self.model}-seed{self.seed}-{self.rate:g}-{self.steps}"
-
-
-def command(run: Training, preset: Preset, data: str, save_dir: str) -> list[str]:
-    """train.py's command line."""
-    words = [sys.executable, str(ROOT / "train.py"), "--data_dir", data, "--save_dir", save_dir]
-    words += ["--model_size", preset.size, "--vocab_size", str(preset.vocab_size)]
-    words += ["--dense"] * (run.model == "dense")
-    words += ["--batch_size", str(preset.batch_size), "--seq_len", str(preset.seq_len), "--max_steps", str(run.steps)]
-    words += ["--lr", str(run.rate), "--seed", str(run.seed), "--no_gradient_checkpointing", "--num_workers", "1"]
-    words += ["--log_interval", str(max(1, run.steps // 20)), "--eval_interval", str(max(1, run.steps // 4))]
-    return [*words, "--save_interval", str(run.steps), *preset.flags]
-
-
-def train(run: Training, preset: Preset, directory: str) -> dict:
-    """Run it on the corpus in <directory>/data; a row of quality.jsonl, which has `failed` if the run did."""
-    data, save_dir = f"{directory}/data", f"{directory}/{run.name}"
-    row = {"size": preset.size, "model": run.model, "seed": run.seed, "lr": run.rate, "purpose": run.purpose}
-    row |= {"tokens": run.steps * preset.batch_size * preset.seq_len}
-    row |= {"batch_size": preset.batch_size, "seq_len": preset.seq_len}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} if preset.at_once > 1 else None
-    done = subprocess.run(
-        command(run, preset, data, save_dir), capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        return row | {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    records = [json.loads(line) for line in Path(save_dir, "metrics.jsonl").read_text().splitlines()]
-    rate = statistics.median(record["tokens_per_second"] for record in records)
+def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
+    """Train and score what the row's provider and case describe; set its values, check and details, or `failed`."""
+    steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
+    interval = max(1, steps // 20)
+    flags = plan.flags | {
+        "device": plan.device, "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps,
+        "lr": row.case["lr"], "seed": row.case["seed"], "num_workers": 1, "log_interval": interval,
+        "eval_interval": max(1, steps // 4),
+    }  # fmt: skip
+    command = [sys.executable, str(TRAIN), *(f"--{name}={value}" for name, value in flags.items())]
+    command += ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
+    command += ["--no_compile"] * (plan.device.type == "cpu")
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if plan.at_once > 1 else {})
+    line = "no message"
+    with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as process:
+        for line in process.stdout:
+            bar.update(interval * line.startswith("step "))  # a line per logged step
+    if process.returncode:
+        row.failed = line.strip()
+        return
+    records = [json.loads(text) for text in Path(save_dir, "metrics.jsonl").read_text().splitlines()]
+    rate = float(np.median([record["tokens_per_second"] for record in records]))
     curve = [[r["tokens"], r["tokens"] / rate, r["val_loss"]] for r in records if "val_loss" in r]
-    row |= {"tokens_per_second": rate, "seconds": row["tokens"] / rate, "curve": curve}
-    row |= score(f"{save_dir}/checkpoint_{run.steps}.pt", data, preset, records[-1]["val_loss"])
-    shutil.rmtree(save_dir)  # a checkpoint of tiny is 1 GB
-    return row
+    row.details |= {"seconds": row.case["tokens"] / rate, "tokens_per_second": rate, "curve": curve}
+    loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan)
+    row.values, row.check = [loss], "train.py's val_loss against torch's cross_entropy on fp32 logits"
+    row.error = abs(records[-1]["val_loss"] - again) / again
+    row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # the order of summation, or bf16 activations
 
 
 @torch.no_grad()
-def score(checkpoint: str, data: str, preset: Preset, reported: float) -> dict:
-    """The loss of all that is held out, and a check of train.py's own figure for its part of that."""
-    device = torch.device("cuda" if "cuda" in preset.flags else "cpu")
+def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
+    """Loss of all held-out text, and of the part of it on which train.py validates."""
     contents = load_checkpoint(checkpoint)
-    model = Acceleron(contents["config"]).to(device)
+    model = Acceleron(contents["config"]).to(plan.device)
     assign_weights(model, contents, checkpoint, assign=False)
 
     def loss(batches: Iterable[torch.Tensor]) -> float:
         total = count = 0
         for ids in batches:
-            logits = model(ids.to(device)).logits[:, :-1].float()
-            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="sum").double()
-            count += ids[:, 1:].numel()
+            ids = ids.to(plan.device)
+            logits, labels = model(ids).logits[:, :-1].float(), ids[:, 1:]
+            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
+            count += labels.numel()
         return total.item() / count
 
-    settings = dict(seq_len=preset.seq_len, vocab_size=preset.vocab_size)
+    settings = {name: plan.flags[name] for name in ("seq_len", "vocab_size")}
     chunks = Chunks(Shards(data), validation=True, **settings)
-    everything = (chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), max(1, len(chunks) // 16)))
-    again = loss(validation_batches(Shards(data), batch_size=preset.batch_size, **settings))
-    return {
-        "val_loss": loss(everything),
-        "val_tokens": len(chunks) * (preset.seq_len - 1),
-        "check": "train.py's val_loss against torch's cross_entropy on fp32 logits",
-        "check_error": abs(reported - again) / again,
-        # bf16's rounding of the activations, or fp32's order of summation.
-        "check_allowed": 1e-4 if "fp32" in preset.flags else 5e-3,
-        "dtype": "fp32" if "fp32" in preset.flags else "bf16",
-    }
+    everything = (chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1))
+    return loss(everything), loss(validation_batches(Shards(data), batch_size=plan.flags["batch_size"], **settings))
 
 
-def t_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % confidence interval by Student's t; of two values or more."""
-    mean = statistics.fmean(values)
-    # The 97.5 % quantile; between the listed degrees of freedom the next smaller one's, which is larger.
-    quantile = next(t for degrees, t in reversed(T_QUANTILES.items()) if degrees <= len(values) - 1)
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
-T_QUANTILES = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
-    10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.0,
-}  # fmt: skip
-
-
-def by_seed(rows: list[dict]) -> dict[int, tuple[dict, list[dict]]]:
-    """Of each seed that has both: the dense twin's final run, and the MoE's by rising budget; of the latest command."""
-    final = [row for row in rows if row.get("purpose") == "final" and "failed" not in row]
-    latest = max((row.get("date", "") for row in final), default="")
-    final = [row for row in final if row.get("date", "") == latest]  # a command's rows have one date
-    found = {}
-    for dense in (row for row in final if row["model"] == "dense"):
-        moe = [row for row in final if row["model"] == "moe" and row["seed"] == dense["seed"]]
-        if any(row["tokens"] == dense["tokens"] for row in moe):
-            found[dense["seed"]] = dense, sorted(moe, key=lambda row: row["tokens"])
+def final_runs(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """The valid final runs of each (device, size, dtype) and command, by its date."""
+    found: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.benchmark == "quality" and row.case["purpose"] == "final" and not row.complaint():
+            key = row.about.get("device", ""), row.case["size"], row.case["dtype"], row.about.get("date", "")
+            found.setdefault(key, []).append(row)
     return found
 
 
-def paired_difference(rows: list[dict]) -> dict | None:
-    """Validation loss of the dense twin less the MoE's at equal tokens, nats; above 0 the MoE is ahead.
-
-    {mean, low, high, pairs, tokens}: the mean over seeds and its 95 % confidence interval. None for fewer than two.
-    """
-    pairs = by_seed(rows)
-    if len(pairs) < 2:
+def interval(values: pd.Series) -> tuple[float, float, float] | None:
+    """Mean and 95 % confidence interval by Student's t. None for fewer than two values, or if one is not finite."""
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
-    budget = max(dense["tokens"] for dense, _ in pairs.values())
-    differences = [
-        dense["val_loss"] - next(row["val_loss"] for row in moe if row["tokens"] == dense["tokens"])
-        for dense, moe in pairs.values()
-    ]
-    mean, low, high = t_interval(differences)
-    return {"mean": mean, "low": low, "high": high, "pairs": len(pairs), "tokens": budget}
+    return values.mean(), *ttest_1samp(values, 0).confidence_interval()
 
 
-def tokens_to_reach(loss: float, runs: list[dict]) -> float:
-    """Where the line of loss over log(tokens) through two neighbouring runs, or the outer two, meets this loss.
+def tokens_to_reach(loss: float, losses: pd.Series) -> float:
+    """Tokens at which the line of losses (index: tokens, rising) over log(tokens), extended at its ends, meets `loss`.
 
-    runs: by rising tokens, two or more, with a loss that falls. NaN if it does not, or if the lines meet farther than
-    half of the least budget or twice the largest.
+    NaN for fewer than two, if they do not fall, or at less than half of the least tokens or twice the most.
     """
-    points = [(math.log(run["tokens"]), run["val_loss"]) for run in runs]
-    pairs = list(itertools.pairwise(points))
-    (x0, y0), (x1, y1) = next((pair for pair in pairs if loss >= pair[1][1]), pairs[-1])
-    if y1 >= y0:
+    if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
-    where = x0 + (x1 - x0) * (loss - y0) / (y1 - y0)
-    return math.exp(where) if points[0][0] - math.log(2) <= where <= points[-1][0] + math.log(2) else math.nan
+    found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))
+    return found if losses.index[0] / 2 <= found <= 2 * losses.index[-1] else math.nan
 
 
-def time_to_dense_loss(rows: list[dict]) -> dict | None:
-    """The MoE's wall clock to the dense twin's final loss, as a share of the dense twin's own; below 1 it is faster.
+def summary(runs: list[Row]) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
+    """Loss difference dense - MoE in nats, and wall-clock ratio MoE / dense, each with its interval; None: unknown.
 
-    {ratio, low, high, seeds, extrapolated}: the geometric mean over seeds and its 95 % confidence interval, and how
-    many seeds lie outside the budgets that were run. None for fewer than two seeds with MoE runs of several budgets, or
-    where more tokens did not lower the loss.
+    runs: the final runs of one command, size and dtype. Seeds that lack a model do not count.
     """
-    logs, outside = [], 0
-    for dense, moe in by_seed(rows).values():
-        if len(moe) > 1:
-            seconds_a_token = moe[-1]["seconds"] / moe[-1]["tokens"]
-            tokens = tokens_to_reach(dense["val_loss"], moe)
-            outside += not moe[0]["tokens"] <= tokens <= moe[-1]["tokens"]
-            logs.append(math.log(tokens * seconds_a_token / dense["seconds"]))
-    if len(logs) < 2 or not all(map(math.isfinite, logs)):
-        return None
-    ratio, low, high = (math.exp(value) for value in t_interval(logs))
-    return {"ratio": ratio, "low": low, "high": high, "seeds": len(logs), "extrapolated": outside}
+    cells = [(row.provider, row.case["seed"], row.case["tokens"], row.median, row.details["seconds"]) for row in runs]
+    frame = pd.DataFrame(cells, columns=["model", "seed", "tokens", "loss", "seconds"])
+    budget = frame.tokens[frame.model == "dense"].max()
+    full = frame[frame.tokens == budget].pivot_table(index="seed", columns="model", values=["loss", "seconds"]).dropna()
+    if not {"MoE", "dense"} <= set(full.columns.get_level_values("model")):
+        return None, None
+    moe = frame[frame.model == "MoE"].pivot_table(index="tokens", columns="seed", values="loss")
+    tokens = [tokens_to_reach(full.loss.dense[seed], moe[seed].dropna()) for seed in full.index]
+    ratio = interval(np.log(tokens / budget * full.seconds.MoE / full.seconds.dense))
+    return interval(full.loss.dense - full.loss.MoE), ratio and tuple(map(math.exp, ratio))
 
 
-def run_all(
-    trainings: list[Training], preset: Preset, directory: str, results: Results, bar: tqdm, **about: str
-) -> list[dict]:
-    """The rows of all runs, in their order; each is written as soon as it exists."""
+def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
+    """Write the text to `data`, tune both models, and train them with every seed. Returns the final runs' rows."""
+    say("preparing the text")
+    corpus = write_corpus(data, plan.flags["vocab_size"], plan.characters, plan.packages)
+    say(corpus)
 
-    def one(training: Training) -> dict:
-        row = train(training, preset, directory) | about
+    def run(purpose: str, model: str, seed: int, lr: float, share: float) -> Row:
+        tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
+        case = {"size": plan.flags["model_size"], "dtype": plan.flags["dtype"], "tokens": tokens}
+        case |= {"seed": seed, "lr": lr, "purpose": purpose}
+        return Row("quality", model, case, "nats", details={"corpus": corpus})
+
+    def finish(row: Row) -> Row:
+        with tempfile.TemporaryDirectory() as save_dir:  # a checkpoint of tiny takes 1 GB
+            train(row, plan, data, save_dir, bar)
         results.write(row)
-        loss = f"val_loss {row['val_loss']:.4f}" if "val_loss" in row else f"FAILED: {row['failed']}"
-        tqdm.write(f"{training.name}: {loss}")
-        bar.update(training.steps)
+        what = " ".join(map(str, (row.provider, *row.case.values())))
+        say(f"{what}: {f'FAILED: {row.failed}' if row.failed else f'val_loss {row.median:.4f}'}")
         return row
 
-    if preset.at_once > 1:
-        torch.set_num_threads(1)  # for the scores, which are computed beside another run
-    with ThreadPoolExecutor(preset.at_once) as pool:
-        return list(pool.map(one, trainings))
-
-
-def best_rate(rows: list[dict], model: str) -> float:
-    """The learning rate of the model's tuning run of the lowest loss. Raises InputError if all failed."""
-    found = [row for row in rows if row["model"] == model and "failed" not in row]
-    if not found:
-        raise InputError(f"every tuning run of the {model} model failed: see above")
-    return min(found, key=lambda row: row["val_loss"])["lr"]
+    models, seeds = ("MoE", "dense"), range(1, plan.seeds + 1)
+    total = round(plan.steps * (len(plan.lr) + plan.seeds * (2 + sum(plan.shares))))
+    with progress(total=total, unit="step") as bar, ThreadPoolExecutor(plan.at_once) as pool:
+        tuning = [run("tuning", model, TUNING_SEED, lr, 0.5) for lr in plan.lr for model in models]
+        tuned = sorted((row for row in pool.map(finish, tuning) if not row.failed), key=lambda row: -row.median)
+        best = {row.provider: row.case["lr"] for row in tuned}
+        if set(best) != set(models):
+            raise InputError("every tuning run of a model failed: see above")
+        final = [run("final", model, seed, best[model], 1) for seed in seeds for model in models]
+        final += [run("final", "MoE", seed, best["MoE"], share) for share in plan.shares for seed in seeds]
+        return list(pool.map(finish, final))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one")
-    parser.add_argument("--steps", type=int, help="of the whole budget (default: the preset's)")
-    parser.add_argument("--seeds", type=int, help="default: the preset's")
-    parser.add_argument("--lr", type=float, nargs="+", help="learning rates to tune with (default: the preset's)")
-    parser.add_argument("--output", metavar="DIR", help="for quality.jsonl (default: bench/results/<date>-<device>)")
-    arguments = parser.parse_args()
-    device = resolve_device("auto")
-    name = arguments.preset or ("gpu" if device.type == "cuda" else "cpu")
-    if name == "gpu" and device.type != "cuda":
-        raise InputError("--preset gpu: there is no GPU here; use --preset cpu")
-    given = {"steps": arguments.steps, "seeds": arguments.seeds, "rates": arguments.lr}
-    preset = PRESETS[name]._replace(**{key: value for key, value in given.items() if value is not None})
-    if preset.steps < 20 or preset.seeds < 2 or not all(0 < rate < math.inf for rate in preset.rates):
-        raise InputError("--steps: at least 20; --seeds: at least 2; --lr: above 0")
-    results = Results(arguments.output, "quality", torch.device("cuda" if name == "gpu" else "cpu"))
-    kernels.select("reference", device)  # of the scores, which are train.py's check
-    short = round(preset.steps * preset.tuning_share)
-    tuning = [Training(m, TUNING_SEED, rate, short, "tuning") for rate in preset.rates for m in ("moe", "dense")]
-    with tempfile.TemporaryDirectory() as directory:
-        corpus = write_corpus(f"{directory}/data", preset.vocab_size, preset.characters, preset.packages)
-        print(corpus)
-        units = len(tuning) * short + preset.seeds * sum(round(preset.steps * s) for s in (1, 1, *preset.shares))
-        with tqdm(total=units, unit="step", dynamic_ncols=True, disable=None) as bar:
-            rows = run_all(tuning, preset, directory, results, bar, corpus=corpus)
-            rates = {model: best_rate(rows, model) for model in ("moe", "dense")}
-            effort = (
-                f"both models: the best of the learning rates {', '.join(f'{r:g}' for r in preset.rates)} in one run "
-                f"each of {short} of {preset.steps} steps; MoE {rates['moe']:g}, dense twin {rates['dense']:g}. "
-                "Initialisation and loss coefficients are the defaults; what was tried for them is in bench/LOG.md"
-            )
-            tqdm.write(effort)
-            seeds = range(1, preset.seeds + 1)
-            final = [Training(m, seed, rates[m], preset.steps, "final") for seed in seeds for m in ("moe", "dense")]
-            final += [
-                Training("moe", seed, rates["moe"], round(preset.steps * share), "final")
-                for share in preset.shares
-                for seed in seeds
-            ]
-            rows = run_all(final, preset, directory, results, bar, corpus=corpus, tuning=effort)
-    difference, reached = paired_difference(rows), time_to_dense_loss(rows)
-    if difference:
-        print(
-            "dense twin's loss less the MoE's at {tokens:,} tokens: {mean:+.4f} nats, 95 % interval {low:+.4f} .. "
-            "{high:+.4f}, {pairs} seeds".format(**difference)
-        )
-    if reached:
-        print(
-            "wall clock to the dense twin's final loss: {ratio:.2f} of the dense twin's, 95 % interval {low:.2f} .. "
-            "{high:.2f}, {seeds} seeds".format(**reached)
-        )
+    arguments = parse(__doc__, steps=int, seeds=int)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    plan = Namespace(**PRESETS[arguments.device.type] | given)  # with device and output
+    if plan.steps < 20 or plan.seeds < 2:
+        raise InputError("--steps: at least 20; --seeds: at least 2")
+    results = Results(plan.output, plan.device)
+    kernels.select("reference", plan.device)  # for the scores, which check train.py's own
+    if plan.at_once > 1:
+        torch.set_num_threads(1)  # a score is computed beside another training
+    with tempfile.TemporaryDirectory() as data:
+        rows = train_all(plan, data, results)
+    what = ("validation loss, dense baseline - MoE (nats)", "wall clock to the dense baseline's loss, MoE / dense")
+    for name, found in zip(what, summary([row for row in rows if not row.failed]), strict=True):
+        print(f"{name}: " + ("{:.4f}, 95 % interval {:.4f} .. {:.4f}".format(*found) if found else "unknown"))
     print(f"wrote {results.path}")
 
 

@@ -1,47 +1,45 @@
-"""pytest bench: every op, shape, pass and provider under pytest-benchmark, none without a passed check.
+"""pytest bench: the ops of `python -m bench ops` under pytest-benchmark, none without a passed check.
 
-pytest-benchmark's own figures are of its clock, which waits for the GPU; `extra_info` has the row of `python -m bench
-ops`, whose times on a GPU are of device events. Providers follow one another here: the command interleaves them.
+The sizes are tiny on a GPU and nano on a CPU. `-k swiglu` selects an op. The providers follow one another here;
+`python -m bench ops` interleaves them, and times device events on a GPU.
 """
 
-from functools import cache, lru_cache
+import time
 
+import pytest
 import torch
 
-from . import timing
-from .op_cases import Case, Draw
-from .ops import bind, check, row_of, times_of, truth_of
-from .results import complaint
+from acceleron.device import resolve_device, resolve_dtype
 
-ROUNDS = 20
-ceilings = cache(timing.ceilings)
+from .op_cases import OPS
+from .op_peers import providers
+from .ops import BOTH, FORWARD, TOKENS, Settings, bind, check, prepare
+
+DEVICE = resolve_device("auto")
+SIZE = "tiny" if DEVICE.type == "cuda" else "nano"
+SETTINGS = Settings((SIZE,), tuple(OPS), TOKENS[DEVICE.type], resolve_dtype("auto", DEVICE), DEVICE)
+TESTS = [
+    pytest.param(number, step, each.name, id=f"{case.op}-{step}-{each.name}".replace(" ", "_"))
+    for number, case in enumerate(SETTINGS.cases())
+    for step in ((FORWARD,) if case.op == "dispatch_plan" else (FORWARD, BOTH))
+    for each in providers(case, DEVICE)
+    if not each.absent
+]
 
 
-@lru_cache(maxsize=1)  # the tests of a case follow one another
-def prepared(case: Case, dtype: torch.dtype, device: torch.device):
-    """Inputs and truth of a case."""
-    torch.compiler.reset()
-    draw = Draw(dtype, device)
-    inputs = case.make(draw)
-    return inputs, truth_of(case, inputs, draw)
+def clock() -> float:
+    """Seconds, once the GPU has finished what was launched."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def test_op(benchmark, case, step, provider, pytestconfig):
-    device, dtype = pytestconfig.device, pytestconfig.dtype
-    inputs, truth = prepared(case, dtype, device)
-    checked = check(case, provider, inputs, truth)
-    assert complaint(checked) is None, complaint(checked)
-    calls, restore = bind(provider, inputs, truth.output_grads)
-    if provider.in_place:
-        benchmark.pedantic(calls[step], setup=restore, rounds=ROUNDS)
-    else:
-        benchmark(calls[step])
-    if benchmark.disabled:
-        return
-    if device.type == "cuda":
-        before = {provider.name: restore} if restore else {}
-        seconds = timing.measure({provider.name: calls[step]}, device, ROUNDS, before)[provider.name]
-    else:
-        seconds = benchmark.stats.stats.data
-    times = times_of(case, step, seconds, ceilings(device, dtype))
-    benchmark.extra_info.update(row_of(case, step, provider, dtype, checked) | times)
+@pytest.mark.benchmark(timer=clock, max_time=0.25)
+@pytest.mark.parametrize(("number", "step", "provider"), TESTS)
+def test_op(benchmark, number, step, provider):
+    case, providers, inputs, truth = prepare(SETTINGS, number)
+    what, error, allowed = check(case, providers[provider], inputs, truth)
+    assert error <= allowed, what
+    benchmark.group = f"{case.op}, {case.shape}, {step}"
+    benchmark.extra_info |= {"check": what, "error": error, "allowed": allowed}
+    benchmark(bind(case, providers[provider], inputs, truth.output_grads)[step])

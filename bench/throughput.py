@@ -1,218 +1,260 @@
-"""Training tokens/s end to end: forward, backward, optimizer and the real data loader, for the MoE and its dense twin.
+"""Training tokens/s of train.py's own loop, optimizer and data loader included: the MoE and its dense baseline.
 
-Each size is trained as MoE and as dense twin, by the Triton kernels where they can run, and on a CPU by the reference
-too. On a GPU the reference has to be asked for (--kernels triton reference), with half the default --batch_size: its
-activations are half as large again, and the states of four trainings are on the device (large's don't fit). Modes:
+Each contender is a process that runs `train()` and pauses between interleaved rounds, so that what slows the machine
+slows all of them, and ratios are taken round by round. Modes:
   compiled            torch.compile, all activations kept
   eager               without torch.compile
   checkpointed        compiled, with gradient checkpointing
-  eager-checkpointed  both
-  balanced            compiled, and the MoE's router is made to choose all experts alike
-  deterministic       compiled, with --deterministic: what it costs on a GPU; on a CPU it changes next to nothing
-  predecessor         batch 32, accumulation 4, compiled, with gradient checkpointing: the predecessor's own command
+  balanced            compiled, with --debug_force_load_balance
+  deterministic       compiled, with --deterministic
+  predecessor         batch 32, accumulation 4, compiled, checkpointed: the predecessor's own command
 
-All that is trained in one mode of one size is measured in turns, round by round, each in a process of its own, so that
-what slows the machine for a while slows all, and ratios are taken round by round. The text is the source of Python's
-library; learned routing is that of a router after a few dozen steps on it. Before its timing each process takes the
-gradients of one batch, with given experts, which are compared with those of an fp32 run of the plain reference: the
-error may be twice that of the plain reference in the same dtype. Utilisation (MFU) is of the FLOPs of the active
-parameters; recomputation does not count. The exit status is 1 if anything failed.
+Before it trains, each process checks loss and gradients of its model, in its mode, against the fp32 reference
+(acceleron/self_check.py). The text is the source of Python's library. The MoE routes as a router does after a few dozen
+steps on it. MFU counts the FLOPs of the active parameters, recomputation excluded. The exit status is 1 if anything
+failed.
 """
 
 import argparse
-import dataclasses
+import json
 import os
 import sys
 import tempfile
-from typing import NamedTuple
+import time
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from itertools import product
+from unittest import mock
 
 import torch
-from tqdm import tqdm
+from torch.profiler import ProfilerActivity, profile
 
 from acceleron import kernels
-from acceleron.config import PRESETS
-from acceleron.data.shards import ROW_LENGTH
-from acceleron.device import DTYPES, peak_flops, resolve_device, resolve_dtype
+from acceleron.device import (
+    dtype_name,
+    missing_compiler,
+    peak_flops,
+    peak_memory,
+    reset_peak_memory,
+    resolve_dtype,
+    synchronize,
+)
 from acceleron.errors import InputError
+from acceleron.self_check import check_gradients
+from acceleron.training.loop import model_config, train
+from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
+from acceleron.training.run import Run
 
+from .command import parse
 from .corpus import write_corpus
-from .results import Results
-from .timing import spread
-from .worker import NANO_VOCAB, Case, Worker, train_in_turns
-
-
-class Mode(NamedTuple):
-    compiled: bool
-    checkpointing: bool
-    balanced: bool = False
-    deterministic: bool = False
-
+from .rows import Results, Row, print_rows, progress, say
+from .shapes import NANO_VOCAB, batch_shape
+from .worker import Failure, Worker
 
 MODES = {
-    "compiled": Mode(True, False),
-    "eager": Mode(False, False),
-    "checkpointed": Mode(True, True),
-    "eager-checkpointed": Mode(False, True),
-    "balanced": Mode(True, False, balanced=True),
-    "deterministic": Mode(True, False, deterministic=True),
-    "predecessor": Mode(True, True),
+    "compiled": dict(no_gradient_checkpointing=True),
+    "eager": dict(no_gradient_checkpointing=True, no_compile=True),
+    "checkpointed": {},
+    "balanced": dict(no_gradient_checkpointing=True, debug_force_load_balance=True),
+    "deterministic": dict(no_gradient_checkpointing=True, deterministic=True),
+    "predecessor": dict(batch_size=32, grad_accum=4),
 }
-GPU_MODES = ("deterministic", "predecessor")  # measured on a CPU only if asked for
-# Sequences a micro-batch, and their length. On a GPU 128, or as many as an H100 holds by `python -m bench roofline`: of
-# its 79 GiB at most 70 are for the peak of the MoE or its twin and the state of the other, which waits there for a turn
-# (12 bytes a parameter, 22 GiB of large's MoE); the rest is for CUDA's contexts, workspaces and fragmentation. So they
-# are 63, 60, 47 and 66 GiB, from tiny to large; 128 sequences of small would take 113, 32 of medium 77, 16 of large 73.
-GPU_BATCH, GPU_SEQ_LEN = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}, 2048
-# And at most of a whole step: 262,144 tokens, as many as of the predecessor's own command.
-GPU_STEP = 128
-CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
+BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # unless asked for others
+GPU_MODES = ("deterministic", "predecessor")  # on a CPU only if asked for
 CORPUS_CHARACTERS = 4_000_000
+PROFILED = 40  # kernels of a profile that are kept, by time
+NEVER = 1 << 30
 
 
-def shape_of(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[int, int, int]:
-    """Sequences a micro-batch, micro-batches a step, and tokens a sequence: as asked for, or by size and device."""
-    batch_size = arguments.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)[size]
-    grad_accum = arguments.grad_accum or (max(1, GPU_STEP // batch_size) if on_gpu else 1)
-    return batch_size, grad_accum, arguments.seq_len or (GPU_SEQ_LEN if on_gpu else CPU_SEQ_LEN)
+def serve(connection, options: TrainOptions):
+    """A contender's process: the check, then train.py's loop, which pauses before each step that no round has asked
+    for."""
+    device, step, left = torch.device(options.device), Run.step, 1
+    connection.recv()
+    if not options.no_compile and missing_compiler(device):
+        raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
+    config, dtype = model_config(options, None), resolve_dtype(options.dtype, device)
+    shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
+    mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
+    answer = {"check": check_gradients(config, device, dtype, options.kernels, **shape, **mode)}
+    reset_peak_memory(device)
+    began = time.perf_counter()
+
+    def pause(run: Run) -> int:
+        """Send the round's seconds, answer questions, and return the number of steps of the next round."""
+        nonlocal answer, began
+        synchronize(device)
+        answer |= {"seconds": time.perf_counter() - began}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is the next contender's
+        while True:
+            connection.send(answer)
+            try:
+                message = connection.recv()
+            except EOFError:
+                sys.exit()  # not an error, after which the loop would save a checkpoint
+            if isinstance(message, int):
+                break
+            answer = figures(run) if message == "figures" else profiled(lambda: step(run, 0.0), device)
+        if device.type == "cuda":
+            step(run, run.optimizer.param_groups[0]["lr"])  # refills the allocator's cache, untimed
+        synchronize(device)
+        answer, began = {}, time.perf_counter()
+        return message
+
+    def paused_step(run: Run, lr: float):
+        nonlocal left
+        left = left or pause(run)
+        step(run, lr)
+        left -= 1
+
+    with (
+        mock.patch.object(Run, "step", paused_step),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        train(options)
 
 
-def served_by(asked: list[str] | None, device: torch.device) -> list[str]:
-    """The kernels that train. Raises InputError if Triton's are asked for where they can't run."""
-    try:
-        kernels.select("triton", device)
-    except ValueError as error:
-        if "triton" in (asked or ()):
-            raise InputError(str(error)) from error
-        return ["reference"]
-    return asked or (["triton"] if device.type == "cuda" else ["triton", "reference"])
-
-
-def make_cases(size: str, mode: str, device: torch.device, data_dir: str, arguments) -> list[Case]:
-    """MoE and dense twin, by each of the kernels asked for; on a GPU by Triton's alone unless asked.
-
-    The twin too: traced with the reference's ops, as inductor fuses them, it is predicted 4 % slower (bench/LOG.md).
-    """
-    compiled, checkpointing, balanced, deterministic = MODES[mode]
-    on_gpu, predecessor = device.type == "cuda", mode == "predecessor"
-    batch_size, grad_accum, seq_len = shape_of(size, on_gpu, arguments)
-    options = TrainOptions(
-        data_dir=data_dir,
-        model_size=size,
-        batch_size=32 if predecessor else batch_size,
-        grad_accum=4 if predecessor else grad_accum,
-        seq_len=seq_len,
-        dtype=arguments.dtype,
-        device=str(device),
-        deterministic=deterministic,
-        no_compile=not compiled,
-        no_gradient_checkpointing=not checkpointing,
-        num_workers=2 if on_gpu else 1,
-    )
-    return [
-        Case(dataclasses.replace(options, dense=dense, kernels=by), balanced)
-        for by in served_by(arguments.kernels, device)
-        for dense in (False, True)
-    ]
-
-
-def row_of(worker: Worker, mode: str, dtype: str, peak: float) -> dict:
-    """A row of throughput.jsonl, of a finished worker."""
-    case, options, figures = worker.case, worker.case.options, worker.row
-    row = {
-        "size": options.model_size,
-        "model": "dense" if options.dense else "moe",
-        "kernels": options.kernels,
-        "mode": mode,
-        "compiled": not options.no_compile,
-        "checkpointing": not options.no_gradient_checkpointing,
-        "deterministic": options.deterministic,
-        "batch_size": options.batch_size,
-        "grad_accum": options.grad_accum,
-        "seq_len": options.seq_len,
-        "dtype": dtype,
-        "routing": None if options.dense else "balanced" if case.balanced else "learned",
-        "group": f"{options.model_size} {mode} {dtype} {options.batch_size}x{options.grad_accum}x{options.seq_len}",
-        **figures,
+def figures(run: Run) -> dict:
+    """What a contender knows after its rounds."""
+    options, config = run.options, run.model.config
+    flops = flops_per_token(config, run.model.num_parameters()[1], options.seq_len)
+    statistics = run.read_statistics() if run.unread_steps else {}
+    kept = {
+        name: statistics[name] for name in ("loss", "expert_least_share", "expert_most_share") if name in statistics
     }
-    if "failed" not in figures:
-        median, low, high = spread(worker.rounds)
-        row |= {"rounds": worker.rounds}
-        row |= {"tokens_per_second": median, "tokens_per_second_p20": low, "tokens_per_second_p80": high}
-        row |= {"mfu": median * figures["flops_per_token"] / peak, "peak_flops": peak}
-    return row
+    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops} | kept
 
 
-def print_rows(rows: list[dict]):
-    """Of one group: tokens/s, and the MoE's ratio to the dense twin, taken round by round."""
-    twins = [row for row in rows if row["model"] == "dense" and "failed" not in row]
-    for row in rows:
-        name = f"{row['group']:44} {row['model']:5} {row['kernels']:9}"
-        if "failed" in row:
-            tqdm.write(f"{name} FAILED: {row['failed']}")
-            continue
-        ratio = ""
-        if twins and row["model"] == "moe":
-            twin = max(twins, key=lambda twin: twin["tokens_per_second"])
-            ratios = [a / b for a, b in zip(row["rounds"], twin["rounds"], strict=True)]
-            ratio = "  MoE / dense twin {:.3f} ({:.3f} .. {:.3f})".format(*spread(ratios))
-        tqdm.write(
-            f"{name} {row['tokens_per_second']:>11,.0f} tokens/s ({row['tokens_per_second_p20']:,.0f} .. "
-            f"{row['tokens_per_second_p80']:,.0f})  MFU {row['mfu']:.1%}  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
-            + ratio
-        )
+def profiled(step, device: torch.device) -> list[dict]:
+    """Kernels of one step (on a CPU: ops) with their calls and seconds, longest first."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        step()
+        synchronize(device)
+    found = [
+        {"kernel": event.key[:120], "calls": event.count, "seconds": time / 1e6}
+        for event in trace.key_averages()
+        if (time := event.self_device_time_total if on_gpu else event.self_cpu_time_total) > 0
+    ]
+    return sorted(found, key=lambda entry: -entry["seconds"])[:PROFILED]
 
 
-def check_batch(arguments: argparse.Namespace):
-    """Raise InputError for a --batch_size, --grad_accum or --seq_len, where given, that no training can have."""
-    for name in ("batch_size", "grad_accum", "seq_len"):
-        value = getattr(arguments, name)
-        if value is not None and (value < 1 or (name == "seq_len" and (value < 2 or ROW_LENGTH % value))):
-            wanted = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
-            raise InputError(f"--{name} {value}: expected {wanted}")
+class Contender:
+    """The parent's side of one training process. `row` gets its figures, or `failed`."""
+
+    def __init__(self, options: TrainOptions, mode: str, limit: float):
+        self.options, self.limit, self.step_seconds = options, limit, 0.0
+        case = {"size": options.model_size, "mode": mode, "dtype": options.dtype, "batch_size": options.batch_size}
+        case |= {"grad_accum": options.grad_accum, "seq_len": options.seq_len}
+        provider = f"{'dense' if options.dense else 'MoE'}, {options.kernels}"
+        self.row = Row("throughput", provider, case, "tokens/s", group=f"{options.model_size} {mode}")
+        self.worker = Worker(serve, options)
+
+    def ask(self, message, limit: float):
+        """The answer, or None once this contender has failed."""
+        try:
+            return None if self.row.failed else self.worker.ask(message, limit)
+        except Failure as failure:
+            self.row.failed = str(failure)
+            return None
+
+    def begin(self):
+        """Check, build, compile, and train two steps."""
+        row = self.row
+        if started := self.ask("begin", self.limit):
+            name, row.error, row.allowed = started["check"]
+            row.check = f"{name} against the fp32 reference"
+            row.details["start_seconds"] = started["seconds"]  # the check has compiled the kernels
+        if one := self.ask(1, self.limit):
+            self.step_seconds = one["seconds"]
+
+    def round(self, seconds: float):
+        """Train for about this long, in whole steps, and note the tokens/s."""
+        steps = max(1, round(seconds / self.step_seconds)) if self.step_seconds else 1
+        if answer := self.ask(steps, 60 + 10 * steps * self.step_seconds):
+            self.row.values.append(steps * self.options.tokens_per_step / answer["seconds"])
+
+    def finish(self, peak: float, with_profile: bool) -> Row:
+        if found := self.ask("figures", self.limit):
+            self.row.details |= found | {"mfu": self.row.median * found["flops_per_token"] / peak, "peak_flops": peak}
+        if with_profile and not self.row.failed:
+            try:
+                self.row.details["profile"] = self.worker.ask("profile", self.limit)
+            except Failure as failure:  # the rounds before it still count
+                self.row.details["profile_failed"] = str(failure)
+        self.worker.close()
+        return self.row
+
+
+def contenders(
+    size: str, mode: str, directory: str, arguments: argparse.Namespace, stack: ExitStack
+) -> list[Contender]:
+    """The MoE and the dense baseline by each of the kernel backends asked for, on the corpus in <directory>/data.
+
+    Their processes end with the stack.
+    """
+    device = arguments.device
+    batch_size, grad_accum, seq_len = batch_shape(size, device.type == "cuda", arguments)
+    options = TrainOptions(
+        data_dir=f"{directory}/data", model_size=size, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len,
+        dtype=dtype_name(arguments.dtype), device=str(device), max_steps=NEVER, eval_interval=NEVER,
+        save_interval=NEVER, vocab_size=NANO_VOCAB if size == "nano" else None,
+    )  # fmt: skip
+    found = []
+    for backend, dense in product(arguments.kernels or BACKENDS[device.type], (False, True)):
+        save_dir = f"{directory}/{size}-{mode}-{backend}-{dense}"
+        own = replace(options, dense=dense, kernels=backend, save_dir=save_dir, **MODES[mode])
+        found.append(Contender(own, mode, arguments.limit))
+        stack.callback(found[-1].worker.close)
+    return found
+
+
+def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool) -> list[Row]:
+    """The rows of contenders that are trained in interleaved rounds, one at a time on the device."""
+    for contender in found:
+        contender.begin()
+    for count in range(rounds):
+        for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
+            contender.round(seconds)
+    return [contender.finish(peak, with_profile) for contender in found]
 
 
 def main():
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines each time that it is used
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS], help="default: all on a GPU, nano and tiny on a CPU")
-    text = f"default: all on a GPU, all but {' and '.join(GPU_MODES)} on a CPU"
-    parser.add_argument("--mode", nargs="+", choices=MODES, help=text)
-    text = "default: triton, and on a CPU both; the reference alone where Triton can't run"
-    parser.add_argument("--kernels", nargs="+", choices=("triton", "reference"), help=text)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--batch_size", type=int, help="sequences a micro-batch (default: by size and device)")
-    text = f"micro-batches a step (default: those of {GPU_STEP} sequences on a GPU, 1 on a CPU)"
-    parser.add_argument("--grad_accum", type=int, help=text)
-    parser.add_argument("--seq_len", type=int, help=f"default: {GPU_SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of training a round, in whole steps")
-    parser.add_argument("--output", metavar="DIR", help="for throughput.jsonl (default: bench/results/<date>-<device>)")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1 or not 0 < arguments.seconds < float("inf"):
-        raise InputError("--rounds and --seconds: expected at least one round of some seconds")
-    check_batch(arguments)
-    device = resolve_device(arguments.device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
+    arguments = parse(
+        __doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, size=[], mode=[], kernels=[], dtype="auto",
+        batch_size=int, grad_accum=int, seq_len=int, rounds=5, seconds=3.0, limit=600.0, profile=False,
+    )  # fmt: skip
+    device = arguments.device
     on_gpu = device.type == "cuda"
-    sizes = arguments.size or ([*GPU_BATCH][1:] if on_gpu else ["nano", "tiny"])
+    try:
+        for backend in arguments.kernels or ():
+            kernels.select(backend, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    sizes = arguments.size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])
     modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
-    dtype = resolve_dtype(arguments.dtype, device)
-    served_by(arguments.kernels, device)  # now, before anything is written
-    results, failed = Results(arguments.output, "throughput", device), False
-    peak, source = peak_flops(device, dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS))
-        print(f"utilisation is against {peak / 1e12:.3g} TFLOP/s, {source}")
-        truths = {}
-        groups = [(size, mode) for mode in modes for size in sizes]
-        for size, mode in tqdm(groups, "sizes and modes", dynamic_ncols=True, disable=None):
-            cases = make_cases(size, mode, device, f"{directory}/data", arguments)
-            workers = train_in_turns(cases, truths, directory, arguments.rounds, arguments.seconds)
-            rows = [row_of(worker, mode, str(dtype).removeprefix("torch."), peak) for worker in workers]
+    for size in sizes:
+        batch_shape(size, on_gpu, arguments)
+    results, failed = Results(arguments.output, device), False
+    peak, source = peak_flops(device, arguments.dtype)
+    print(f"MFU is against {peak / 1e12:.3g} TFLOP/s, {source}", flush=True)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        groups = (contenders(size, mode, directory, arguments, stack) for size, mode in product(sizes, modes))
+        if on_gpu:
+            groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
+        print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
+        for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
+            rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
             for row in rows:
                 failed |= not results.write(row)
-            print_rows(rows)
+            baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
+            say(f"{rows[0].group}: {json.dumps(rows[0].case)}")
+            print_rows(rows, baseline=max(baselines, key=lambda row: row.median, default=rows[0]).provider)
     print(f"wrote {results.path}")
     if failed:
         sys.exit(1)

@@ -1,4 +1,8 @@
-"""The ops of the model, one public function each. `select` says who serves them: Triton or the plain reference."""
+"""The ops of the model, one public function each. `select` chooses the kernel backend: Triton or the plain reference.
+
+The environment variable ACCELERON_REFERENCE_OPS names ops, separated by commas, that use the reference even where
+Triton is selected: ACCELERON_REFERENCE_OPS=rope,moe. An op that contains one of them uses it too. `select` reads it.
+"""
 
 if __name__ == "kernels":
     # Somebody else's `import kernels` (transformers' of PyPI's package of that name) found this folder, as a checkout's
@@ -15,7 +19,10 @@ if __name__ == "kernels":
         sys.modules["kernels"] = module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
+    import os
+    from contextlib import contextmanager
     from functools import wraps
+    from importlib import import_module
     from inspect import signature
 
     import torch
@@ -29,60 +36,106 @@ else:
         _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
     else:
         _missing = None
-        # The modules first: a function below that has a module's name must be the one that remains.
-        from . import cross_entropy, expert_mlp, grouped_gemm, launch, moe, rms_norm, rope, router, routing, swiglu
+        from . import launch, routing
 
     ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
-    _triton = (
-        {}
-        if _missing
-        else {
-            "dispatch_plan": routing.dispatch_plan,
-            "expert_mlp": expert_mlp.expert_mlp,
-            "grouped_gemm": grouped_gemm.grouped_gemm,
-            "linear_cross_entropy": cross_entropy.linear_cross_entropy,
-            "moe": moe.moe,
-            "rms_norm": rms_norm.rms_norm,
-            "rope": rope.rope,
-            "route_top2": routing.route_top2,
-            "router_logits": router.router_logits,
-            "split_rope": rope.split_rope,
-            "swiglu": swiglu.swiglu,
-        }
-    )
-    _choice = "auto"
-    # Under the interpreter kernels are for the CPU, and for who asks.
-    _auto_on_gpu = not (_missing or launch.INTERPRETED)
+    # Ops that run the kernels of others themselves.
+    _CONTAINS = {
+        "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_top2", "router_logits", "swiglu"},
+        "split_rope": {"rope"},
+    }
+    _triton = {}
+    _choice, _reference_ops = "auto", ()
+    # Interpreted kernels are for CPU tensors, and none has run on an AMD GPU yet: both take --kernels triton.
+    _auto_on_gpu = not (_missing or launch.INTERPRETED or torch.version.hip)
 
-    def _op(name: str):
-        """The op of this name: Triton's on a GPU, except in float64; the reference's elsewhere; or as selected."""
+    def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether Triton is selected for such tensors; "auto" selects it on a GPU, except in float64."""
+        if _choice == "auto":
+            return _auto_on_gpu and device.type == "cuda" and dtype != torch.float64
+        return _choice == "triton"
+
+    def _op(name: str, module: str):
+        """The op of this name: from this module if Triton is selected for its first tensor, else the reference's."""
         plain = getattr(reference, name)
-        fused = plain if _missing else _triton[name]
+        # The import binds the module's name in this package; the function of that name then replaces it.
+        fused = _triton[name] = plain if _missing else getattr(import_module(f".{module}", __name__), name)
 
         first = next(iter(signature(plain).parameters))
 
         @wraps(plain)
         def op(*args, **kwargs):
             x = args[0] if args else kwargs[first]
-            auto = _auto_on_gpu and x.is_cuda and x.dtype != torch.float64
-            use_triton = auto if _choice == "auto" else _choice == "triton"
+            use_triton = uses_triton(x.device, x.dtype) and name not in _reference_ops
             return (fused if use_triton else plain)(*args, **kwargs)
 
         return op
 
-    dispatch_plan = _op("dispatch_plan")
-    expert_mlp = _op("expert_mlp")
-    grouped_gemm = _op("grouped_gemm")
-    linear_cross_entropy = _op("linear_cross_entropy")
-    moe = _op("moe")
-    rms_norm = _op("rms_norm")
-    rope = _op("rope")
-    route_top2 = _op("route_top2")
-    router_logits = _op("router_logits")
-    split_rope = _op("split_rope")
-    swiglu = _op("swiglu")
+    dispatch_plan = _op("dispatch_plan", "routing")
+    expert_mlp = _op("expert_mlp", "expert_mlp")
+    grouped_gemm = _op("grouped_gemm", "grouped_gemm")
+    linear_cross_entropy = _op("linear_cross_entropy", "cross_entropy")
+    moe = _op("moe", "moe")
+    rms_norm = _op("rms_norm", "rms_norm")
+    rope = _op("rope", "rope")
+    route_top2 = _op("route_top2", "routing")
+    router_logits = _op("router_logits", "router")
+    split_rope = _op("split_rope", "rope")
+    swiglu = _op("swiglu", "swiglu")
+    OPS = tuple(_triton)
+
+    def select(choice: str, device: torch.device) -> str:
+        """Choose the kernel backend of this process; returns a line for the log with the reason.
+
+        choice: "auto" is Triton for tensors on an NVIDIA GPU that it supports, and the reference for others (the
+        default of a process that never calls this); "triton" is Triton for all; "reference" always works. `device` is
+        where the tensors will be. Raises ValueError for "triton" where it can't run, with what is missing, for any
+        other choice, and for an unknown op in ACCELERON_REFERENCE_OPS.
+        """
+        global _choice, _reference_ops
+        if choice not in ("auto", "triton", "reference"):
+            raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
+        reason = _missing or launch.unavailable(device)
+        if choice == "triton" and reason:
+            raise ValueError(f"--kernels triton: {reason}; or use --kernels auto or reference")
+        if choice == "auto" and not reason:
+            if device.type != "cuda":
+                reason = "the interpreter is for --kernels triton alone"
+            elif torch.version.hip:
+                reason = "AMD GPUs: pass --kernels triton, which has not run on one yet"
+        reference_ops = _read_reference_ops()
+        _choice, _reference_ops = "reference" if choice == "auto" and reason else choice, reference_ops
+        if choice == "reference":
+            return "reference (asked for)"
+        if choice == "auto" and reason:
+            return f"reference ({reason})"
+        line = f"Triton {launch.triton.__version__}" + (", interpreted" if device.type == "cpu" else "")
+        if without := os.environ.get("ACCELERON_NO_TMA"):
+            line += f", without TMA for {without}"
+        return line + (f", but the reference for {', '.join(reference_ops)}" if reference_ops else "")
+
+    def _read_reference_ops() -> tuple[str, ...]:
+        """The ops that ACCELERON_REFERENCE_OPS names, and those that contain them."""
+        listed = os.environ.get("ACCELERON_REFERENCE_OPS", "")
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+        if not set(names) <= set(OPS):
+            raise ValueError(f"ACCELERON_REFERENCE_OPS={listed}: expected names among {', '.join(OPS)}")
+        return tuple(op for op in OPS if op in names or _CONTAINS.get(op, set()) & set(names))
+
+    @contextmanager
+    def selected(choice: str, device: torch.device):
+        """Context with another choice of the kernel backend; raises what `select` raises."""
+        global _choice, _reference_ops
+        before = _choice, _reference_ops
+        select(choice, device)
+        try:
+            yield
+        finally:
+            _choice, _reference_ops = before
+
 
 __all__ = [
+    "OPS",
     "ROUTING_OPS",
     "MoEOutput",
     "Plan",
@@ -98,27 +151,8 @@ __all__ = [
     "route_top2",
     "router_logits",
     "select",
+    "selected",
     "split_rope",
     "swiglu",
+    "uses_triton",
 ]
-
-
-def select(choice: str, device: "torch.device") -> str:
-    """Let Triton or the reference serve the ops of this process; returns a line for the log with the reason.
-
-    choice: "auto" is Triton for tensors on a GPU that it supports, and the reference for others (what a process that
-    never calls this has, too); "triton" is Triton for all; "reference" is always there. `device` is where the tensors
-    will be. Raises ValueError for "triton" where it can't run, with what is missing, and for any other name.
-    """
-    global _choice
-    if choice not in ("auto", "triton", "reference"):
-        raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
-    reason = _missing or launch.unavailable(device)
-    if choice == "triton" and reason:
-        raise ValueError(f"--kernels triton: {reason}; or use --kernels auto or reference")
-    _choice = "reference" if choice == "auto" and reason else choice
-    if choice == "reference":
-        return "reference (asked for)"
-    if choice == "auto" and (reason or device.type != "cuda"):
-        return f"reference ({reason or 'the interpreter is for --kernels triton alone'})"
-    return f"Triton {launch.triton.__version__}" + (", interpreted" if device.type == "cpu" else "")

@@ -1,8 +1,12 @@
-"""Tile sizes of the grouped GEMMs: what tuned.jsonl holds for the device, dtype and sizes, else a rule.
+"""Tile sizes of the grouped GEMMs, and whether they load their operands by TMA.
 
-A line of tuned.jsonl: arch, device (its name, or "any" of that architecture), op, dtype, sizes (the op's widths and
-experts, below), the fields of `Config`, and the median time (null: chosen by compilation and tile counts, never timed).
-`python -m bench tune` writes it. Nothing is ever searched while training.
+A configuration is the tuned table's for the device, dtype and sizes, or else `rule`'s. Nothing is searched while
+training. Environment variables:
+  ACCELERON_TUNED   the table's file (default: tuned.jsonl beside this module, if there is one), as `python -m bench
+                    tune` writes it. A line has arch, device (its name, or "any" of that architecture), op, dtype,
+                    sizes (see below), the fields of `Config` and the median time. It holds where TMA is used.
+  ACCELERON_NO_TMA  the ops, separated by commas, that load by pointers instead of TMA: up, rows, hidden_grad,
+                    weight_grad or all
 
 | op | sizes |
 | --- | --- |
@@ -12,15 +16,16 @@ experts, below), the fields of `Config`, and the median time (null: chosen by co
 """
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .launch import Device
 
-TABLE = Path(__file__).parent / "tuned.jsonl"
 OPS = ("up", "hidden_grad", "rows", "weight_grad")
 KEY = ("arch", "device", "op", "dtype", "sizes")
 
@@ -53,44 +58,87 @@ class Config(NamedTuple):
         )
 
 
-def read_table() -> dict[tuple, dict]:
-    """The lines of tuned.jsonl by their KEY. Raises ValueError that names one that is not a configuration."""
+def read_table() -> dict[tuple, Config]:
+    """KEY -> Config, of the file that ACCELERON_TUNED names.
+
+    Raises ValueError that names a missing file, or the file and line of an entry that is no configuration.
+    """
+    named = os.environ.get("ACCELERON_TUNED")
+    path = Path(named or Path(__file__).parent / "tuned.jsonl")
+    if not (named or path.exists()):
+        return {}
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; name another file, or unset it") from error
     entries = {}
-    for number, line in enumerate(TABLE.read_text().splitlines() if TABLE.exists() else (), 1):
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             for name in Config._fields:
                 value = entry[name]
                 if not isinstance(value, int) or value < (name != "flatten"):
                     raise ValueError(f"{name} is {value!r}")
                 if name in ("block_m", "block_n", "block_k", "warps") and value & (value - 1):
                     raise ValueError(f"{name} is {value}, which is not a power of two")
+            key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
+            entries[key] = Config(*(entry[name] for name in Config._fields))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{TABLE}, line {number}: {error!r}; remove the line, or tune again without it") from error
-        entries[key] = entry
+            raise ValueError(f"{path}, line {number}: {error!r}; remove the line, or tune again") from error
     return entries
 
 
-@cache
-def table() -> dict[tuple, Config]:
-    """KEY -> Config, from tuned.jsonl. Raises ValueError that names a broken line."""
-    return {key: Config(*(entry[name] for name in Config._fields)) for key, entry in read_table().items()}
+table = cache(read_table)
 
 
 @cache
-def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
-    """The configuration of an op: the table's for this device's name, then for any of its kind, then `rule`'s."""
-    name = str(dtype).removeprefix("torch.")
-    for device_name in (device.name, "any"):
-        key = (device.arch, device_name, op, name, sizes)
-        if key in table():
-            return table()[key]
-    return rule(op, device, dtype, sizes)
+def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
+    """With TMA the table's entry for the device's name, or else for any of its architecture; otherwise `rule`'s."""
+    if tma:
+        for device_name in (device.name, "any"):
+            key = (device.arch, device_name, op, str(dtype).removeprefix("torch."), sizes)
+            if key in table():
+                return table()[key]
+    return rule(op, device, dtype, sizes, tma)
 
 
-def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Config:
-    """A sane configuration for sizes that nobody has tuned: one that compiles without spills and fits."""
+def without_tma() -> set[str]:
+    """The ops that ACCELERON_NO_TMA names. Raises ValueError for an unknown name."""
+    names = os.environ.get("ACCELERON_NO_TMA", "")
+    ops = {name.strip() for name in names.split(",") if name.strip()}
+    if ops - {*OPS, "all"}:
+        raise ValueError(f"ACCELERON_NO_TMA={names}: expected names among {', '.join(OPS)} and all")
+    return {*OPS} if "all" in ops else ops
+
+
+def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
+    """Whether TMA can load these operands, and ACCELERON_NO_TMA does not name the op.
+
+    TMA needs Hopper or later, a 16-bit dtype, 16-byte aligned pointers, and rows of a multiple of 16 bytes.
+    """
+    if op in without_tma():
+        return False
+    if device.arch != "interpreter" and (device.arch.startswith("gfx") or int(device.arch[3:]) < 90):
+        return False
+    return all(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0 for x in operands)
+
+
+def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operands: Tensor) -> tuple[Config, bool]:
+    """The configuration of a launch, and whether it uses TMA.
+
+    operands: the tensors that the kernel loads tiles of, in one dtype. inner: the inner width, which must be a multiple
+    of block_k where TMA is used; 0 if the inner axis is that of rows, whose end TMA knows.
+    """
+    dtype = operands[0].dtype
+    if tma_available(op, device, *operands):
+        config = find_config(op, device, dtype, sizes, True)
+        if inner % config.block_k == 0:
+            return config, True
+    return find_config(op, device, dtype, sizes, False), False
+
+
+def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
+    """The configuration for sizes without an entry in the table: one that compiles without spills and fits."""
     if device.arch == "interpreter":
         return Config(32, 32, 32, 4, 1, split=2)  # small, so that small tests have several tiles, and a split
     if dtype == torch.float32:
@@ -99,8 +147,9 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...]) ->
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
-    if any(size % 64 for size in sizes[1:3]):  # by pointers, whose masks take the registers of a larger tile
-        return Config(64, 32 if op == "up" else 64, 32, 4, 3)
+    # Addresses and masks take the registers of a larger tile, and those of hidden_grad's epilogue of four warps.
+    if not tma or any(size % 64 for size in sizes[1:3]):
+        return Config(64, 32 if op == "up" else 64, 32, 8 if op == "hidden_grad" else 4, 3)
     if op == "up" and dtype == torch.float16:
         return Config(128, 64, 64, 8, 4, flatten=device.arch == "sm_90")  # wider, ptxas serialises it without h
     if op == "up":

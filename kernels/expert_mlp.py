@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import find_config
+from .configs import choose
 from .grouped_gemm import (
     check_plan,
     dot,
@@ -24,7 +24,6 @@ from .grouped_gemm import (
     locate,
     persistent_grid,
     row_tile,
-    tma_serves,
     weight_operand,
     weight_tile,
 )
@@ -157,10 +156,10 @@ def _hidden_grad_kernel(
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """dh, the weighted act (dW2's operand), and for each column tile the row sums of dact * act.
+    """dh, the weighted act (dW2's operand), and for each column tile the row sums of r * act.
 
     With r = w2[e].T @ dy[token] and s the routing weight: dact = s r, and the gradient of s is r . act, whose share of
-    each column tile is kept apart (dots [N, column tiles]), to be summed in a fixed order.
+    each column tile is kept apart (dots [T * K, column tiles]), to be summed in a fixed order.
     """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -179,7 +178,7 @@ def _hidden_grad_kernel(
             acc = dot(a, weight_tile(w, expert, f, d, F, D, False, TMA, BLOCK_N, BLOCK_K), acc)
         scale = tl.load(weights_ptr + assignments)[:, None]
         sums = _hidden_grad_epilogue(acc, gate, up, row, f, end, scale, dh_ptr, act_ptr, F, PART)
-        tl.store(dots_ptr + rows.to(tl.int64) * column_tiles + tile % column_tiles, sums, mask=rows < end)
+        tl.store(dots_ptr + assignments.to(tl.int64) * column_tiles + tile % column_tiles, sums, mask=rows < end)
 
 
 @triton.jit
@@ -248,8 +247,7 @@ def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor, wi
     if N == 0:
         return h_N2F, act_NF
     device = device_of(x_TD)
-    config = find_config("up", device, x_TD.dtype, (E, D, F))
-    tma = tma_serves(device, config, D, w13_E2FD)
+    config, tma = choose("up", device, (E, D, F), D, x_TD, w13_E2FD)
     w = w13_E2FD
     if tma:
         w = TensorDescriptor.from_tensor(w13_E2FD.view(2 * E, F, D), [2, config.block_n, config.block_k])
@@ -301,29 +299,26 @@ def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD, residual_TD):
 def hidden_grad(
     dy_TD: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F; act_NF times its row's routing weight; and dots [N, parts], which sum to the weights' gradient."""
+    """dh_N2F; act_NF times its row's routing weight; and dweights_TK, the gradient of the routing weights."""
     (E, D, F), N = w2_EDF.shape, order.numel()
-    device = device_of(dy_TD)
-    config = find_config("hidden_grad", device, dy_TD.dtype, (E, D, F))
     dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
-    dots = weights_TK.new_empty(N, triton.cdiv(F, config.block_n))
     if N == 0:
-        return dh_N2F, act_NF, dots
-    tma = tma_serves(device, config, D, w2_EDF)
+        return dh_N2F, act_NF, torch.zeros_like(weights_TK)
+    device = device_of(dy_TD)
+    config, tma = choose("hidden_grad", device, (E, D, F), D, dy_TD, w2_EDF, h_N2F)
+    dots = weights_TK.new_empty(N, triton.cdiv(F, config.block_n))
     with torch.cuda.device_of(dy_TD):
         _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
             dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
             weights_TK, h_N2F, dh_N2F, act_NF, dots,
             E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), PART=PART, **config.blocks(),
         )  # fmt: skip
-    return dh_N2F, act_NF, dots
+    return dh_N2F, act_NF, dots.sum(dim=1).view_as(weights_TK)
 
 
 @hidden_grad.register_fake
 def _(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets):
-    N, sizes = order.shape[0], tuple(map(int, w2_EDF.shape))  # a weight's are no symbols
-    parts = triton.cdiv(sizes[2], find_config("hidden_grad", device_of(dy_TD), dy_TD.dtype, sizes).block_n)
-    return torch.empty_like(h_N2F), h_N2F.new_empty(N, sizes[2]), weights_TK.new_empty(N, parts)
+    return torch.empty_like(h_N2F), h_N2F.new_empty(order.shape[0], w2_EDF.shape[2]), torch.empty_like(weights_TK)
 
 
 @torch.library.custom_op("acceleron_triton::token_grad", mutates_args=())
@@ -360,7 +355,6 @@ def expert_grads(
     h_N2F: Tensor,
     weights_TK: Tensor,
     order: Tensor,
-    inverse_TK: Tensor,
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
@@ -368,8 +362,7 @@ def expert_grads(
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """dX's expert-sorted rows, and the gradients of weights_TK and, in these dtypes if any, of w13 and w2."""
-    dh_N2F, act_NF, dots = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
-    dweights_TK = dots.sum(dim=1).index_select(0, inverse_TK.flatten()).view_as(weights_TK)
+    dh_N2F, act_NF, dweights_TK = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
     dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_TD, act_NF, offsets, order, "a", dtype2)
     del act_NF
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
@@ -383,14 +376,13 @@ class _ExpertMLP(torch.autograd.Function):
         w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
         h_N2F, act_NF = expert_up(x_TD, w13, order, offsets, with_h)
         if with_h:
-            ctx.save_for_backward(x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13, w2)
+            ctx.save_for_backward(inverse_TK, x_TD, h_N2F, weights_TK, order, offsets, w13, w2)
             ctx.dtypes = w13_E2FD.dtype, w2_EDF.dtype
         return expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, None, None)
 
     @staticmethod
     def backward(ctx, dy_TD):
-        saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
-        inverse_TK = saved[4]
+        inverse_TK, *saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
         rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
         dx_TD = token_grad(rows_ND, inverse_TK, None, None, None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Config, find_config
+from .configs import Config, choose
 from .launch import INTERPRETED, Device, check, device_of
 from .reference import MAX_EXPERTS, TOP_K, Plan
 
@@ -157,14 +157,6 @@ def _weight_grad_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
 
 
-def tma_serves(device: Device, config: Config, inner: int, *tensors: Tensor) -> bool:
-    """Whether these operands can come by TMA: Hopper or later, 16-bit, 16-byte rows, a whole number of inner blocks."""
-    if device.arch != "interpreter" and (device.arch.startswith("gfx") or int(device.arch[3:]) < 90):
-        return False
-    aligned = all(x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0 for x in tensors)
-    return aligned and tensors[0].element_size() == 2 and inner % config.block_k == 0
-
-
 def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
     """A weight [E, rows, columns] as the kernels take it: a descriptor of [E * rows, columns] with TMA."""
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [rows, columns]) if tma else w
@@ -184,8 +176,7 @@ def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> T
     if N == 0:
         return y_NO
     device = device_of(x_NI)
-    config = find_config("rows", device, x_NI.dtype, (E, I, O, int(out_first)))
-    tma = tma_serves(device, config, I, x_NI, w)
+    config, tma = choose("rows", device, (E, I, O, int(out_first)), I, x_NI, w)
     x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k]) if tma else x_NI
     block = (config.block_n, config.block_k) if out_first else (config.block_k, config.block_n)
     with torch.cuda.device_of(x_NI):
@@ -216,9 +207,7 @@ def grouped_weight_grad(
     if order.numel() == 0:
         return a.new_zeros((E, M, N), dtype=dtype)
     device = device_of(a)
-    config = find_config("weight_grad", device, a.dtype, (E, M, N, GATHERS.index(gather)))
-    rowwise = [x for name, x in (("a", a), ("b", b)) if name != gather]
-    tma = tma_serves(device, config, config.block_k, *rowwise)
+    config, tma = choose("weight_grad", device, (E, M, N, GATHERS.index(gather)), 0, a, b)
 
     def operand(x: Tensor, name: str, width: int):
         return create_ragged_descriptor(x, [config.block_k, width]) if tma and name != gather else x

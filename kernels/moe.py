@@ -21,11 +21,11 @@ from .swiglu import swiglu_backward, swiglu_forward
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, with_grad):
+    def forward(ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, force, with_grad):
         weights = (w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
         w13, w2, shared_w13, shared_w2 = (w.to(x_TD.dtype) for w in weights)
         logits_TE = router_logits_forward(x_TD, router_ED)
-        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE)
+        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE, force)
         order, inverse_TK, offsets = plan(experts_TK, router_ED.shape[0])
         gate_up_T2W = x_TD @ shared_w13.t()
         shared_act_TW = swiglu_forward(gate_up_T2W)
@@ -56,7 +56,7 @@ class _MoE(torch.autograd.Function):
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
         rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, weights_TK, order, inverse_TK, offsets, w13, w2, dtype13, dtype2
+            dy_TD, x_TD, h_N2F, weights_TK, order, offsets, w13, w2, dtype13, dtype2
         )
         dlogits_TE = route_backward(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance)
         if router_dtype:
@@ -64,7 +64,7 @@ class _MoE(torch.autograd.Function):
         if need_x:
             dx_TD = token_grad(rows_ND, inverse_TK, dgate_up_T2W @ shared_w13, dlogits_TE, router_ED)
         dresidual_TD = dy_TD if need_residual else None
-        return dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD, None
+        return dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD, None, None
 
 
 def moe(
@@ -75,6 +75,7 @@ def moe(
     shared_w13_2WD: Tensor,
     shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
+    force_load_balance: bool = False,
 ) -> MoEOutput:
     """The layer's output with the router's losses and counts; step by step it is `reference.moe`.
 
@@ -98,4 +99,4 @@ def moe(
         check("moe: residual_TD", residual_TD, (T, D), x_TD.dtype, x_TD)
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
-    return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, with_grad))
+    return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad))

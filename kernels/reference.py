@@ -119,12 +119,15 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
 
 
-def route_top2(logits_TE: Tensor) -> Routing:
+def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     """Top-2 routing of router logits, with the router's two losses.
 
     The weights are the softmax of the two chosen logits. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al.
     2022); balance_loss = E · Σ_e f_e P_e (Switch Transformer, Fedus et al. 2021), f_e the share of the 2·T
     assignments that went to e and P_e the mean probability: exactly 1 for uniform routing. Both are differentiable.
+
+    `force_load_balance` lets token t choose among the experts t mod E and (t + 1) mod E only, for benchmarks and
+    debugging; the scores, the losses and their gradients are still those of the logits.
 
     logits_TE: [T, E], E >= 2; float16 and bfloat16 are computed in float32. Returns `Routing`: weights in fp32
     (fp64 for fp64 logits), experts int32, counts int64. Raises ValueError for fewer than two experts.
@@ -136,7 +139,11 @@ def route_top2(logits_TE: Tensor) -> Routing:
     if logits_TE.dtype in (torch.bfloat16, torch.float16):
         logits_TE = logits_TE.float()
     T, E = logits_TE.shape
-    experts_TK = top2_experts(logits_TE.detach())
+    candidates_TE = logits_TE.detach()
+    if force_load_balance:
+        turns_TE = torch.arange(E, device=logits_TE.device) - torch.arange(T, device=logits_TE.device)[:, None]
+        candidates_TE = candidates_TE.masked_fill(turns_TE.remainder(E) >= TOP_K, -torch.inf)
+    experts_TK = top2_experts(candidates_TE)
     weights_TK = _ChosenLogits.apply(logits_TE, experts_TK).softmax(dim=-1)
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
     counts_E = (experts_TK.flatten()[:, None] == torch.arange(E, device=experts_TK.device)).sum(dim=0)
@@ -290,12 +297,14 @@ def moe(
     shared_w13_2WD: Tensor,
     shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
+    force_load_balance: bool = False,
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
 
     W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's.
+    `force_load_balance` is described in `route_top2`.
     """
-    routing = route_top2(router_logits(x_TD, router_ED))
+    routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
     shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)

@@ -34,6 +34,7 @@ def _softmax(logits, mask):
 def _route_kernel(
     logits_ptr, weights_ptr, experts_ptr, squares_ptr, probabilities_ptr, counts_ptr, T,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
+    FORCE_LOAD_BALANCE: tl.constexpr,
 ):  # fmt: skip
     """Weights and experts of BLOCKS * BLOCK_T tokens; their sums of logsumexp², of probabilities, and of choices."""
     es = tl.arange(0, E_PAD)
@@ -51,6 +52,8 @@ def _route_kernel(
         bits = tl.where(logits != logits, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
         keys = (bits.to(tl.int64) << 32) + (E_PAD - 1 - es)[None, :]
         keys = tl.where((es < E)[None, :], keys, -0x8000000000000000)
+        if FORCE_LOAD_BALANCE:
+            keys = tl.where((es[None, :] + E - (ts % E)[:, None]) % E < 2, keys, -0x8000000000000000)
         first = E_PAD - 1 - (tl.max(keys, axis=1) & (E_PAD - 1)).to(tl.int32)
         is_first = es[None, :] == first[:, None]
         keys = tl.where(is_first, -0x8000000000000000, keys)
@@ -140,7 +143,7 @@ def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
 
 
 @torch.library.custom_op("acceleron_triton::route_top2", mutates_args=())
-def route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, force_load_balance: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """weights_TK, experts_TK, z_loss, balance_loss and counts_E of `Routing`."""
     T, E = logits_TE.shape
     fp32, int32 = (dict(dtype=dtype, device=logits_TE.device) for dtype in (torch.float32, torch.int32))
@@ -154,8 +157,9 @@ def route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts = torch.empty(programs, E, **int32)
     with torch.cuda.device_of(logits_TE):
         _route_kernel[(programs,)](
-            logits_TE, weights_TK, experts_TK, squares, probabilities, counts, T, **sizes, BLOCKS=blocks
-        )
+            logits_TE, weights_TK, experts_TK, squares, probabilities, counts, T, **sizes, BLOCKS=blocks,
+            FORCE_LOAD_BALANCE=force_load_balance,
+        )  # fmt: skip
         _route_sums_kernel[(1,)](
             squares, probabilities, counts, z_loss, balance_loss, counts_E, T, programs,
             E=E, E_PAD=sizes["E_PAD"], BLOCK_B=sizes["BLOCK_T"],
@@ -164,7 +168,7 @@ def route(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 @route.register_fake
-def _(logits_TE):
+def _(logits_TE, force_load_balance=False):
     T, E = logits_TE.shape
     fp32 = logits_TE.new_empty(T, TOP_K, dtype=torch.float32)
     losses = (logits_TE.new_empty((), dtype=torch.float32) for _ in range(2))
@@ -195,18 +199,18 @@ def _(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance):
 
 class _RouteTop2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE):
-        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE)
+    def forward(ctx, logits_TE, force_load_balance):
+        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE, force_load_balance)
         ctx.mark_non_differentiable(experts_TK, counts_E)
         ctx.save_for_backward(logits_TE, experts_TK, counts_E)
         return weights_TK, experts_TK, z_loss, balance_loss, counts_E
 
     @staticmethod
     def backward(ctx, dweights_TK, _experts, dz, dbalance, _counts):
-        return route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance)
+        return route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance), None
 
 
-def route_top2(logits_TE: Tensor) -> Routing:
+def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     """Top-2 routing of router logits with the router's two losses; formulas and sources are the reference's.
 
     logits_TE: contiguous [T, E], 2 <= E <= 256, bf16, fp16 or fp32; computed in fp32. Returns `Routing`:
@@ -218,7 +222,7 @@ def route_top2(logits_TE: Tensor) -> Routing:
     T, E = logits_TE.shape
     if not TOP_K <= E <= MAX_EXPERTS:
         raise ValueError(f"route_top2: logits_TE needs 2 to {MAX_EXPERTS} experts, but has shape {(T, E)}")
-    return Routing(*_RouteTop2.apply(logits_TE))
+    return Routing(*_RouteTop2.apply(logits_TE, force_load_balance))
 
 
 @triton.jit

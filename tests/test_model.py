@@ -230,10 +230,10 @@ def test_recomputation_never_sends_a_token_elsewhere(monkeypatch, saved):
     model.gradient_checkpointing = True
     plain_route, calls = kernels.reference.route_top2, []
 
-    def perturbed(logits):
+    def perturbed(logits, force_load_balance):
         calls.append(1)
         second_pass = len(calls) > model.config.num_layers
-        return plain_route(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0))
+        return plain_route(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
 
     monkeypatch.setattr(kernels.reference, "route_top2", perturbed)
     if not saved:

@@ -15,14 +15,16 @@ def swiglu_expert(x, w13, w2):
     return w2 @ (gate * torch.sigmoid(gate) * up)
 
 
-def loop_moe(x_TD, weights):
-    """y, z_loss, balance_loss, token by token."""
+def loop_moe(x_TD, weights, in_turn=False):
+    """y, z_loss, balance_loss, token by token; `in_turn`: with the experts that a forced balance gives."""
     T, E = len(x_TD), len(weights["router"])
     ys, counts = [], torch.zeros(E, dtype=torch.float64)
     z_loss, mean_probability = 0.0, torch.zeros(E, dtype=torch.float64)
-    for x in x_TD:
+    for t, x in enumerate(x_TD):
         logits = weights["router"] @ x
         chosen = sorted(range(E), key=lambda e: (-logits[e].item(), e))[:2]
+        if in_turn:
+            chosen = [t % E, (t + 1) % E]
         share = torch.softmax(logits[chosen], dim=0)
         y = swiglu_expert(x, weights["shared.w13"], weights["shared.w2"])
         for k, e in enumerate(chosen):
@@ -47,9 +49,10 @@ def unit_scale_moe(config):
 
 # The objective decides which path the router's gradient takes: through the weights, or through either loss alone.
 @pytest.mark.parametrize("objective", ["output", "z_loss", "balance_loss", "all"])
-@pytest.mark.parametrize("num_experts", [2, 5])
-def test_moe_matches_the_loop(num_experts, objective):
-    moe = unit_scale_moe(dataclasses.replace(CONFIG, num_experts=num_experts))
+@pytest.mark.parametrize(("num_experts", "in_turn"), [(2, False), (5, False), (5, True)])
+def test_moe_matches_the_loop(num_experts, in_turn, objective):
+    config = dataclasses.replace(CONFIG, num_experts=num_experts, debug_force_load_balance=in_turn)
+    moe = unit_scale_moe(config)
     x = torch.randn(23, 16, dtype=torch.float64).requires_grad_()
     grad = torch.randn(23, 16, dtype=torch.float64)
     scales = {name: float(objective in (name, "all")) for name in ("output", "z_loss", "balance_loss")}
@@ -60,7 +63,7 @@ def test_moe_matches_the_loop(num_experts, objective):
 
     weights = dict(moe.named_parameters())
     y, stats = moe(x)
-    expected = loop_moe(x, weights)
+    expected = loop_moe(x, weights, in_turn)
     for ours, theirs in zip((y, stats.z_loss, stats.balance_loss), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     leaves = [x, *weights.values()]
@@ -71,6 +74,17 @@ def test_moe_matches_the_loop(num_experts, objective):
     router = ours[1 + list(weights).index("router")]
     # Each path by itself reaches the router; but two experts are always balanced.
     assert router.abs().max() > 1e-4 or (num_experts, objective) == (2, "balance_loss")
+
+
+def test_forced_balance_is_for_training_alone():
+    torch.manual_seed(0)
+    x = torch.randn(30, 16)
+    learned = MoE(CONFIG)
+    forced = MoE(dataclasses.replace(CONFIG, debug_force_load_balance=True))
+    forced.load_state_dict(learned.state_dict())
+    assert forced(x)[1].counts_E.tolist() == [12] * 5
+    assert learned(x)[1].counts_E.tolist() != [12] * 5
+    assert torch.equal(forced.eval()(x)[0], learned(x)[0])
 
 
 def test_moe_stands_alone_in_another_model():

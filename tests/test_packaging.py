@@ -13,7 +13,6 @@ PROBE = """
 import acceleron, acceleron.kernels, torch
 from acceleron.training import train
 assert acceleron.kernels.swiglu(torch.ones(1, 2)).item() > 0.7
-assert acceleron.kernels.configs.table()  # tuned.jsonl came with it
 print(acceleron.kernels.__file__)
 """
 OTHER_KERNELS = "__version__ = '0.11.0'\ndef get_kernel(): return 'theirs'\n"

@@ -23,6 +23,7 @@ from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, re
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
 from ..files import replacing
 from ..log import say
+from ..self_check import require_correct_kernels
 from .checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint
 from .lock import DirectoryLock
 from .metrics import Metrics, describe, flops_per_token
@@ -56,6 +57,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
             if options.resume == "auto" and trainer.run.steps >= options.max_steps and not trainer.run.unread_steps:
                 say(f"{trainer.resumed_from} is of step {trainer.run.steps}: nothing is left to do")
                 return
+            trainer.check_kernels()
             trainer.begin()
             trainer.train()
 
@@ -105,6 +107,13 @@ class Trainer:
                 raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
         self._announce(dtype, provider)
         self.run.fetch()
+
+    def check_kernels(self):
+        """Raises InputError if --kernels auto selects Triton and its gradients are wrong on this device."""
+        options, model = self.options, self.run.model
+        if options.kernels == "auto" and kernels.uses_triton(self.device, model.compute_dtype):
+            about = (model.config, self.device, model.compute_dtype)
+            require_correct_kernels(*about, options.batch_size, options.seq_len, options.model_size)
 
     def begin(self):
         """Open what the run writes to. Raises InputError if save_dir can't be written, RunFailed for a full disk."""
@@ -405,7 +414,7 @@ def _move_aside(path: Path):
 def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
     """The preset with its vocabulary. Raises InputError if the tokenizer has more entries, or nano has none."""
     entries = num_ids(tokenizer) if tokenizer else None
-    overrides = {}
+    overrides = {"debug_force_load_balance": options.debug_force_load_balance}
     if options.vocab_size:
         overrides["vocab_size"] = options.vocab_size
     elif options.model_size == "nano":

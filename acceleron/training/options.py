@@ -19,7 +19,7 @@ class TrainOptions:
 
     data_dir: str = option("data", "directory of shard_*.npy, and of tokenizer.json if there is one")
     model_size: str = option("tiny", "named size", choices=tuple(PRESETS))
-    dense: bool = option(False, "train the size's dense twin instead of the MoE")
+    dense: bool = option(False, "train the size's dense baseline instead of the MoE")
     batch_size: int = option(8, "sequences a micro-batch", least=1)
     grad_accum: int = option(1, "micro-batches an optimizer step", least=1)
     seq_len: int = option(2048, "tokens a sequence; must divide the shards' row length", least=2)
@@ -55,9 +55,14 @@ class TrainOptions:
     dtype: str = option(
         "auto", "of GEMMs and activations; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
     )
-    kernels: str = option("auto", "who serves the ops", choices=("auto", "triton", "reference"))
+    kernels: str = option(
+        "auto",
+        "kernel backend; auto is Triton on an NVIDIA GPU if it passes a check, else the reference",
+        choices=("auto", "triton", "reference"),
+    )
     deterministic: bool = option(False, "the same bits from the same start on a GPU; a CPU's always are")
     no_compile: bool = option(False, "no torch.compile")
+    debug_force_load_balance: bool = option(False, "route tokens to the experts in turn, for benchmarks and debugging")
     no_gradient_checkpointing: bool = option(False, "keep all activations for the backward pass")
     memory_test: bool = option(
         False, "run a step as it is once the optimizer has state, print the peak memory, and exit"

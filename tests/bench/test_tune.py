@@ -1,80 +1,111 @@
-"""The search for configurations, on the interpreter: what it times is right, and what is wrong is never kept."""
+"""The search for configurations, on the interpreter and with made-up times."""
 
 import json
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from acceleron import ModelConfig, kernels
-from acceleron.kernels import configs
+from acceleron import kernels
+from acceleron.kernels import configs, launch
 from acceleron.kernels.configs import Config
 from bench import tune
+from bench.offline import Pool
+from bench.rows import Results, read
+from bench.worker import Failure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONFIG = ModelConfig(
-    d_model=64, num_layers=1, num_heads=4, num_kv_heads=4, num_experts=4, d_ff=96, d_ff_shared=32, vocab_size=128
-)
-OPS = ["up", "rows", "hidden_grad", "rows", "weight_grad", "weight_grad"]
+CASES = {op: tune.Gemm("nano", op, "fp16", 40) for op in tune.GEMMS}
+UP = CASES["up"]
+FAST, SLOW, BROKEN = Config(64, 64, 32, 4, 1), Config(32, 64, 32, 4, 1), Config(16, 32, 32, 4, 1)
+SECONDS = {None: [2.0] * 10, FAST: [1.0] * 10, SLOW: [3.0, 1.0] * 5}
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
-    """A table of its own, and the Triton kernels."""
-    monkeypatch.setattr(configs, "TABLE", tmp_path / "tuned.jsonl")
-    configs.TABLE.touch()
-    configs.table.cache_clear()
-    configs.find_config.cache_clear()
+def results(tmp_path, monkeypatch):
+    def measure(calls, device, rounds):
+        return {config: call() and SECONDS[config] for config, call in calls.items()}
+
+    def submit(function, *args, seconds):
+        return SimpleNamespace(result=lambda: fail() if BROKEN in args else function(*args))
+
+    def fail():
+        raise Failure("no answer within 60 s")
+
+    def forget():
+        for cached in (configs.table, configs.find_config, tune.prepare):
+            cached.cache_clear()
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "Pool", lambda processes: nullcontext(SimpleNamespace(submit=submit)))
+    monkeypatch.setattr(tune, "TARGETS", {})  # the interpreter compiles nothing
+    monkeypatch.setenv("ACCELERON_TUNED", str(tmp_path / "tuned.jsonl"))
     kernels.select("triton", DEVICE)
-    yield configs.TABLE
+    forget()
+    yield Results(str(tmp_path), DEVICE)
     kernels.select("auto", DEVICE)
-    configs.table.cache_clear()
-    configs.find_config.cache_clear()
+    forget()
 
 
-@pytest.mark.parametrize("index", range(6), ids=OPS)
-def test_the_fastest_right_candidate_is_kept_and_served(index, table):
-    case = tune.cases(CONFIG, 50, torch.float16, DEVICE)[index]
-    assert case.op == OPS[index]
-    device = (
-        configs.Device("ours", "interpreter", 3) if DEVICE.type == "cpu" else tune.launch.device_of(case.tensors[0])
-    )
-    key = tune.key_of(case.op, case.sizes, "fp16", device.arch, tune.launch.device_of(case.tensors[0]).name)
-    fit = [Config(32, 32, 32, 4, 1), Config(64, 64, 32, 4, 1)]
-    best, median = tune.fastest(case, key, fit, 2, torch.empty(8, device=DEVICE))
-    assert best in fit
-    assert median > 0
-    assert configs.find_config(case.op, tune.launch.device_of(case.tensors[0]), torch.float16, case.sizes) == best
+@pytest.mark.parametrize("gemm", CASES.values(), ids=list(CASES))
+def test_what_beats_the_rule_is_kept_and_used(gemm, results):
+    tune.tune([(gemm, [SLOW, BROKEN]), (gemm, [FAST])], DEVICE, results, 1e9)
+    rows = read(results.directory)
+    assert [row.failed for row in rows] == ["", "", "no answer within 60 s", "", ""]
+    assert all(row.error <= row.allowed and row.values for row in rows if not row.failed)
+    ((key, config),) = configs.table().items()
+    device = launch.device_of(torch.empty(0, device=DEVICE))
+    assert (key[:4], config) == ((device.arch, device.name, tune.gemm_kernel(gemm.op), "float16"), FAST)
+    assert configs.find_config(key[2], device, torch.float16, key[4], True) == FAST
 
 
-def test_a_wrong_result_is_never_kept(table, capsys):
-    case = tune.cases(CONFIG, 50, torch.float16, DEVICE)[1]
-    wrong = case._replace(ours=lambda x, w: (case.ours(x, w)[0] * 1.01,))
-    key = tune.key_of(case.op, case.sizes, "fp16", "interpreter", "interpreter")
-    assert tune.fastest(wrong, key, [Config(32, 32, 32, 4, 1)], 1, torch.empty(8)) is None
-    assert "where the reference has" in capsys.readouterr().err
+def test_a_wrong_result_is_neither_timed_nor_kept(results, monkeypatch):
+    made = UP.case()
+    wrong = replace(made, ours=lambda *x: tuple(1.01 * y for y in made.ours(*x)))
+    monkeypatch.setattr(tune, "gemm_case", lambda *args: wrong)
+    tune.tune([(UP, [FAST])], DEVICE, results, 1e9)
+    assert ["plain PyTorch" in row.failed for row in read(results.directory)] == [True, True]
+    assert not (results.directory / "tuned.jsonl").exists()
 
 
-def test_the_table_keeps_other_entries_and_is_read_back(table):
-    other = ("sm_90", "another GPU", "up", "bfloat16", (4, 64, 96))
-    ours = ("sm_90", "any", "rows", "bfloat16", (4, 96, 64, 1))
-    tune.write_table({other: (Config(128, 128, 64, 8, 3), 1e-3)})
-    tune.write_table({ours: (Config(64, 64, 64, 4, 3), 2e-3)})
-    tune.write_table({ours: (Config(128, 64, 64, 4, 3, split=2), 1.5e-3)})
-    configs.table.cache_clear()
-    assert configs.table() == {other: Config(128, 128, 64, 8, 3), ours: Config(128, 64, 64, 4, 3, split=2)}
-    assert [json.loads(line)["microseconds"] for line in table.read_text().splitlines()] == [1000.0, 1500.0]
+def test_the_rule_wins_ties_and_noise(results, monkeypatch):
+    monkeypatch.setitem(SECONDS, FAST, SECONDS[None])
+    tune.tune([(UP, [FAST, SLOW])], DEVICE, results, 1e9)
+    assert [len(row.values) for row in read(results.directory)] == [10, 10, 10]
+    assert not (results.directory / "tuned.jsonl").exists()
 
 
-def test_candidates_are_distinct_and_of_powers_of_two():
-    for arch in tune.TARGETS:
-        for op in configs.OPS:
-            found = tune.candidates(op, arch)
-            assert len(found) == len(set(found)) > 10
-            assert all(n & (n - 1) == 0 for c in found for n in (c.block_m, c.block_n, c.block_k, c.warps))
+def test_every_gemm_has_a_turn_before_any_has_two(results):
+    turns = tune.in_turns({UP: [FAST, SLOW, BROKEN], CASES["rows-dx"]: [FAST]}, 2)
+    assert turns == [(UP, [FAST, SLOW]), (CASES["rows-dx"], [FAST]), (UP, [BROKEN])]
+    tune.tune(turns, DEVICE, results, 0)
+    assert read(results.directory) == []
+
+
+def test_a_process_that_ends_costs_its_result_alone():
+    with Pool(1) as pool:
+        ended, raised, right = pool.submit(os._exit, 3), pool.submit(int, "x"), pool.submit(int, "7")
+        for future, reason in ((ended, "exit status 3"), (raised, "ValueError")):
+            with pytest.raises(Failure, match=reason):
+                future.result()
+        assert right.result() == 7
+
+
+def test_committed_candidates_are_those_of_the_search():
+    lines = [json.loads(line) for line in tune.CANDIDATES.read_text().splitlines()]
+    assert {(line["size"], line["op"]) for line in lines} == set(product(tune.SIZES, tune.GEMMS))
+    for line in lines:
+        found = [Config(*config) for config in line["configs"]]
+        assert found
+        assert set(found) <= set(tune.space(line["op"]))
 
 
 def test_without_a_gpu_tuning_says_so(monkeypatch):
-    monkeypatch.setattr(tune.launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "cpu_device", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["tune"])
     with pytest.raises(SystemExit, match="--dry_run"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile import GEMMS, TARGETS, Compiled, complaints
+from bench.compile import GEMMS, TARGETS, complaints
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {
@@ -19,38 +19,49 @@ OTHERS = {
 }
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess:
+def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess:
     # A process of its own: kernels that were decorated under the interpreter can't be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["ACCELERON_NO_TMA"] = without_tma
     command = [sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 # One token: Triton makes a constant of an argument that is 1.
 @pytest.mark.parametrize(
-    ("arch", "size", "tokens"),
+    ("arch", "size", "tokens", "without_tma"),
     [
-        ("sm_90", "small", "256"),
-        ("sm_90", "tiny", "1"),
-        pytest.param("sm_80", "tiny", "17", marks=pytest.mark.slow),
-        pytest.param("sm_100", "tiny", "256", marks=pytest.mark.slow),
-        ("sm_90", "odd", "17"),
-        ("gfx942", "tiny", "256"),
+        ("sm_90", "small", None, ""),
+        ("sm_90", "tiny", "1", "rows,up"),
+        pytest.param("sm_80", "tiny", "17", "", marks=pytest.mark.slow),
+        pytest.param("sm_100", "tiny", "256", "", marks=pytest.mark.slow),
+        ("sm_90", "odd", "17", ""),
+        ("gfx942", "tiny", "256", ""),
     ],
 )
-def test_every_kernel_compiles_and_fits(arch, size, tokens, tmp_path):
-    flags = ["--arch", arch, "--size", size, "--tokens", tokens, "--json", str(tmp_path / "rows")]
-    process = bench("compile", "--check", *flags)
+def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma, tmp_path):
+    flags = ["--arch", arch, "--size", size, "--output", str(tmp_path)] + (["--tokens", tokens] if tokens else [])
+    process = bench("compile", "--check", *flags, without_tma=without_tma)
     assert process.returncode == 0, process.stdout + process.stderr
-    rows = [Compiled(**json.loads(line)) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert {row.kernel for row in rows} == {*GEMMS, *OTHERS}
-    assert all(0 < row.registers <= 512 and row.shared_bytes <= TARGETS[arch].shared_bytes for row in rows)
+    rows = [json.loads(line) for line in (tmp_path / "compile.jsonl").read_text().splitlines()]
+    assert {row["kernel"] for row in rows} == {*GEMMS, *OTHERS}
+    assert all(0 < row["registers"] <= 512 and row["shared_bytes"] <= TARGETS[arch].shared_bytes for row in rows)
     if arch == "sm_90":
-        assert not any(row.spilled_bytes or row.serialised for row in rows)
-        assert all(row.wgmma > 0 and (row.tma > 0 or size == "odd") for row in rows if row.kernel in GEMMS)
+        assert not any(row["spilled_bytes"] or row["serialised"] for row in rows)
+        for row in (row for row in rows if row["kernel"] in GEMMS):
+            assert row["wgmma"] > 0
+            if size != "odd":
+                named = row["kernel"].strip("_").removesuffix("_kernel") in without_tma
+                assert (row["tma"] > 0) == (row["aligned"] and not named), row
+    if arch == "sm_90" and not tokens:
+        variants = {(row["tokens"], row["aligned"]) for row in rows}
+        assert variants == {(256, True), (64 * 2048, True), (64 * 2048, False)}
 
 
-GOOD = Compiled("sm_90", "tiny", "_up_kernel", "128x128x64", 8, 3, 255, 0, 180248, 4, 3, False)
+GOOD = dict(
+    arch="sm_90", size="tiny", dtype="bf16", tokens=256, aligned=True, kernel="_up_kernel", spilled_bytes=0,
+    shared_bytes=180248, wgmma=4, tma=3, serialised=False,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -64,8 +75,9 @@ GOOD = Compiled("sm_90", "tiny", "_up_kernel", "128x128x64", 8, 3, 255, 0, 18024
     ],
 )
 def test_what_is_not_fit_to_ship_is_complained_of(change, complaint):
-    assert complaints(GOOD, "bf16") == []
-    (text,) = complaints(GOOD._replace(**change), "bf16")
+    assert complaints(GOOD) == []
+    assert complaints(GOOD | dict(tma=0, aligned=False)) == []
+    (text,) = complaints(GOOD | change)
     assert complaint in text
 
 

@@ -12,7 +12,7 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import reference
+from acceleron.kernels import configs, reference
 from acceleron.kernels.configs import Config
 from acceleron.kernels.routing import dispatch_plan, route_top2
 
@@ -131,22 +131,21 @@ def test_bfloat16():
     ids=str,
 )
 def test_other_configurations(config, dtype, monkeypatch):
-    for user in (module, gemms):
-        monkeypatch.setattr(user, "find_config", lambda *args: config)
+    monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(30, 48, 72, 2, dtype=dtype))
 
 
 def test_the_cases_take_both_paths(monkeypatch):
     """Tensor descriptors for 16-bit rows of 16 bytes and whole inner blocks, pointers for the rest."""
-    served, serves = [], gemms.tma_serves
+    used = []
     for user in (module, gemms):
-        monkeypatch.setattr(user, "tma_serves", lambda *args: served.append(serves(*args)) or served[-1])
+        monkeypatch.setattr(user, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
 
     def paths(D, width, dtype):
-        served.clear()
+        used.clear()
         tensors, plan = inputs(3, D, width, 2, dtype=dtype)
         run(expert_mlp, tensors, plan, tensors[0])
-        return served
+        return [tma for _, tma in used]
 
     descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     # Up, down; the hidden gradient, and dW2, dX's rows, dW13.
@@ -155,16 +154,34 @@ def test_the_cases_take_both_paths(monkeypatch):
     assert paths(33, 17, torch.float16) == [False] * 6
 
 
+@pytest.mark.parametrize("names", ["up", "rows", "hidden_grad", "weight_grad", "rows, up", "all"])
+def test_results_without_tma_are_those_with_it(names, monkeypatch):
+    tensors, plan = inputs(50, 64, 96, 3, dtype=torch.float16)
+    expected, used = run(expert_mlp, tensors, plan, tensors[0]), {}
+
+    def recorded(op, *args):
+        config, used[op] = configs.choose(op, *args)
+        return config, used[op]
+
+    for user in (module, gemms):
+        monkeypatch.setattr(user, "choose", recorded)
+    monkeypatch.setenv("ACCELERON_NO_TMA", names)
+    for without, with_tma in zip(run(expert_mlp, tensors, plan, tensors[0]), expected, strict=True):
+        assert with_tma.any()
+        assert torch.equal(without, with_tma)
+    if DEVICE == "cpu":
+        assert used == {op: names != "all" and op not in names for op in configs.OPS}
+
+
 def test_configurations_are_looked_up_by_the_documented_sizes(monkeypatch):
-    """Those of the table in configs.py, which tuned.jsonl holds."""
+    """Those of the table in configs.py."""
     calls = []
 
-    def recorded(op, device, dtype, sizes):
+    def recorded(op, device, dtype, sizes, tma):
         calls.append((op, sizes))
         return Config(32, 32, 32, 4, 1)
 
-    for user in (module, gemms):
-        monkeypatch.setattr(user, "find_config", recorded)
+    monkeypatch.setattr(configs, "find_config", recorded)
     tensors, plan = inputs(3, 8, 12, 2)
     run(expert_mlp, tensors, plan, tensors[0])
     forward = [("up", (2, 8, 12)), ("rows", (2, 12, 8, 1))]

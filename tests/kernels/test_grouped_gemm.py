@@ -92,13 +92,13 @@ def test_bfloat16():
 
 def test_the_cases_take_both_paths(monkeypatch):
     """Tensor descriptors for 16-bit rows of 16 bytes and whole inner blocks, pointers for the rest."""
-    served, serves = [], module.tma_serves
-    monkeypatch.setattr(module, "tma_serves", lambda *args: served.append(serves(*args)) or served[-1])
+    used = []
+    monkeypatch.setattr(module, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
 
     def paths(D, width, dtype):
-        served.clear()
+        used.clear()
         run(grouped_gemm, *inputs(3, D, width, 2, None, dtype))
-        return served
+        return [tma for _, tma in used]
 
     descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     assert paths(64, 96, torch.float16) == [descriptors] * 3
@@ -108,16 +108,24 @@ def test_the_cases_take_both_paths(monkeypatch):
     assert paths(40, 72, torch.float16) == [False, False, descriptors]
 
 
-def test_tma_serves_only_what_it_can_address():
-    x = torch.zeros(8, 64, dtype=torch.float16)
-    hopper, config = launch.Device("", "sm_90", 132), Config(64, 64, 32, 4, 2)
-    assert module.tma_serves(hopper, config, 64, x, x)
-    assert not module.tma_serves(hopper, config, 80, x)  # a part of an inner block
-    assert not module.tma_serves(hopper, config, 64, x, x[:, :60].contiguous())  # rows of 120 bytes
-    assert not module.tma_serves(hopper, config, 64, x.flatten()[1:449].view(7, 64))  # begins at an odd address
-    assert not module.tma_serves(hopper, config, 64, x.float())
+@pytest.mark.parametrize("op", configs.OPS)
+def test_what_tma_cannot_load_gets_a_small_tile(op):
+    """The large tile spills without TMA."""
+    x, sizes = torch.zeros(8, 64, dtype=torch.float16), (4, 512, 512, 1)
+
+    def choose(x, inner=64, arch="sm_90"):
+        return configs.choose(op, launch.Device("", arch, 132), sizes, inner, torch.zeros_like(x).contiguous(), x)
+
+    config, tma = choose(x)
+    assert tma
+    assert config.block_m == 128
+    odd_address = x.flatten()[1:449].view(7, 64)
+    for without in (choose(x, inner=80), choose(x[:, :60].contiguous()), choose(odd_address)):
+        assert without[0].block_m == 64
+        assert not without[1]
+    assert not choose(x.float())[1]
     for arch in ("sm_80", "sm_86", "gfx942"):
-        assert not module.tma_serves(launch.Device("", arch, 100), config, 64, x)
+        assert not choose(x, arch=arch)[1]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_tma_serves_only_what_it_can_address():
     ids=str,
 )
 def test_other_configurations(config, dtype, monkeypatch):
-    monkeypatch.setattr(module, "find_config", lambda *args: config)
+    monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(40, 64, 96, 5, (0, 2, 4), dtype))
 
 
@@ -143,7 +151,7 @@ def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
     plan = dispatch_plan(experts, 7)
     x, w, grad = randn(sum(counts), 16), randn(7, 24, 16, seed=2) / 4, randn(sum(counts), 24, seed=3)
     for split in (1, 2, 3):
-        monkeypatch.setattr(module, "find_config", lambda *args, split=split: Config(32, 32, 32, 4, 1, split=split))
+        monkeypatch.setattr(configs, "find_config", lambda *args, split=split: Config(32, 32, 32, 4, 1, split=split))
         truths = run(reference.grouped_gemm, x.double(), w.double(), plan, grad.double())
         for ours, truth in zip(run(grouped_gemm, x, w, plan, grad), truths, strict=True):
             for expert in range(7):  # each expert alone, so that a small one's error is not lost among the large
@@ -169,7 +177,7 @@ def test_weight_gradient_of_gathered_rows(gather, dtype):
 
 def test_shares_are_summed_in_fp32(monkeypatch):
     """All but exactly the rounded truth, from which shares rounded to 16 bits are 1.4 times as far."""
-    monkeypatch.setattr(module, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=4))
+    monkeypatch.setattr(configs, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=4))
     _, _, plan, grad = inputs(64, 1, 40, 2, None, torch.float16)
     x = randn(128, 40, dtype=torch.float16)
     truth = reference._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
@@ -278,16 +286,16 @@ def write_table(tmp_path, monkeypatch):
         configs.find_config.cache_clear()
 
     def write(*lines):
-        monkeypatch.setattr(configs, "TABLE", tmp_path / "tuned.jsonl")
-        configs.TABLE.write_text("".join(f"{line}\n" for line in lines))
+        monkeypatch.setenv("ACCELERON_TUNED", str(tmp_path / "tuned.jsonl"))
+        (tmp_path / "tuned.jsonl").write_text("".join(f"{line}\n" for line in lines))
         clear()
 
     yield write
     clear()
 
 
-def find(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1)):
-    return configs.find_config("rows", device, dtype, sizes)
+def find(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1), tma=True):
+    return configs.find_config("rows", device, dtype, sizes, tma)
 
 
 def test_the_devices_name_goes_before_its_architecture_before_the_rule(write_table):
@@ -296,14 +304,14 @@ def test_the_devices_name_goes_before_its_architecture_before_the_rule(write_tab
     assert find() == Config(16, 64, 64, 4, 2)
     assert find(H100._replace(name="NVIDIA H200")) == Config(32, 64, 64, 4, 2)
     ampere = launch.Device("NVIDIA A100", "sm_80", 108)
-    for other in (dict(device=ampere), dict(dtype=torch.float16), dict(sizes=(4, 512, 704, 0))):
-        arguments = dict(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1)) | other
+    for other in (dict(device=ampere), dict(dtype=torch.float16), dict(sizes=(4, 512, 704, 0)), dict(tma=False)):
+        arguments = dict(device=H100, dtype=torch.bfloat16, sizes=(4, 512, 704, 1), tma=True) | other
         assert find(**arguments) == configs.rule("rows", **arguments)
 
 
 def test_an_empty_table_leaves_the_rule(write_table):
     write_table()
-    assert find() == configs.rule("rows", H100, torch.bfloat16, (4, 512, 704, 1))
+    assert find() == configs.rule("rows", H100, torch.bfloat16, (4, 512, 704, 1), True)
 
 
 @pytest.mark.parametrize(
@@ -323,14 +331,17 @@ def test_a_broken_line_is_named(line, write_table):
         find()
 
 
-def test_the_shipped_table_is_one():
-    for (arch, device, op, dtype, sizes), config in configs.table().items():
-        assert arch.startswith(("sm_", "gfx"))
-        assert device
-        assert op in configs.OPS
-        assert isinstance(getattr(torch, dtype), torch.dtype)
-        assert all(type(size) is int for size in sizes)
-        assert_is_a_tile(config)
+def test_a_missing_table_is_named(write_table, monkeypatch):
+    write_table()
+    monkeypatch.setenv("ACCELERON_TUNED", "nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"ACCELERON_TUNED=nowhere\.jsonl: No such file"):
+        find()
+
+
+def test_an_unknown_op_without_tma_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERON_NO_TMA", "rows,down")
+    with pytest.raises(ValueError, match="ACCELERON_NO_TMA=rows,down: expected names among up, "):
+        run(grouped_gemm, *inputs(3, 64, 96, 2, None, torch.float16))
 
 
 def assert_is_a_tile(config):
@@ -355,4 +366,5 @@ def test_rules_give_powers_of_two(arch, dtype):
         assert set(sizes) == set(configs.OPS)
         for op in configs.OPS:
             for size in sizes[op]:
-                assert_is_a_tile(configs.rule(op, device, dtype, size))
+                assert_is_a_tile(configs.rule(op, device, dtype, size, True))
+                assert_is_a_tile(configs.rule(op, device, dtype, size, False))

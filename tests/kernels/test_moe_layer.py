@@ -29,10 +29,10 @@ def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None,
     return [x, router, *experts, randn(T, D, seed=6, dtype=dtype) if residual else None]
 
 
-def run(function, tensors, coefficients=(1.0, 0.3, 0.2)):
+def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
     """y and both losses, and the gradients of the inputs for the weighted sum of all three; then the counts."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
-    y, z_loss, balance_loss, counts = function(*leaves)
+    y, z_loss, balance_loss, counts = function(*leaves, **options)
     grad = randn(*y.shape, seed=7, dtype=y.dtype)
     losses = zip(coefficients, ((y * grad).sum(), z_loss, balance_loss), strict=True)
     total = sum(c * value * (1 if i == 0 else len(y)) for i, (c, value) in enumerate(losses))
@@ -113,6 +113,17 @@ def test_each_gradient_alone():
         grad = randn(*y.shape, seed=7, dtype=y.dtype)
         total = (y * grad).sum() + len(y) * (0.3 * z_loss + 0.2 * balance_loss)
         assert torch.equal(torch.autograd.grad(total, leaves[index])[0], expected), name
+
+
+@pytest.mark.parametrize("case", ["odd widths", "two experts", "many experts"])
+def test_forced_balance(case):
+    """Of 33, 33 and 16 tokens, which the experts' numbers do not divide, and with many, some get none."""
+    tensors = inputs(*CASES[case])
+    T, E = len(tensors[0]), len(tensors[1])
+    check_errors(tensors, force_load_balance=True)
+    expected = torch.bincount(torch.tensor([(t + k) % E for t in range(T) for k in range(2)]), minlength=E)
+    assert moe(*tensors, force_load_balance=True).counts_E.tolist() == expected.tolist()
+    assert moe(*tensors).counts_E.tolist() != expected.tolist() or E == 2
 
 
 def test_no_tokens_and_no_gradients():

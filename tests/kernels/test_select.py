@@ -19,6 +19,7 @@ interpreted = pytest.mark.skipif(GPU, reason="the interpreter is for machines wi
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
     monkeypatch.setattr(kernels, "_choice", "auto")
+    monkeypatch.setattr(kernels, "_reference_ops", ())
 
 
 @pytest.fixture
@@ -115,6 +116,66 @@ def test_an_old_gpu(monkeypatch):
     assert kernels._choice == "reference"  # for the tensors on that GPU, too
 
 
+def test_an_amd_gpu_takes_an_explicit_choice(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    device = torch.device("cuda")
+    expected = "reference (AMD GPUs: pass --kernels triton, which has not run on one yet)"
+    assert kernels.select("auto", device) == expected
+    assert not kernels.uses_triton(device, torch.bfloat16)
+    assert kernels.select("triton", device).startswith("Triton 3.")
+    assert kernels.uses_triton(device, torch.bfloat16)
+
+
+@interpreted
+def test_single_ops_of_the_reference(monkeypatch, calls):
+    """A layer that contains such an op is the reference's too."""
+    monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope, swiglu")
+    line = kernels.select("triton", CPU)
+    assert line.endswith(", interpreted, but the reference for moe, rope, split_rope, swiglu")
+    kernels.swiglu(torch.ones(3, 4))
+    MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(torch.ones(3, 32))
+    assert "acceleron_triton" not in calls
+    kernels.route_top2(torch.ones(3, 4))
+    assert "acceleron_triton" in calls
+    monkeypatch.delenv("ACCELERON_REFERENCE_OPS")
+    assert kernels.select("triton", CPU).endswith(", interpreted")
+    calls.clear()
+    kernels.swiglu(torch.ones(3, 4))
+    assert "acceleron_triton" in calls
+
+
+def test_an_unknown_op_of_the_reference(monkeypatch):
+    kernels.select("reference", CPU)
+    monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope,gelu")
+    for choice in ("auto", "reference"):
+        with pytest.raises(
+            ValueError, match=r"^ACCELERON_REFERENCE_OPS=rope,gelu: expected names among dispatch_plan, "
+        ):
+            kernels.select(choice, CPU)
+    assert kernels._choice == "reference"
+
+
+@interpreted
+def test_the_line_says_where_tma_is_off(monkeypatch):
+    monkeypatch.setenv("ACCELERON_NO_TMA", "up,rows")
+    assert kernels.select("triton", CPU).endswith(", interpreted, without TMA for up,rows")
+
+
+@interpreted
+def test_a_selection_for_a_while():
+    kernels.select("triton", CPU)
+
+    def fail():
+        with kernels.selected("reference", CPU):
+            assert not kernels.uses_triton(CPU, torch.float32)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert kernels.uses_triton(CPU, torch.float32)
+
+
 def test_triton_missing(monkeypatch):
     monkeypatch.setattr(kernels, "_missing", "Triton 3.6 or later can't be imported (why)")
     for device in ("cpu", "cuda"):
@@ -168,7 +229,7 @@ x = torch.randn(5, 32, requires_grad=True)
 y, stats = MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(x)
 (y.sum() + stats.z_loss + stats.balance_loss).backward()
 assert x.grad.isfinite().all() and y.shape == x.shape
-for name in set(kernels.__all__) - {{"ROUTING_OPS"}}:
+for name in set(kernels.__all__) - {{"OPS", "ROUTING_OPS"}}:
     assert callable(getattr(kernels, name)), name
 """
 

@@ -17,6 +17,7 @@ from acceleron.data.prepare import prepare
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, loop, train
+from acceleron.training.checkpoint import load_checkpoint
 from acceleron.training.metrics import expert_health, flops_per_token
 from acceleron.training.optimizer import build_optimizer
 from acceleron.training.options import parse_options
@@ -63,6 +64,19 @@ def test_accumulation_equals_a_larger_batch(data_dir, tmp_path):
     train(options(data_dir, tmp_path / "two", dense=True, batch_size=2, grad_accum=2, max_steps=3))
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+
+
+def test_forced_balance(data_dir, tmp_path):
+    """Equal shares while training and evaluating; and a checkpoint of a version without the option loads."""
+    train(options(data_dir, tmp_path, debug_force_load_balance=True, max_steps=2))
+    shares = {record[name] for record in records(tmp_path) for name in ("expert_least_share", "expert_most_share")}
+    assert shares == {1 / 8}
+    path = tmp_path / "checkpoint_2.pt"
+    assert load_checkpoint(path)["config"].debug_force_load_balance
+    contents = torch.load(path, weights_only=True)
+    del contents["config"]["debug_force_load_balance"]
+    torch.save(contents, path)
+    assert not load_checkpoint(path)["config"].debug_force_load_balance
 
 
 def test_golden_losses(data_dir, tmp_path):

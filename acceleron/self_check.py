@@ -1,0 +1,137 @@
+"""Whether a kernel backend computes this model right here: its loss and gradients against the reference's in fp32."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .attention import best_sdpa
+from .config import ModelConfig
+from .device import reset_peak_memory
+from .errors import InputError, is_out_of_memory
+from .log import say
+from .model import Acceleron
+
+# A backend's error may be FACTOR times the reference's in the same dtype plus FLOOR. In bf16 the reference's is about
+# 0.01, and that of the loss, a single value, anything from 0 to 2e-5.
+FACTOR, FLOOR = 2.0, 1e-4
+# Tokens that `require_correct_kernels` takes: each persistent program of a grouped GEMM runs through several tiles.
+MAX_TOKENS = 16384
+
+
+class GradientCheck(NamedTuple):
+    """The tensor that is worst in comparison with what is allowed: "loss" or a parameter, whose gradient is meant.
+
+    error: its relative root mean square error; NaN where the tensor has NaN.
+    """
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def check_gradients(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    batch_size: int,
+    seq_len: int,
+    compiled: bool = False,
+    checkpointing: bool = False,
+) -> GradientCheck:
+    """Loss and gradients of a random model and batch by `backend`, against those of the reference in fp32.
+
+    backend: as for `kernels.select`. compiled, checkpointing: of the backend's pass; the reference is eager. The
+    experts are given in turn: in 16 bits, tokens near a tie would choose others, and what they change in a gradient
+    would hide a wrong kernel. Draws from no global generator and restores the selected backend. It takes the memory of
+    one more model with gradients, and keeps a set of gradients on the CPU. Raises whatever a kernel raises.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    model = _random_model(replace(config, debug_force_load_balance=True), device, generator)
+    ids = torch.randint(config.vocab_size, (batch_size, seq_len), device=device, generator=generator)
+    with best_sdpa() if device.type == "cuda" else nullcontext():
+        with kernels.selected("reference", device):
+            model.gradient_checkpointing = True
+            truth = {name: value.cpu() for name, value in _loss_and_gradients(model, ids, torch.float32).items()}
+            allowed = dict.fromkeys(truth, FLOOR)
+            if dtype != torch.float32:
+                plain = _errors(_loss_and_gradients(model, ids, dtype), truth)
+                allowed = {name: FACTOR * error + FLOOR for name, error in plain.items()}
+        with kernels.selected(backend, device):
+            model.gradient_checkpointing = checkpointing
+            if compiled:
+                model.compile_blocks()
+            errors = _errors(_loss_and_gradients(model, ids, dtype), truth)
+    ratios = {name: errors[name] / allowed[name] for name in truth}
+    worst = max(ratios, key=lambda name: ratios[name] if ratios[name] >= 0 else float("inf"))  # NaN is the worst
+    return GradientCheck(worst, errors[worst], allowed[worst])
+
+
+def _random_model(config: ModelConfig, device: torch.device, generator: torch.Generator) -> Acceleron:
+    """As at the start of a training, but with norms whose weights differ."""
+    with torch.device("meta"):
+        model = Acceleron(config)
+    model.to_empty(device=device)
+    model.build_rope()
+    model.reset_parameters(generator)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data.normal_(1, 0.1, generator=generator)
+    return model.to(device)
+
+
+def _loss_and_gradients(model: Acceleron, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    model.compute_dtype = dtype
+    model.zero_grad(set_to_none=True)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Relative root mean square errors, one tensor at a time on the results' device."""
+
+    def error(result: Tensor, true: Tensor) -> float:
+        true = true.to(result.device).double()
+        return ((result.double() - true).norm() / true.norm()).item()
+
+    return {name: error(results[name], truth[name]) for name in truth}
+
+
+def require_correct_kernels(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, batch_size: int, seq_len: int, size: str
+):
+    """Check `--kernels auto` before a training: one layer of the config, a micro-batch of at most MAX_TOKENS.
+
+    Logs the result. Raises InputError if a tensor is beyond tolerance or a kernel fails, with the command that shows
+    which op is wrong for this model size.
+    """
+    began = time.perf_counter()
+    config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
+    try:
+        check = check_gradients(config, device, dtype, "auto", batch_size=batch_size, seq_len=seq_len)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        result = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    else:
+        name = check.name if check.name == "loss" else f"the gradient of {check.name}"
+        result = f"{name} has an error of {check.error:.2g}, and {check.allowed:.2g} is allowed"
+        if check.passed:
+            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: at worst, {result}")
+            reset_peak_memory(device)
+            return
+    raise InputError(
+        f"the Triton kernels fail their check on this device: {result}; pass --kernels reference, and find the op with "
+        f"`python -m bench ops --check_only --size {size}`"
+    )

@@ -1,0 +1,87 @@
+"""What the smaller commands share: their flags, and interleaved rounds of entries that are then checked."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from acceleron.config import PRESETS
+from acceleron.device import DTYPES, resolve_device, resolve_dtype
+from acceleron.errors import InputError
+
+from .rows import Results, Row, describe, print_rows, progress
+from .timing import interleave
+
+CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto", "triton", "reference")}
+
+
+def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
+    """Flags with these defaults, --device and --output; `dtype` becomes torch's.
+
+    A default that is a type makes a flag of that type, None if it is not given; a list, one that takes several values.
+    choices: beside CHOICES. Raises InputError for a bad value.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = CHOICES | (choices or {})
+    for name, default in ({"device": "auto"} | defaults).items():
+        kind, shown = {"type": default if isinstance(default, type) else type(default)}, "default: %(default)s"
+        if isinstance(default, list):
+            kind = {"type": str, "nargs": "+"}
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
+        if not default or isinstance(default, type):
+            default, shown = None, "default: by the device"
+        parser.add_argument(f"--{name}", default=default, help=shown, choices=choices.get(name), **kind)
+    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        if type(value) in (int, float) and not 0 < value < 1 << 31:
+            raise InputError(f"--{name} {value}: expected a number above 0")
+    arguments.device = resolve_device(arguments.device)
+    if "dtype" in arguments:
+        named = torch.float16 if arguments.dtype == "fp16" else None  # in which nothing is trained
+        arguments.dtype = named or resolve_dtype(arguments.dtype, arguments.device)
+    return arguments
+
+
+@contextmanager
+def failures_in(row: Row):
+    """What is raised within becomes the row's reason, so that the others still run."""
+    try:
+        yield
+    except Exception as error:
+        setattr(row, "absent" if isinstance(error, ImportError) else "failed", describe(error))
+
+
+def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
+    """Measure entries in interleaved rounds, check them, write and print their rows.
+
+    An entry is a generator. It yields its row, then a function that returns one value in the row's unit, and before it
+    ends it sets the row's check. Exits with status 1 if one of the first `ours` failed.
+    """
+    rows, samples = [next(entry) for entry in entries], {}
+    print(f"{rows[0].benchmark}: {rows[0].case}", flush=True)
+
+    def guarded(row: Row, sample: Callable[[], float]) -> float:
+        with failures_in(row):
+            if not row.failed:
+                return sample()
+        return math.nan
+
+    for index, row in enumerate(progress(rows, "preparing")):
+        with failures_in(row):
+            samples[index] = partial(guarded, row, next(entries[index]))
+    for index, values in interleave(samples, rounds).items():
+        rows[index].values = values
+        with failures_in(rows[index]):
+            next(entries[index], None)
+    passed = [results.write(row) for row in rows]
+    print_rows(rows, baseline=rows[0].provider)
+    print(f"wrote {results.path}")
+    if not all(passed[:ours]):
+        sys.exit(1)

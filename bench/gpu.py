@@ -1,0 +1,230 @@
+"""bench/gpu.sh: what to measure on one GPU in a few minutes, the most important first.
+
+bench/gpu.sh --stage first --output DIR            within 230 s: does everything work, and where does the time go?
+bench/gpu.sh --stage full --output DIR             within 330 s: throughput of all sizes, tuning, ops, memory
+bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU, at small shapes, kernels interpreted
+
+Each part is a process group with a time limit. A part may use all the time that the parts after it do not need; parts
+for which no time is left are skipped. What one part's kernel check finds broken is avoided in the parts after it. DIR
+receives results.jsonl as rows are measured, log.txt, summary.txt (what failed; last, the headline table), report.md
+with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part failed, 2 for bad input.
+
+Needs torch, Triton and the project's dependencies, no network and no installation. Only the standard library is
+imported here, so that a broken installation is reported like any other failure.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG_BYTES = 8 << 20
+SECONDS = {"first": 230.0, "full": 330.0}
+
+
+class Part(NamedTuple):
+    """The arguments of a Python command, the seconds that it is planned to take, and changes of its environment."""
+
+    name: str
+    seconds: float
+    command: list[str]
+    environment: dict[str, str] | None = None
+
+
+def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
+    """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
+
+    def bench(command: str, *smoke_flags: str) -> list[str]:
+        words = ["-m", "bench", *command.split(), "--output", str(output)]
+        return [*words, *smoke_flags] if smoke else words
+
+    interpreted = {"TRITON_INTERPRET": "1"} if smoke else {}
+    one, two, all_sizes = ("nano", "nano", "nano") if smoke else ("tiny", "tiny small", "tiny small medium large")
+    small = ("--batch_size", "1", "--seq_len", "32", "--dtype", "fp32", "--seconds", "0.01")
+    few = ("--tokens", "48", "--limit", "600", "--dtype", "fp16")  # the interpreter truncates to bf16, a GPU rounds
+    train = "throughput --mode compiled --rounds 3 --seconds 1 --limit 60"
+    if smoke:
+        train = "throughput --mode eager --kernels reference --rounds 1 --limit 600"
+    tuned = {"ACCELERON_TUNED": str(output / "tuned.jsonl")}
+    attention = "ops --op attention --tokens 16384 --rounds 5 --limit 40 --size"
+    if smoke:
+        attention = "ops --op attention --rounds 2 --size"
+    if stage == "first":
+        return [
+            # Two imports one after the other, 10 rounds of a 1.4 ms GEMM and a 0.7 ms copy.
+            Part("ceilings", 15, bench("ceilings")),
+            # Some 40 kernels per size, 2 to 4 s of one core each, 16 at a time.
+            Part("compile", 40, ["-m", "bench", "compile", "--arch", "sm_90", "--size", *two.split()]),
+            # 30 checks at 65,536 tokens: fp32 references of 50 to 500 ms each, and 10 s to start.
+            Part("kernels", 50, bench(f"ops --check_only --limit 20 --size {two}", *few), interpreted),
+            # 12 s to start, 10 to 20 s for two compilations, 3 rounds of 2 s, the profile 2 s.
+            Part("throughput and profile", 60, bench(f"{train} --profile --size {one}", *small)),
+            # 4 head_dims x 5 backends: 10 ms per call, some 100 calls each, and plain PyTorch's truth.
+            Part("attention", 35, bench(f"{attention} {all_sizes}", "--tokens", "48", "--dtype", "fp32")),
+            Part("report", 10, ["-m", "bench", "report", str(output)]),
+        ]
+    deterministic = "tests/training/test_resume.py" if smoke else "tests/training/test_cuda_training.py"
+    return [
+        # 15 s to start all processes at once, then 20 to 30 s per size as above.
+        Part("throughput", 125, bench(f"{train} --size {all_sizes}", *small)),
+        # Bounded by its own budget; candidates are compiled beside their timing.
+        Part("tune", 70, bench(f"tune --seconds {1 if smoke else 60} --size {all_sizes}", "--dry_run")),
+        Part("throughput, tuned", 45, bench(f"{train} --size {two}", *small), {} if smoke else tuned),
+        Part("predecessor's command", 25, bench(f"{train} --mode predecessor --rounds 2 --size {one}", *small)),
+        # As many as there is time for: rows are written one by one.
+        Part("ops", 30, bench(f"ops --rounds 5 --limit 30 --size {one} " + "sonicmoe-768" * (not smoke), *few)),
+        # Four short runs of nano and their comparison.
+        Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", deterministic]),
+        Part("memory", 10, bench(f"memory --size {one}", "--tokens", "32", "--dtype", "fp32")),
+        Part("report", 10, ["-m", "bench", "report", str(output)]),
+    ]
+
+
+class Log:
+    """Prints lines and keeps them in a file of bounded size."""
+
+    def __init__(self, path: Path):
+        self.file, self.left, self.lock = path.open("w", encoding="utf-8"), LOG_BYTES, threading.Lock()
+
+    def write(self, line: str):
+        with self.lock:
+            print(line, flush=True)
+            self.left -= len(line) + 1
+            if self.left > 0:
+                print(line, file=self.file, flush=True)
+
+
+def run_part(part: Part, limit: float, log: Log) -> str:
+    """Run a part and kill all its processes at the limit. Returns why it failed, or an empty string."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
+    process = subprocess.Popen(
+        [sys.executable, *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+
+    def copy():
+        for line in process.stdout:  # universal newlines: a progress bar's \r ends a line
+            log.write(f"   {line.rstrip()}")
+
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    try:
+        status = process.wait(limit)
+        reason = f"exit status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        reason = f"exceeded its {limit:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(5)
+    return reason
+
+
+def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str]:
+    """Run the parts within so many seconds. Returns the names of those that failed or were skipped, with the reason."""
+    deadline, failed = time.monotonic() + seconds, []
+    while sum(part.seconds for part in planned) > seconds and len(planned) > 1:
+        skipped = planned.pop(-2)  # the report, last, is always made
+        failed.append(f"{skipped.name}: skipped, no time is left")
+    for number, part in enumerate(planned):
+        limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :])
+        log.write(f"== {part.name}: python {' '.join(part.command)} (at most {limit:.0f} s)")
+        began = time.monotonic()
+        reason = run_part(part, max(limit, 1), log)
+        elapsed = time.monotonic() - began
+        log.write(f"== {part.name}: {'FAILED, ' + reason if reason else 'done'} in {elapsed:.0f} s")
+        row = {"benchmark": "part", "provider": part.name, "case": {}, "details": {"seconds": elapsed, "limit": limit}}
+        row |= {"failed": reason} if reason else {"check": "exit status", "error": 0, "allowed": 0}
+        row |= {"about": {"command": " ".join(part.command), "date": datetime.now(UTC).isoformat(timespec="seconds")}}
+        with (output / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if reason:
+            failed.append(f"{part.name}: {reason}")
+        for row in rows_of(output):
+            if row["benchmark"] == "fallbacks":
+                os.environ.update(row["details"])
+    return failed
+
+
+def rows_of(output: Path) -> list[dict]:
+    """The rows so far; a line that a killed process left unfinished is passed over."""
+    found = []
+    with suppress(OSError):
+        for line in (output / "results.jsonl").read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def summary(failed: list[str], rows: list[dict]) -> list[str]:
+    """What failed; the kernels that take the most time; and the headline table last."""
+    lines = [f"FAILED {reason}" for reason in failed] or ["every part is done"]
+    for row in rows:
+        if row.get("failed") and row["benchmark"] != "part":
+            case = " ".join(str(value) for value in row.get("case", {}).values())
+            lines.append(f"FAILED {row['benchmark']}, {row['provider']}, {case}: {row['failed'][:200]}")
+    lines += [f"FALLBACK {row['details']}" for row in rows if row["benchmark"] == "fallbacks"]
+    measured = [row for row in rows if "median" in row]
+    for row in (row for row in measured if row["provider"].startswith("MoE")):
+        for kernel in row.get("details", {}).get("profile", [])[:15]:
+            name = f"{row['provider']}: {kernel['kernel'][:70]}"
+            lines.append(f"{name:90} {kernel['calls']:6} calls {1e3 * kernel['seconds']:9.2f} ms")
+    form = "{:10} {:12} {:>12} {:>12} {:>8} {:>6} {:>8}"
+    lines.append(form.format("size", "mode", "MoE tok/s", "dense tok/s", "ratio", "MFU", "GiB"))
+    trained = [row for row in measured if row["benchmark"] == "throughput"]
+    for moe in (row for row in trained if row["provider"].startswith("MoE")):
+        date = moe["about"]["date"]
+        dense = [r for r in trained if r["provider"].startswith("dense") and r["group"] == moe["group"]]
+        dense = [r["median"] for r in dense if r["about"]["date"] == date]
+        found, details = moe["case"], moe["details"]
+        against = (f"{max(dense):,.0f}", f"{moe['median'] / max(dense):.3f}") if dense else ("", "")
+        memory, mfu = details.get("peak_memory_bytes", 0) / 2**30, details.get("mfu", 0)
+        shown = (f"{moe['median']:,.0f}", *against, f"{mfu:.1%}", f"{memory:.1f}")
+        lines.append(form.format(found["size"], found["mode"], *shown) + f"  {moe['about'].get('switches', '')}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=SECONDS, required=True)
+    parser.add_argument("--seconds", type=float, help="for all parts; default 230 for first, 330 for full")
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+        parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
+    default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
+    seconds = default if arguments.seconds is None else arguments.seconds
+    if not 0 < seconds < 1e6:
+        parser.error(f"--seconds {seconds}: expected a number above 0")
+    output = arguments.output.resolve()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        log = Log(output / "log.txt")
+    except OSError as error:
+        parser.error(f"--output {output}: cannot be written ({error.strerror})")
+    failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log)
+    lines = summary(failed, rows_of(output))
+    (output / "summary.txt").write_text("\n".join(lines) + "\n")
+    for line in lines:
+        log.write(line)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

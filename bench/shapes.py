@@ -1,0 +1,38 @@
+"""The batches that the benchmarks train."""
+
+import argparse
+
+from acceleron.data.shards import ROW_LENGTH
+from acceleron.errors import InputError
+
+NANO_VOCAB = 2048
+SEQ_LEN = 2048
+# Sequences per micro-batch on a GPU: 128, or as many as an H100 holds by `python -m bench roofline`. Of its 79 GiB at
+# most 70 are for the peak of one contender and the state of the other, which waits there for its round (12 bytes per
+# parameter, 22 GiB of large's MoE). The peaks are 63, 60, 47 and 66 GiB from tiny to large; 128 sequences of small
+# would take 113, 32 of medium 77, 16 of large 73.
+MICRO_BATCH = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}
+STEP_SEQUENCES = 128  # per optimizer step on a GPU: 262,144 tokens, as many as the predecessor's command
+CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
+
+
+def add_batch_flags(parser: argparse.ArgumentParser):
+    parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: by size and device)")
+    text = f"micro-batches per step (default: {STEP_SEQUENCES} sequences' on a GPU, 1 on a CPU)"
+    parser.add_argument("--grad_accum", type=int, help=text)
+    parser.add_argument("--seq_len", type=int, help=f"default: {SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
+
+
+def batch_shape(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """Sequences per micro-batch, micro-batches per step, tokens per sequence: the flags', or by size and device.
+
+    Raises InputError for a flag that no training can have.
+    """
+    for name in ("batch_size", "grad_accum", "seq_len"):
+        value = getattr(arguments, name)
+        if value is not None and (value < 1 or (name == "seq_len" and (value < 2 or ROW_LENGTH % value))):
+            wanted = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
+            raise InputError(f"--{name} {value}: expected {wanted}")
+    batch_size = arguments.batch_size or (MICRO_BATCH if on_gpu else CPU_BATCH)[size]
+    grad_accum = arguments.grad_accum or (max(1, STEP_SEQUENCES // batch_size) if on_gpu else 1)
+    return batch_size, grad_accum, arguments.seq_len or (SEQ_LEN if on_gpu else CPU_SEQ_LEN)
