@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES, resolve_device, resolve_dtype
 from acceleron.errors import InputError
@@ -42,7 +44,8 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
             raise InputError(f"--{name} {value}: expected a number above 0")
     arguments.device = resolve_device(arguments.device)
     if "dtype" in arguments:
-        arguments.dtype = resolve_dtype(arguments.dtype, arguments.device)
+        named = torch.float16 if arguments.dtype == "fp16" else None  # in which nothing is trained
+        arguments.dtype = named or resolve_dtype(arguments.dtype, arguments.device)
     return arguments
 
 

@@ -8,7 +8,8 @@ A row's value is, by `what` of its case:
 
 Details: bytes_per_token_per_layer, of the value less state_bytes; state_bytes, of parameters, gradients and AdamW's
 moments, fp32 in ours and `dtype` in the peers; weight_copies, bytes of copies in the compute dtype; formula_bytes, what
-the Triton kernels have to save. The exit status is 1 if one of ours failed.
+the Triton kernels have to save. --tokens are a batch: up to 2048, or sequences of 2048. The exit status is 1 if one of
+ours failed.
 """
 
 import gc

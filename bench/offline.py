@@ -6,10 +6,10 @@ The tensors pass for a CPU's, as torch's CPU build has no others. They have no v
 host to read one (`.item()`, a mask as index) raises.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
 from unittest import mock
 
 from torch._library.custom_ops import OPDEFS
@@ -62,27 +62,32 @@ class Pool:
     """
 
     def __init__(self, processes: int):
-        self.threads, self.local, self.workers = ThreadPoolExecutor(processes), threading.local(), []
+        self.threads, self.free = ThreadPoolExecutor(processes), SimpleQueue()
+        self.workers = [Worker(serve_calls) for _ in range(processes)]
+        for worker in self.workers:
+            self.free.put(worker)
 
     def submit(self, function: Callable, *args, seconds: float = 600) -> Future:
         """The function's result, or worker.Failure if it takes longer than `seconds` or fails."""
         return self.threads.submit(self._ask, (function, args), seconds)
 
     def _ask(self, call: tuple, seconds: float):
-        if not getattr(self.local, "worker", None) or not self.local.worker.alive:
-            self.local.worker = Worker(serve_calls)
-            self.workers.append(self.local.worker)
-        return self.local.worker.ask(call, seconds)
+        worker = self.free.get()
+        try:
+            return worker.ask(call, seconds)
+        finally:
+            self.free.put(worker)
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *error):
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for _ in range(2):  # a thread may be starting one meanwhile
-            for worker in self.workers:
-                worker.process.kill()
-            self.threads.shutdown()
+        for process in [worker.process for worker in self.workers if worker.process]:
+            process.kill()  # which ends the wait of its thread
+        self.threads.shutdown()
+        for worker in self.workers:
+            worker.close()
 
 
 def serve_calls(connection):

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from acceleron import kernels
 from acceleron.attention import FLASH_PACKAGES, best_sdpa, causal_attention, find_flash_packages
 from acceleron.device import missing_compiler
 from acceleron.kernels import reference
 
-from .op_cases import GEMMS, Case
+from .op_cases import Case
 from .rows import describe
 
 EPS = 1e-6
@@ -55,25 +54,17 @@ def ours(op: str, functions: dict[str, Callable]) -> Callable:
 
 
 def plain(case: Case) -> Callable:
-    """The op in plain PyTorch, which gives the truth: the reference's; for attention matmuls and a softmax."""
-    if case.op in GEMMS:
-        return case.plain
-    return plain_attention if case.op == "attention" else ours(case.op, vars(reference))
+    """The op in plain PyTorch, which gives the truth."""
+    if case.op == "attention":
+        return partial(sdpa, backend=SDPBackend.MATH)
+    return case.plain or ours(case.op, vars(reference))
 
 
-def plain_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
-    """One sequence at a time and recomputed for backward: the scores of all don't fit a GPU in fp32."""
-    sequences = zip(*(x.split(1) for x in (q_BSHC, k_BSGC, v_BSGC)), strict=True)
-    return torch.cat([checkpoint(matmul_attention, *qkv, use_reentrant=False) for qkv in sequences])
-
-
-def matmul_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
+def sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, backend: SDPBackend) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
-    shared = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).masked_fill(later, float("-inf"))
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    with sdpa_kernel(backend):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
 
 
 # Peers. Each maker imports its package and returns the provider's function, and its factor.
@@ -143,13 +134,6 @@ SDPA = {
 ON_CPU = ("SDPA flash", "SDPA math")
 
 
-def sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, backend: SDPBackend) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
-    with sdpa_kernel(backend):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
-
-
 def flash(q: Tensor, k: Tensor, v: Tensor, function: Callable) -> Tensor:
     out = function(q, k, v, causal=True)
     return out[0] if isinstance(out, tuple) else out
@@ -163,28 +147,26 @@ def attention_providers(device: torch.device) -> list[Provider]:
         with best_sdpa() if on_gpu else nullcontext():
             return causal_attention(q, k, v)
 
-    found = [Provider("acceleron", as_the_model, factor=ATTENTION_FACTOR), Provider("matmuls", matmul_attention)]
+    found = {"acceleron": (as_the_model, None)}
     for name, backend in SDPA.items():
-        absent = None if on_gpu or name in ON_CPU else "needs a GPU"
-        found.append(Provider(name, partial(sdpa, backend=backend), absent, factor=ATTENTION_FACTOR))
+        found[name] = partial(sdpa, backend=backend), None if on_gpu or name in ON_CPU else "needs a GPU"
     installed = {name: (function, majors) for name, function, majors in find_flash_packages()}
     for name, module, _ in FLASH_PACKAGES:
         function, majors = installed.get(name, (None, ()))
-        absent = None if function else f"{module} cannot be imported"
-        if function and not (on_gpu and torch.cuda.get_device_capability(device)[0] in majors):
-            absent = "not made for this device"
-        found.append(Provider(name, partial(flash, function=function), absent, factor=ATTENTION_FACTOR))
-    return found
+        usable = on_gpu and torch.cuda.get_device_capability(device)[0] in majors
+        absent = None if usable else "not made for this device" if function else f"{module} cannot be imported"
+        found[name] = partial(flash, function=function), absent
+    return [Provider(name, *each, factor=ATTENTION_FACTOR) for name, each in found.items()]
 
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
     """All providers of a case's op; the absent ones with the reason."""
     if case.op == "attention":
         return attention_providers(device)
-    reason = kernels._missing or kernels.launch.unavailable(device)
-    run = case.ours if case.op in GEMMS or reason else ours(case.op, kernels._triton)
-    found = [Provider("triton", run, reason), Provider("reference", plain(case))]
-    if case.op in GEMMS:
+    absent = kernels._missing or kernels.launch.unavailable(device)
+    run = case.ours or (None if absent else ours(case.op, kernels._triton))
+    found = [Provider("triton", run, absent), Provider("reference", plain(case))]
+    if case.ours:
         return found
     compiler = missing_compiler(device)
     absent = f"torch.compile needs {compiler}" if compiler else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from acceleron import kernels
 from acceleron.config import PRESETS
-from acceleron.device import DTYPES as TRAINING_DTYPES
+from acceleron.device import DTYPES
 from acceleron.errors import InputError
 
 from . import timing
@@ -34,21 +34,13 @@ from .op_peers import Provider, plain, providers
 from .rows import Results, Row, describe, print_rows, progress, say, spread
 from .worker import Failure, Worker
 
-DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float16: "fp16"}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
 FORWARD, BOTH = "forward", "forward + backward"
 OURS = ("triton", "reference")
 # However large the reference's own error is, no provider's may be larger.
 LARGEST_ERROR = 0.05
-
-
-class Truth(NamedTuple):
-    """What a case's results are compared with. errors: plain PyTorch's in the case's dtype, by the result's name."""
-
-    results: dict[str, Tensor]
-    output_grads: list[Tensor | None]
-    errors: dict[str, float]
 
 
 class Settings(NamedTuple):
@@ -64,6 +56,14 @@ class Settings(NamedTuple):
         return select_cases(self.sizes, self.ops, self.tokens, self.dtype)
 
 
+class Truth(NamedTuple):
+    """What a case's results are compared with. errors: plain PyTorch's in the case's dtype, by the result's name."""
+
+    results: dict[str, Tensor]
+    output_grads: list[Tensor | None]
+    errors: dict[str, float]
+
+
 def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
     """Leaves of the same values, the floats in another dtype if one is given."""
 
@@ -76,34 +76,34 @@ def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
     return tuple(copy(x) for x in inputs)
 
 
-def _leaves(inputs: tuple) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
 def _outputs(run: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     found = run(*inputs)
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def _input_grads(outputs: tuple[Tensor, ...], leaves: list[Tensor], output_grads: list[Tensor | None]):
-    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
-    return torch.autograd.grad([out for out, _ in pairs], leaves, [grad.to(out.dtype) for out, grad in pairs])
+def _leaves(case: Case, inputs: tuple) -> dict[str, Tensor]:
+    """The inputs that have a gradient, by name."""
+    named = zip(case.inputs, inputs, strict=False)
+    return {name: x for name, x in named if isinstance(x, Tensor) and x.requires_grad}
 
 
-def _results(case: Case, run: Callable, inputs: tuple, output_grads: list | None, draw: Draw | None = None) -> tuple:
-    """Outputs and gradients by name, and the outputs' gradients, which are drawn where none are given."""
+def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list[Tensor | None]) -> tuple:
+    """Outputs, and the gradients of the leaves."""
     outputs = _outputs(run, inputs)
-    results = dict(zip(case.outputs, (x.detach() for x in outputs), strict=True))
-    if output_grads is None:
-        scalar = torch.tensor(case.scalar_grad, device=draw.device)
-        drawn = (scalar if out.dim() == 0 else draw(*out.shape, grad=False) for out in outputs)
-        output_grads = [grad if out.requires_grad else None for out, grad in zip(outputs, drawn, strict=True)]
-    leaves = _leaves(inputs)
-    if leaves:
-        names = [name for name, x in zip(case.inputs, inputs, strict=True) if any(x is leaf for leaf in leaves)]
-        grads = _input_grads(outputs, leaves, output_grads)
-        results |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
-    return results, output_grads
+    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
+    grads = torch.autograd.grad([out for out, _ in pairs], leaves, [g.to(out.dtype) for out, g in pairs])
+    return outputs, grads
+
+
+def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> dict[str, Tensor]:
+    """Outputs without gradients ("... alone"), and outputs and gradients, by name."""
+    with torch.no_grad():
+        results = {f"{name} alone": x for name, x in zip(case.outputs, _outputs(run, inputs), strict=True)}
+    if leaves := _leaves(case, inputs):
+        outputs, grads = _both(run, inputs, list(leaves.values()), output_grads)
+        results |= {name: x.detach() for name, x in zip(case.outputs, outputs, strict=True)}
+        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
@@ -117,50 +117,42 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 def truth_of(case: Case, inputs: tuple, draw: Draw) -> Truth:
     """The results of plain PyTorch on the same inputs in float64; in float32 on CUDA for 16-bit ops."""
-    wide = torch.float32 if draw.device.type == "cuda" and case.precision.itemsize == 2 else torch.float64
-    results, output_grads = _results(case, plain(case), _copies(inputs, wide), None, draw)
-    plain_results, _ = _results(case, plain(case), _copies(inputs), output_grads)
-    return Truth(results, output_grads, {name: _error(plain_results[name], results[name]) for name in results})
+    wide = _copies(
+        inputs, torch.float32 if draw.device.type == "cuda" and case.precision.itemsize == 2 else torch.float64
+    )
+    outputs = _outputs(plain(case), wide)
+    grads = [
+        torch.tensor(case.scalar_grad, device=x.device) if x.dim() == 0 else draw(*x.shape, grad=False) for x in outputs
+    ]
+    grads = [grad if x.requires_grad else None for x, grad in zip(outputs, grads, strict=True)]
+    del outputs
+    truths, plains = (_results(case, plain(case), each, grads) for each in (wide, _copies(inputs)))
+    return Truth(truths, grads, {name: _error(plains[name], truth) for name, truth in truths.items()})
 
 
 def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[str, float, float]:
-    """What was compared, the error and the allowed error of the worst result: outputs, with and without gradients, and
-    all gradients."""
-
-    with torch.no_grad():
-        evaluated = dict(zip(case.outputs, _outputs(provider.run, inputs), strict=True))
-    results, _ = _results(case, provider.run, _copies(inputs), truth.output_grads)
-    found = {f"{name} alone": (name, x) for name, x in evaluated.items()} | {n: (n, x) for n, x in results.items()}
-    # Where the reference happens to be exact, an eighth of a unit, and a few of fp32's for sums and exponentials.
+    """What was compared, the error and the allowed error of the result that is worst."""
+    # Where the reference happens to be exact: an eighth of a unit, and a few of fp32's for sums and exponentials.
     units = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
     judged = []
-    for label, (name, result) in found.items():
-        error = _error(result, truth.results[name])
-        floats = truth.results[name].is_floating_point()
+    for name, result in _results(case, provider.run, _copies(inputs), truth.output_grads).items():
+        error, floats = _error(result, truth.results[name]), truth.results[name].is_floating_point()
         allowed = min(provider.factor * truth.errors[name] + units, LARGEST_ERROR) if floats else 0.0
         passes = error <= allowed  # False for NaN
-        judged.append((not passes, error / allowed if allowed and passes else error, label, error, allowed))
-    *_, label, error, allowed = max(judged)
-    return f"{label}, the worst of {len(found)}, relative RMS to plain PyTorch in a wider dtype", error, allowed
+        judged.append((not passes, error / allowed if allowed and passes else error, name, error, allowed))
+    *_, name, error, allowed = max(judged)
+    return f"{name}, the worst of {len(judged)}, relative RMS to plain PyTorch in a wider dtype", error, allowed
 
 
-def bind(provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
-    """The calls to time, by pass, once warmed up."""
-    leaves = _leaves(inputs)
-
-    @torch.no_grad()
-    def forward():
-        return _outputs(provider.run, inputs)
-
+def bind(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
+    """The calls to time, by pass, once run."""
+    leaves, forward = list(_leaves(case, inputs).values()), torch.no_grad()(lambda: _outputs(provider.run, inputs))
     grads = [None if g is None else g.to(out.dtype, copy=True) for out, g in zip(forward(), output_grads, strict=True)]
-
-    def both():
-        return _input_grads(_outputs(provider.run, inputs), leaves, grads)
-
-    if not leaves:
-        return {FORWARD: forward}
-    both()
-    return {FORWARD: forward, BOTH: both}
+    calls = {FORWARD: forward}
+    if leaves:
+        calls[BOTH] = lambda: _both(provider.run, inputs, leaves, grads)
+        calls[BOTH]()
+    return calls
 
 
 def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
@@ -169,7 +161,7 @@ def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
         outputs = _outputs(plain(case), inputs)
     floats = [x for x in outputs if x.is_floating_point()]
     forward = sum(x.nbytes for x in (*inputs, *outputs) if isinstance(x, Tensor))
-    leaves = _leaves(inputs)
+    leaves = _leaves(case, inputs).values()
     return {FORWARD: forward} | ({BOTH: forward + sum(x.nbytes for x in (*leaves, *floats))} if leaves else {})
 
 
@@ -195,9 +187,6 @@ def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider],
 def serve(connection, settings: Settings):
     """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
     (number, names, rounds) with the seconds by pass and name; and (number, None, None) with the least bytes by pass."""
-    device = settings.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     while True:
         number, wanted, last = connection.recv()
         try:
@@ -207,85 +196,73 @@ def serve(connection, settings: Settings):
             elif isinstance(wanted, str):
                 answer = check(case, named[wanted], inputs, truth)
                 if last:
-                    bind(named[wanted], inputs, truth.output_grads)
+                    bind(case, named[wanted], inputs, truth.output_grads)
             else:
-                calls = {name: bind(named[name], inputs, truth.output_grads) for name in wanted}
+                calls = {name: bind(case, named[name], inputs, truth.output_grads) for name in wanted}
                 passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[wanted[0]]}
-                answer = {step: timing.measure(these, device, last) for step, these in passes.items()}
-        except Exception as error:  # a peer may raise anything; a lost CUDA context raises again below
+                answer = {step: timing.measure(these, settings.device, last) for step, these in passes.items()}
+        except Exception as error:  # a peer may raise anything
             answer = Failure(describe(error))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        connection.send([answer])  # in a list: a Failure as such would end the worker
+            if settings.device.type == "cuda":
+                torch.cuda.synchronize()  # raises, which ends this process, if the CUDA context is lost
+        connection.send(answer)
 
 
 class Checker:
-    """The parent's side: asks the worker of these settings, and starts another once it is dead."""
+    """The parent's side of a worker: rows of cases, and what to avoid."""
 
-    def __init__(self, settings: Settings, limit: float):
-        self.settings, self.limit, self.worker = settings, limit, None
+    def __init__(self, settings: Settings, rounds: int, limit: float):
+        self.settings, self.rounds, self.limit = settings, rounds, limit
+        self.ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
+        self.worker = Worker(serve, settings)
 
     def ask(self, *message):
-        """The answer. Raises Failure."""
-        if not (self.worker and self.worker.alive):
-            self.worker = Worker(serve, self.settings)
-        (answer,) = self.worker.ask(message, self.limit)
-        if isinstance(answer, Failure):
-            raise answer
-        return answer
+        return self.worker.ask(message, self.limit)
 
-    def close(self):
-        if self.worker:
-            self.worker.close()
-            self.worker = None
+    def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
+        """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
+        steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
+        try:
+            steps = self.ask(number, None, None)
+            for name in names:
+                try:
+                    passed[name] = self.checked(number, case, name)
+                except Failure as failure:
+                    reasons[name] = str(failure)
+            timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed]
+            if self.rounds and timed:
+                seconds = self.ask(number, timed, self.rounds)
+        except Failure as failure:
+            reasons |= {name: str(failure) for name in names if name not in reasons}
+        rows = []
+        for step, name in product(steps if self.rounds else list(steps)[-1:], names):
+            about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": NAMES[self.settings.dtype]}
+            row = Row("ops" if self.rounds else "kernels", name, about, group=f"{case.op} {case.shape} {step}")
+            row.failed = reasons.get(name, "")
+            row.check, row.error, row.allowed = passed.get(name, ("", None, None))
+            if name in seconds.get(step, {}) and not row.failed:
+                row.unit, row.values = "s", seconds[step][name]
+                row.details = work_of(case, step, steps[step], row.values, self.ceilings)
+            rows.append(row)
+        return rows
 
-
-def measure_case(checker: Checker, number: int, case: Case, names: list[str], rounds: int, ceilings) -> list[Row]:
-    """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
-    steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
-    try:
-        steps = checker.ask(number, None, None)
-        for name in names:
-            try:
-                passed[name] = checked(checker, number, case, name, bool(rounds))
-            except Failure as failure:
-                reasons[name] = str(failure)
-        timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed]
-        if rounds and timed:
-            seconds = checker.ask(number, timed, rounds)
-    except Failure as failure:
-        reasons |= {name: str(failure) for name in names if name not in reasons}
-    rows = []
-    for step, name in product(steps if rounds else list(steps)[-1:], names):
-        dtype = str(checker.settings.dtype).removeprefix("torch.")
-        about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": dtype}
-        row = Row("ops" if rounds else "kernels", name, about, group=f"{case.op} {case.shape} {step}")
-        row.failed = reasons.get(name, "")
-        row.check, row.error, row.allowed = passed.get(name, ("", None, None))
-        if name in seconds.get(step, {}) and not row.failed:
-            row.unit, row.values = "s", seconds[step][name]
-            row.details = work_of(case, step, steps[step], row.values, ceilings)
-        rows.append(row)
-    return rows
-
-
-def checked(checker: Checker, number: int, case: Case, name: str, timed: bool) -> tuple[str, float, float]:
-    """The check of one provider. One of our GEMM kernels that fails with TMA is checked again without it, and keeps
-    going without it from here on. Raises Failure."""
-    try:
-        found = checker.ask(number, name, timed)
-        if found[1] <= found[2] or not may_drop_tma(case, name):
-            return found
-        reason = f"error {found[1]:.3g}, where {found[2]:.3g} is allowed"
-    except Failure as failure:
-        if not may_drop_tma(case, name):
-            raise
-        reason = str(failure)
-    say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
-    os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), gemm_kernel(case.op)])
-    checker.close()  # the next worker inherits the variable
-    what, error, allowed = checker.ask(number, name, timed)
-    return f"{what} (without TMA; with it: {reason})", error, allowed
+    def checked(self, number: int, case: Case, name: str) -> tuple[str, float, float]:
+        """The check of one provider. One of our GEMM kernels that fails with TMA is checked again without it, and goes
+        without it from then on. Raises Failure."""
+        try:
+            found = self.ask(number, name, bool(self.rounds))
+            if found[1] <= found[2] or not may_drop_tma(case, name):
+                return found
+            reason = f"error {found[1]:.3g}, where {found[2]:.3g} is allowed"
+        except Failure as failure:
+            if not may_drop_tma(case, name):
+                raise
+            reason = str(failure)
+        say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
+        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), gemm_kernel(case.op)])
+        self.worker.close()  # the next process inherits the variable
+        what, error, allowed = self.ask(number, name, bool(self.rounds))
+        return f"{what} (without TMA; with it: {reason})", error, allowed
 
 
 def without_tma() -> list[str]:
@@ -306,65 +283,49 @@ def fallbacks(rows: list[Row]) -> Row | None:
     return Row("fallbacks", "triton", {}, details=values, **check) if values else None
 
 
-def run_cases(
-    settings: Settings, wanted: Sequence[str] | None, rounds: int, limit: float, results: Results
-) -> list[Row]:
+def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) -> list[Row]:
     """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
-    ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
-    rows, absent, avoided, checker = [], set(), {}, Checker(settings, limit)
-    try:
-        for number, case in enumerate(progress(settings.cases(), "cases")):
-            found = [p for p in providers(case, settings.device) if not wanted or p.name in wanted]
-            for provider in found:
-                if provider.absent and (case.op, provider.name) not in absent:
-                    absent.add((case.op, provider.name))
-                    results.write(Row("ops", provider.name, {"op": case.op}, absent=provider.absent))
-            names = [provider.name for provider in found if not provider.absent]
-            these = measure_case(checker, number, case, names, rounds, ceilings)
-            for row in these:
-                results.write(row)
-            for step, passes in groupby(these, key=lambda row: row.case["pass"]):
-                say(f"{case.op}, {case.shape}, {step}")
-                print_rows(list(passes), baseline=names[0])
-            rows += these
-            if not rounds and (row := fallbacks(rows)) and row.details != avoided:
-                avoided = row.details
-                results.write(row)
-                say(f"to avoid what failed: {' '.join(f'{k}={v}' for k, v in avoided.items())}")
-    finally:
-        checker.close()
-    if absent:
-        print("absent:", ", ".join(f"{name} ({op})" for op, name in sorted(absent)))
+    rows, absent, avoided = [], {}, {}
+    for number, case in enumerate(progress(checker.settings.cases(), "cases")):
+        found = [p for p in providers(case, checker.settings.device) if not wanted or p.name in wanted]
+        absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
+        names = [provider.name for provider in found if not provider.absent]
+        these = checker.measure(number, case, names)
+        for row in these:
+            results.write(row)
+        for step, passes in groupby(these, key=lambda row: row.case["pass"]):
+            say(f"{case.op}, {case.shape}, {step}")
+            print_rows(list(passes), baseline=names[0])
+        rows += these
+        if not checker.rounds and (row := fallbacks(rows)) and row.details != avoided:
+            avoided = row.details
+            results.write(row)
+            say(f"to avoid what failed: {' '.join(f'{k}={v}' for k, v in avoided.items())}")
+    for (op, name), reason in absent.items():
+        results.write(Row("ops", name, {"op": op}, absent=reason))
+        say(f"absent: {name} ({op}): {reason}")
     return rows
 
 
 def main():
-    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES)}
-    arguments = parse(
-        __doc__,
-        choices,
-        size=[],
-        op=[],
-        provider=[],
-        tokens=int,
-        dtype="auto",
-        rounds=int,
-        limit=120.0,
-        check_only=False,
-    )
+    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
+    flags = dict(size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
+    arguments = parse(__doc__, choices, **flags)
     device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
     if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    settings = Settings(
-        tuple(arguments.size or SIZES[device.type]), tuple(arguments.op or [*OPS, *(GEMMS if check_only else [])]),
-        arguments.tokens or TOKENS[device.type], arguments.dtype, device,
-    )  # fmt: skip
+    sizes, ops = arguments.size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
+    settings = Settings(tuple(sizes), tuple(ops), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
     known = {provider.name for case in settings.cases() for provider in providers(case, device)}
     if unknown := sorted(set(wanted or ()) - known):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
     results = Results(arguments.output, device)
     rounds = 0 if check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
-    rows = run_cases(settings, wanted or (OURS if check_only else None), rounds, arguments.limit, results)
+    checker = Checker(settings, rounds, arguments.limit)
+    try:
+        rows = run_cases(checker, wanted or (OURS if check_only else None), results)
+    finally:
+        checker.worker.close()
     print(f"wrote {results.path}")
     if any(row.failed for row in rows if row.provider in (*OURS, "acceleron")):
         sys.exit(1)

@@ -12,7 +12,6 @@ train side by side, one core each, so that noise affects both. The text is the s
 on a GPU of all installed packages; its whole held-out part is scored at the end.
 """
 
-import argparse
 import json
 import math
 import os
@@ -35,10 +34,10 @@ from tqdm import tqdm
 from acceleron import Acceleron, kernels
 from acceleron.data import Shards, validation_batches
 from acceleron.data.loader import Chunks
-from acceleron.device import resolve_device
 from acceleron.errors import InputError
 from acceleron.training.checkpoint import assign_weights, load_checkpoint
 
+from .command import parse
 from .corpus import write_corpus
 from .rows import Results, Row, progress, say
 
@@ -46,11 +45,11 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
 PRESETS = {
     "cpu": dict(
-        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, device="cpu", dtype="fp32"),
+        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, dtype="fp32"),
         characters=20_000_000, packages=False, steps=600, shares=(0.8,), lr=(1e-3, 2e-3, 4e-3), seeds=5, at_once=2,
     ),
-    "gpu": dict(
-        flags=dict(model_size="tiny", vocab_size=8192, batch_size=32, seq_len=2048, device="cuda", dtype="bf16"),
+    "cuda": dict(
+        flags=dict(model_size="tiny", vocab_size=8192, batch_size=32, seq_len=2048, dtype="bf16"),
         characters=200_000_000, packages=True, steps=900, shares=(0.6, 0.8), lr=(6e-4, 1.2e-3, 2.4e-3), seeds=5,
         at_once=1,
     ),
@@ -63,12 +62,13 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
     steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
     interval = max(1, steps // 20)
     flags = plan.flags | {
-        "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps, "num_workers": 1,
-        "lr": row.case["lr"], "seed": row.case["seed"], "log_interval": interval, "eval_interval": max(1, steps // 4),
+        "device": plan.device, "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps,
+        "lr": row.case["lr"], "seed": row.case["seed"], "num_workers": 1, "log_interval": interval,
+        "eval_interval": max(1, steps // 4),
     }  # fmt: skip
     command = [sys.executable, str(TRAIN), *(f"--{name}={value}" for name, value in flags.items())]
     command += ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
-    command += ["--no_compile"] * (flags["device"] == "cpu")
+    command += ["--no_compile"] * (plan.device.type == "cpu")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if plan.at_once > 1 else {})
     line = "no message"
     with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as process:
@@ -81,32 +81,32 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
     rate = float(np.median([record["tokens_per_second"] for record in records]))
     curve = [[r["tokens"], r["tokens"] / rate, r["val_loss"]] for r in records if "val_loss" in r]
     row.details |= {"seconds": row.case["tokens"] / rate, "tokens_per_second": rate, "curve": curve}
-    loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan.flags)
+    loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan)
     row.values, row.check = [loss], "train.py's val_loss against torch's cross_entropy on fp32 logits"
     row.error = abs(records[-1]["val_loss"] - again) / again
     row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # the order of summation, or bf16 activations
 
 
 @torch.no_grad()
-def score(checkpoint: str, data: str, flags: dict) -> tuple[float, float]:
+def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
     """Loss of all held-out text, and of the part of it on which train.py validates."""
     contents = load_checkpoint(checkpoint)
-    model = Acceleron(contents["config"]).to(flags["device"])
+    model = Acceleron(contents["config"]).to(plan.device)
     assign_weights(model, contents, checkpoint, assign=False)
 
     def loss(batches: Iterable[torch.Tensor]) -> float:
         total = count = 0
         for ids in batches:
-            ids = ids.to(flags["device"])
+            ids = ids.to(plan.device)
             logits, labels = model(ids).logits[:, :-1].float(), ids[:, 1:]
             total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
             count += labels.numel()
         return total.item() / count
 
-    settings = dict(seq_len=flags["seq_len"], vocab_size=flags["vocab_size"])
+    settings = {name: plan.flags[name] for name in ("seq_len", "vocab_size")}
     chunks = Chunks(Shards(data), validation=True, **settings)
     everything = (chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1))
-    return loss(everything), loss(validation_batches(Shards(data), batch_size=flags["batch_size"], **settings))
+    return loss(everything), loss(validation_batches(Shards(data), batch_size=plan.flags["batch_size"], **settings))
 
 
 def final_runs(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
@@ -188,23 +188,13 @@ def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="default: gpu if there is one, else cpu")
-    parser.add_argument("--steps", type=int, help="the whole budget (default: the preset's)")
-    parser.add_argument("--seeds", type=int, help="default: the preset's")
-    parser.add_argument("--lr", type=float, nargs="+", help="learning rates to tune with (default: the preset's)")
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
-    arguments = parser.parse_args()
-    here = resolve_device("auto").type
+    arguments = parse(__doc__, steps=int, seeds=int)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    plan = Namespace(**PRESETS[arguments.preset or ("gpu" if here == "cuda" else "cpu")] | given)
-    if plan.flags["device"] == "cuda" != here:
-        raise InputError("--preset gpu: there is no GPU here; use --preset cpu")
-    if plan.steps < 20 or plan.seeds < 2 or not all(0 < lr < math.inf for lr in plan.lr):
-        raise InputError("--steps: at least 20; --seeds: at least 2; --lr: above 0")
-    device = torch.device(plan.flags["device"])
-    results = Results(arguments.output, device)
-    kernels.select("reference", device)  # for the scores, which check train.py's own
+    plan = Namespace(**PRESETS[arguments.device.type] | given)  # with device and output
+    if plan.steps < 20 or plan.seeds < 2:
+        raise InputError("--steps: at least 20; --seeds: at least 2")
+    results = Results(plan.output, plan.device)
+    kernels.select("reference", plan.device)  # for the scores, which check train.py's own
     if plan.at_once > 1:
         torch.set_num_threads(1)  # a score is computed beside another training
     with tempfile.TemporaryDirectory() as data:

@@ -2,7 +2,7 @@
 
     python -m bench report [DIR] [--compare OTHER] [--output DIR]
 
-What failed or is absent comes first, then the headline figures. Rows without a passed check are never shown as results.
+What failed comes first, then the headline figures. Rows without a passed check are never shown as results.
 With --compare the exit status is 1 if there is a regression.
 """
 
@@ -80,13 +80,13 @@ def baseline(row: Row, rows: list[Row]) -> Row | None:
 
 
 def not_measured(frame: pd.DataFrame) -> str:
-    """A line for each reason why rows are no results; what failed comes first."""
+    """A line for each reason why these rows are no results."""
     lines = []
-    for (why, benchmark), found in frame[frame.why != ""].groupby(["why", "benchmark"]):
+    for (why, benchmark), found in frame.groupby(["why", "benchmark"]):
         what = [f"{row.provider} ({row.case})" if row.case else row.provider for row in found[:5].itertuples()]
         what += [f"{len(found) - 5} more"] * (len(found) > 5)
         lines.append("- " + escape(f"{benchmark}, {why}: {'; '.join(what)}"))
-    return "\n".join(lines) or "Every row passed its check."
+    return "\n".join(lines)
 
 
 def speed(rows: list[Row]) -> list[dict]:
@@ -175,16 +175,21 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
 def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> str:
     """The text of report.md. Writes the plots that it shows to `output`."""
     frame = latest(rows)
-    valid, sources = list(frame.row[frame.why == ""]), []
+    failed, absent = (frame.why.str.startswith(start) for start in ("FAILED", "absent"))
+    valid, sources = list(frame.row[~failed & ~absent]), []
     for row in valid:
         sources += [row.about] * (row.about not in sources)
-    blocks = [f"# Benchmarks on {escape('; '.join(filter(None, frame.device.unique())))}", not_measured(frame)]
+    blocks = [
+        f"# Benchmarks on {escape('; '.join(filter(None, frame.device.unique())))}",
+        not_measured(frame[failed]) or "No row failed.",
+    ]
     blocks += [markdown(speed(valid)) or "Tokens/s of the MoE and its dense baseline were not measured."]
     blocks += [markdown(quality(valid)), RANGES, *(f"![{name}]({name}.svg)" for name in draw(valid, output))]
     if changed is not None:
         blocks += ["## Changes", markdown(changed) or "None beyond the spread of both."]
     for name in dict.fromkeys(row.benchmark for row in valid):
         blocks.append(section(name, [row for row in valid if row.benchmark == name], sources))
+    blocks += ["## Absent", not_measured(frame[absent])] if absent.any() else []
     numbered = [{"source": number} | about for number, about in enumerate(sources, 1)]
     return "\n\n".join([*filter(None, blocks), "## Sources", markdown(numbered)]) + "\n"
 

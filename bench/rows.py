@@ -27,11 +27,8 @@ from tqdm import tqdm
 from acceleron.errors import InputError
 
 FILE = "results.jsonl"
-# Packages that a figure depends on once they are imported, beside torch.
-PACKAGES = (
-    "triton", "transformers", "liger_kernel", "moe_ops", "cut_cross_entropy", "sonicmoe", "scattermoe", "flash_attn",
-    "flash_attn_interface",
-)  # fmt: skip
+# Packages that a figure can depend on, beside torch.
+PACKAGES = ("triton", "transformers", "liger-kernel", "moe-ops", "cut-cross-entropy", "flash-attn")
 # Environment variables that change which kernels run.
 SWITCHES = ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS", "ACCELERON_TUNED")
 
@@ -104,27 +101,18 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str:
     """The checkout's commit, with a + if tracked files differ from it. Outside git: ACCELERON_COMMIT, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    outside = os.environ.get("ACCELERON_COMMIT", "unknown")
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # git is not installed
-        return outside
-    if head.returncode:
-        return outside
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--"], capture_output=True, check=False).returncode
-    return head.stdout.strip() + "+" * bool(changed)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("ACCELERON_COMMIT", "unknown")
 
 
 def versions() -> str:
-    """Python's, torch's, and those of the packages in PACKAGES that are imported."""
+    """Python's, torch's, and those of the installed packages in PACKAGES."""
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    if torch.version.cuda:
-        found.append(f"CUDA {torch.version.cuda}")
     for name in PACKAGES:
-        if name in sys.modules:
-            with suppress(PackageNotFoundError):
-                found.append(f"{name} {version(name)}")
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
     return ", ".join(found)
 
 
@@ -186,8 +174,13 @@ def read(directory: Path) -> list[Row]:
         try:
             row = json.loads(line)
             rows.append(Row(**{name: row[name] for name in row if name not in ("median", "p20", "p80")}))
+            rows[-1].complaint()  # raises TypeError for figures that are none
+            if not all(isinstance(value, dict) for value in (rows[-1].case, rows[-1].details, rows[-1].about)):
+                raise TypeError("case, details and about are objects")
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a row ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: no rows")
     return rows
 
 

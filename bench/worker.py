@@ -12,61 +12,68 @@ CONTEXT = get_context("spawn")
 
 
 class Failure(Exception):
-    """Why a worker gave no answer: the message of its exception, its exit status, or the limit that it exceeded."""
+    """Why there is no answer: an exception's message, the exit status of the process, or the limit it exceeded."""
+
+    fatal = False  # whether the process has ended
 
 
 class Worker:
-    """Runs `serve(connection, *args)` in a spawned process; `serve` receives messages and sends one answer to each.
+    """Runs `serve(connection, *args)` in a spawned process, which sends an answer or a Failure to each message.
 
-    `serve` sees the end of its connection as EOFError once the parent closes it.
+    The next `ask` starts another process once this one has ended. `serve` sees `close` as EOFError.
     """
 
     def __init__(self, serve: Callable, *args):
+        self.serve, self.args, self.process = serve, args, None
+        self.start()
+
+    def start(self):
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_run, args=(serve, theirs, args))
+        self.process = CONTEXT.Process(target=_run, args=(self.serve, theirs, self.args))
         self.process.start()
         theirs.close()
 
     def ask(self, message, seconds: float | None = None):
-        """The answer to a message. Raises Failure, with the process dead, if it raises, ends, or exceeds the limit."""
+        """The answer. Raises Failure if the process sends one, ends, or exceeds the limit."""
+        if self.process is None:
+            self.start()
         try:
             with suppress(OSError):  # a dead process may have sent its reason before it ended
                 self.connection.send(message)
             if not self.connection.poll(seconds):
+                self.close(patience=0)
                 raise Failure(f"no answer within {seconds:.0f} s")
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            answer = Failure(self._ending())
-        except Failure as failure:
-            answer = failure
+            self.process.join()
+            status = self.process.exitcode
+            self.close()
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            raise Failure(f"the process was {how}") from None
         if isinstance(answer, Failure):
-            self.close(patience=0)
+            if answer.fatal:
+                self.close()
             raise answer
         return answer
 
-    def _ending(self) -> str:
-        self.process.join()
-        status = self.process.exitcode
-        return f"the process was killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
     def close(self, patience: float = 10.0):
         """End the process, by force after so many seconds."""
-        self.connection.close()
-        self.process.join(patience)
-        self.process.kill()
-        self.process.join()
+        if self.process:
+            self.connection.close()
+            self.process.join(patience)
+            self.process.kill()
+            self.process.join()
+            self.process = None
 
 
 def _run(serve: Callable, connection, args: tuple):
     try:
         serve(connection, *args)
-    except EOFError:  # the parent has ended
+    except EOFError:
         return
     except Exception as error:
         traceback.print_exc()
+        failure = Failure(describe(error))
+        failure.fatal = True
         with suppress(OSError):
-            connection.send(Failure(describe(error)))
+            connection.send(failure)

@@ -40,7 +40,7 @@ def checked(case: op_cases.Case, provider: Provider, dtype=torch.float32) -> tup
 @pytest.mark.parametrize("op", [*OPS, *GEMMS])
 def test_triton_and_the_reference_pass_their_checks(op):
     case = case_of(op, torch.float16)
-    named = ("triton", "reference", "matmuls", "acceleron")
+    named = ("triton", "reference", "SDPA math", "acceleron")
     case.make(op_cases.Draw(torch.float16, DEVICE))
     found = [provider for provider in op_peers.providers(case, DEVICE) if provider.name in named]
     assert len(found) == 2
@@ -86,6 +86,13 @@ def test_a_wrong_output_fails_the_check():
         checked(swiglu, Provider("shape", lambda x: right(x)[:1]))
 
 
+def run_cases(checker: ops.Checker, wanted: list[str], results: rows.Results):
+    try:
+        ops.run_cases(checker, wanted, results)
+    finally:
+        checker.worker.close()
+
+
 def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_path):
     """A kernel that raises, one that hangs, one that kills its process, one that fails with TMA; and the others."""
     monkeypatch.setenv("ACCELERON_NO_TMA", "")
@@ -100,7 +107,7 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
     names = ("up", "swiglu", "rms_norm", "rope", "route_top2")
     settings = ops.Settings(("nano",), names, 26, torch.float16, DEVICE)
     results = rows.Results(str(tmp_path), DEVICE)
-    ops.run_cases(settings, ["triton", "reference"], 0, 600.0, results)
+    run_cases(ops.Checker(settings, 0, 600.0), ["triton", "reference"], results)
     found = {(row.case.get("op"), row.provider): row for row in rows.read(tmp_path)}
     reasons = {"swiglu": "RuntimeError: planted in two lines", "rms_norm": "no answer", "rope": "killed by SIGKILL"}
     for op, reason in reasons.items():
@@ -119,7 +126,7 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
 def test_what_passes_is_timed_and_an_absent_peer_is_listed_once(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.timing, "ceilings", lambda device, dtype: (1e12, 1e11))
     settings = ops.Settings(("nano",), ("expert_mlp", "swiglu"), 32, torch.float32, DEVICE)
-    ops.run_cases(settings, ["reference", "moe-ops"], 3, 600.0, rows.Results(str(tmp_path), DEVICE))
+    run_cases(ops.Checker(settings, 3, 600.0), ["reference", "moe-ops"], rows.Results(str(tmp_path), DEVICE))
     absent, *measured = sorted(rows.read(tmp_path), key=lambda row: not row.absent)
     assert (absent.case, absent.provider, absent.absent) == (
         {"op": "expert_mlp"},
@@ -161,12 +168,17 @@ def expert_linear(x, w, plan):
     return torch.cat([F.linear(x[a:b], w[e]) for e, (a, b) in enumerate(pairwise(plan.offsets.tolist()))])
 
 
+def matmuls(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)))
+    return q @ k.transpose(2, 3) @ v
+
+
 COUNTED = {
     "router_logits": F.linear,
     "expert_mlp": expert_linears,
     "grouped_gemm": expert_linear,
     "linear_cross_entropy": lambda x, weight, labels: F.cross_entropy(F.linear(x, weight), labels),
-    "attention": op_peers.matmul_attention,
+    "attention": matmuls,
 }
 
 

@@ -50,7 +50,8 @@ def test_the_wall_clock_counts_the_moe_at_its_own_speed():
 
 def test_a_failed_training_is_a_row_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "write_corpus", lambda *arguments: "no text")
-    monkeypatch.setattr("sys.argv", ["quality", "--preset", "cpu", "--lr", "0.001", "--output", str(tmp_path)])
+    monkeypatch.setitem(quality.PRESETS, "cpu", quality.PRESETS["cpu"] | {"lr": (1e-3,)})
+    monkeypatch.setattr("sys.argv", ["quality", "--device", "cpu", "--output", str(tmp_path)])
     with pytest.raises(InputError, match="every tuning run of a model failed"):
         quality.main()
     assert [("shard" in row.failed, row.values) for row in read(tmp_path)] == [(True, [])] * 2
@@ -61,7 +62,7 @@ def test_a_small_comparison_runs_to_its_end(tmp_path, monkeypatch, capsys):
     small = dict(characters=1_100_000, steps=20, seeds=2, lr=(1e-3, 4e-3))
     small["flags"] = quality.PRESETS["cpu"]["flags"] | dict(vocab_size=512, batch_size=1, seq_len=64)
     monkeypatch.setitem(quality.PRESETS, "cpu", quality.PRESETS["cpu"] | small)
-    monkeypatch.setattr("sys.argv", ["quality", "--preset", "cpu", "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["quality", "--device", "cpu", "--output", str(tmp_path)])
     quality.main()
     rows, final = read(tmp_path), [("final", "MoE", 1024), ("final", "MoE", 1280), ("final", "dense", 1280)]
     runs = sorted((row.case["purpose"], row.provider, row.case["tokens"]) for row in rows)

@@ -51,7 +51,14 @@ def test_what_did_not_pass_a_check_is_no_result(fields, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"benchmark": "ops"}', '{"benchmark": "a", "provider": "b", "colour": 1}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"benchmark": "ops"}',
+        '{"benchmark": "a", "provider": "b", "colour": 1}',
+        '{"benchmark": "a", "provider": "b", "case": "x"}',
+    ],
 )
 def test_a_line_that_is_no_row_is_named(text, tmp_path):
     Results(str(tmp_path), CPU).write(Row("ops", "triton", **CHECKED))
@@ -106,7 +113,7 @@ def answers(connection):
             os._exit(3)
         if message == "hang":
             threading.Event().wait()
-        connection.send(message * 2)
+        connection.send(Failure("an answer") if message == "fail" else message * 2)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +122,17 @@ def answers(connection):
         ("raise", None, "RuntimeError: of some kind"),
         ("die", None, "exit status 3"),
         ("hang", 0.1, "no answer within 0 s"),
+        ("fail", None, "an answer"),
     ],
 )
 def test_a_worker_that_fails_costs_one_answer(message, seconds, reason):
     worker = Worker(answers)
     try:
         assert worker.ask(21) == 42
+        first = worker.process
         with pytest.raises(Failure, match=reason):
             worker.ask(message, seconds)
-        assert not worker.alive
+        assert worker.ask(21) == 42
+        assert (worker.process is first) == (message == "fail")  # which leaves the process as it was
     finally:
         worker.close()

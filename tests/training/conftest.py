@@ -1,7 +1,9 @@
 import multiprocessing
 
 import pytest
-from runs import write_shard
+from runs import SMALL_NANO, write_shard
+
+from acceleron.config import PRESETS
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,9 @@ def no_child_left():
     yield
     for process in multiprocessing.active_children():
         process.kill()
+
+
+@pytest.fixture
+def small_nano(monkeypatch):
+    """Steps of milliseconds, for tests that ask when, and not what, a model learns."""
+    monkeypatch.setitem(PRESETS, "nano", SMALL_NANO)

@@ -22,6 +22,9 @@ from acceleron.training.checkpoint import load_checkpoint
 # Children are forked from a process that has imported everything and done nothing: they start in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["acceleron.training", "torch.utils.tensorboard", "torch._dynamo"])
+SMALL_NANO = dataclasses.replace(
+    PRESETS["nano"], d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=32, d_ff_shared=32
+)
 # Of metrics.jsonl, what depends on the clock and the machine.
 MEASURED = {"tokens_per_second", "mfu", "memory_bytes", "data_wait", "save_wait"}
 
@@ -76,9 +79,8 @@ def assert_same_bits(found, expected, where: str = ""):
 
 
 def shrink_nano():
-    """Steps of milliseconds, for tests that ask when, and not what, a model learns."""
-    small = dict(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=32, d_ff_shared=32)
-    PRESETS["nano"] = dataclasses.replace(PRESETS["nano"], **small)
+    """In a child: steps of milliseconds, for tests that ask when, and not what, a model learns."""
+    PRESETS["nano"] = SMALL_NANO
 
 
 class HalfWritten:

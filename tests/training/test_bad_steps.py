@@ -25,6 +25,8 @@ from acceleron.training.guard import SPIKE_HORIZON, StepGuard
 from acceleron.training.run import Run
 from acceleron.training.stop import StopSignals
 
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 
 @pytest.fixture
 def poison(monkeypatch):

@@ -20,6 +20,8 @@ from acceleron.training import run as run_module
 from acceleron.training.checkpoint import load_checkpoint
 from acceleron.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 
 @pytest.fixture
 def data_dir(tmp_path):

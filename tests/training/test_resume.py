@@ -13,6 +13,8 @@ from acceleron.errors import InputError
 from acceleron.training import train
 from acceleron.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 
 def forget_after(save_dir, step: int):
     """As if the process had died before it saved again."""

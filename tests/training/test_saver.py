@@ -22,6 +22,8 @@ from acceleron.training.checkpoint import (
 from acceleron.training.metrics import Metrics
 from acceleron.training.saver import Saver
 
+pytestmark = pytest.mark.usefixtures("small_nano")
+
 
 class FullDisk:
     """Takes so many bytes, and then no more."""
@@ -47,7 +49,7 @@ def full_disk(monkeypatch):
         save, attempts = torch.save, iter(range(1, 1000))
 
         def save_to_disk(contents, file):
-            room = 3_000_000 if next(attempts) in failing else 1 << 40
+            room = 200_000 if next(attempts) in failing else 1 << 40
             save(contents, FullDisk(file, room))
 
         monkeypatch.setattr(torch, "save", save_to_disk)

@@ -46,10 +46,10 @@ def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path, monkeypatc
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_checkpoint_loads_with_weights_only_and_plain_names(data_dir, tmp_path):
+def test_checkpoint_loads_with_weights_only_and_plain_names(small_nano, data_dir, tmp_path):
     """Compiled training, where the compiler is there, keeps the uncompiled model's parameter names.
 
-    In the shapes of test_resume.py's compiled runs, whose compilation torch finds in its cache.
+    In the shapes of test_resume.py's compiled runs, so that torch finds the compiled code in its cache.
     """
     train(options(data_dir, tmp_path, batch_size=8, max_steps=1, no_compile=False, no_gradient_checkpointing=True))
     contents = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
