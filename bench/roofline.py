@@ -108,7 +108,8 @@ def totals(size: str, steps: list[Step]) -> pd.DataFrame:
         rows[f"{name}, the FLOP floor's share"] = shares + [share_target] * is_prediction
         rows[f"{name}, tokens/s MoE / dense"] = [seconds[1] / seconds[0], None] + [RATIO_TARGET] * is_prediction
     rows[f"peak memory, GiB of {USABLE_GIB}"] = [step.peak_bytes / 2**30 for step in steps]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["MoE", "dense baseline", "target"], dtype=float)
+    padded = {name: (values + [None, None])[:3] for name, values in rows.items()}
+    return pd.DataFrame.from_dict(padded, orient="index", columns=["MoE", "dense baseline", "target"], dtype=float)
 
 
 def main():
