@@ -231,6 +231,8 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
+    # torch.compile would otherwise move Triton's cache, and what the first parts compiled would be compiled again.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
     seconds = default if arguments.seconds is None else arguments.seconds
     if not 0 < seconds < 1e6:
