@@ -94,7 +94,7 @@ def offline(arch: str, run: Callable, device_name: str = "any", offset: int = 0)
         return offset + x.storage_offset() * x.element_size()
 
     driver = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda device: 0)
-    driver.get_current_target = lambda: TARGETS[arch].triton
+    driver.get_current_target = lambda: TARGETS[arch].triton  # all that Triton asks of a driver before it compiles
     triton.runtime.driver.set_active(driver)
     with (
         mock.patch.object(launch, "cpu_device", Device(device_name, arch, TARGETS[arch].processors)),
