@@ -18,8 +18,8 @@ class ModelOutput(NamedTuple):
     """`loss` is the objective: cross_entropy + z_loss_coef * z_loss + balance_loss_coef * balance_loss.
 
     With labels, `logits` is None: they are never built. Without, `loss` and `cross_entropy` are. The router losses
-    are unweighted sums over the layers (0 for the dense twin). `counts_LE` (layers, experts) are the assignments of
-    each expert, None for the dense twin.
+    are unweighted sums over the layers (0 for the dense baseline). `counts_LE` (layers, experts) are the assignments of
+    each expert, None for the dense baseline.
     """
 
     loss: Tensor | None

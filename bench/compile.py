@@ -19,6 +19,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pandas as pd
@@ -66,15 +67,6 @@ TARGETS = {
 }
 
 
-class _Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, arch: str):
-        self.get_current_target = lambda: TARGETS[arch].triton
-        self.get_current_device = lambda: arch
-        self.get_current_stream = lambda device: 0
-
-
 @contextmanager
 def compiling(
     arch: str, device_name: str = "any", offset: int = 0, wanted: Callable[[JITFunction], bool] = lambda function: True
@@ -89,7 +81,9 @@ def compiling(
         if wanted(function):
             compiled.append((function, run(function, *args, grid=grid, warmup=True, **kwargs), kwargs))
 
-    triton.runtime.driver.set_active(_Driver(arch))
+    # All that Triton asks of a driver before it compiles.
+    asked = {"target": lambda: TARGETS[arch].triton, "device": lambda: arch, "stream": lambda device: 0}
+    triton.runtime.driver.set_active(SimpleNamespace(**{f"get_current_{name}": get for name, get in asked.items()}))
     with offline(Device(device_name, arch, TARGETS[arch].processors), compile_only, offset), Launching():
         yield compiled
 

@@ -5,7 +5,7 @@ bench/gpu.sh --stage full --output DIR             within 330 s: throughput of a
 bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU, at small shapes, kernels interpreted
 
 Each part is a process group with a time limit. A part may use all the time that the parts after it do not need; parts
-for which no time is left are skipped. What one part's kernel check finds broken is avoided in the parts after it. DIR
+for which no time is left are skipped. What a kernel check finds broken is avoided in all later parts with this DIR. DIR
 receives results.jsonl as rows are measured, log.txt, summary.txt (what failed; last, the headline table), report.md
 with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part failed, 2 for bad input.
 
@@ -41,52 +41,75 @@ class Part(NamedTuple):
     environment: dict[str, str] | None = None
 
 
+# The arguments of the parts: on a GPU, and on a CPU, whose interpreter truncates to bf16 where a GPU rounds.
+GPU = {
+    "one": "--size tiny",
+    "two": "--size tiny small",
+    "all": "--size tiny small medium large",
+    "published": "sonicmoe-768",
+    "checks": "--tokens 65536 --limit 20",
+    "attention": "--tokens 16384 --rounds 5 --limit 40",
+    "ops": "--rounds 5 --limit 40",
+    "train": "--mode compiled --rounds 3 --seconds 1 --limit 60",
+    "tune": "--seconds 45",
+    "memory": "",
+    "deterministic": "tests/training/test_cuda_training.py",
+}
+SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
+    "published": "",
+    "checks": "--tokens 48 --dtype fp16 --limit 600",
+    "attention": "--tokens 48 --dtype fp32 --rounds 2",
+    "ops": "--tokens 48 --rounds 5 --limit 600",
+    "train": "--mode eager --rounds 1 --seconds 0.01 --batch_size 1 --seq_len 32 --dtype fp32",
+    "tune": "--seconds 1 --dry_run",
+    "memory": "--tokens 32 --dtype fp32",
+    "deterministic": "tests/training/test_resume.py",
+}
+# Without torch.compile, which takes seconds per op.
+PEERS = ("triton", "reference", "liger-kernel", "moe-ops", "cut-cross-entropy", "acceleron", "SDPA cuDNN")
+
+
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
+    arguments = SMOKE if smoke else GPU
 
-    def bench(command: str, *smoke_flags: str) -> list[str]:
-        words = ["-m", "bench", *command.split(), "--output", str(output)]
-        return [*words, *smoke_flags] if smoke else words
+    def bench(command: str, *flags: str) -> list[str]:
+        return ["-m", "bench", *command.format(**arguments).split(), *flags, "--output", str(output)]
 
-    interpreted = {"TRITON_INTERPRET": "1"} if smoke else {}
-    one, two, all_sizes = ("nano", "nano", "nano") if smoke else ("tiny", "tiny small", "tiny small medium large")
-    small = ("--batch_size", "1", "--seq_len", "32", "--dtype", "fp32", "--seconds", "0.01")
-    few = ("--tokens", "48", "--limit", "600", "--dtype", "fp16")  # the interpreter truncates to bf16, a GPU rounds
-    train = "throughput --mode compiled --rounds 3 --seconds 1 --limit 60"
-    if smoke:
-        train = "throughput --mode eager --kernels reference --rounds 1 --limit 600"
-    tuned = {"ACCELERON_TUNED": str(output / "tuned.jsonl")}
-    attention = "ops --op attention --tokens 16384 --rounds 5 --limit 40 --size"
-    if smoke:
-        attention = "ops --op attention --rounds 2 --size"
+    report = Part("report", 10, ["-m", "bench", "report", str(output)])
     if stage == "first":
         return [
-            # Two imports one after the other, 10 rounds of a 1.4 ms GEMM and a 0.7 ms copy.
+            # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
-            # Some 40 kernels per size, 2 to 4 s of one core each, 16 at a time.
-            Part("compile", 40, ["-m", "bench", "compile", "--arch", "sm_90", "--size", *two.split()]),
-            # 30 checks at 65,536 tokens: fp32 references of 50 to 500 ms each, and 10 s to start.
-            Part("kernels", 50, bench(f"ops --check_only --limit 20 --size {two}", *few), interpreted),
-            # 12 s to start, 10 to 20 s for two compilations, 3 rounds of 2 s, the profile 2 s.
-            Part("throughput and profile", 60, bench(f"{train} --profile --size {one}", *small)),
-            # 4 head_dims x 5 backends: 10 ms per call, some 100 calls each, and plain PyTorch's truth.
-            Part("attention", 35, bench(f"{attention} {all_sizes}", "--tokens", "48", "--dtype", "fp32")),
-            Part("report", 10, ["-m", "bench", "report", str(output)]),
+            # 7 s of two cores per size, 16 cores.
+            Part("compile", 25, ["-m", "bench", "compile", "--arch", "sm_90", *arguments["two"].split()]),
+            # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
+            Part(
+                "kernels",
+                60,
+                bench("ops --check_only --provider triton {two} {checks}"),
+                {"TRITON_INTERPRET": "01"[smoke]},
+            ),
+            # Two contenders: the check and a compilation of 10 to 15 s each, 3 rounds of 2 s, a profile of 2 s.
+            Part("throughput and profile", 70, bench("throughput {one} {train} --profile")),
+            # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
+            Part("attention", 35, bench("ops --op attention {all} {attention}")),
+            report,
         ]
-    deterministic = "tests/training/test_resume.py" if smoke else "tests/training/test_cuda_training.py"
     return [
-        # 15 s to start all processes at once, then 20 to 30 s per size as above.
-        Part("throughput", 125, bench(f"{train} --size {all_sizes}", *small)),
-        # Bounded by its own budget; candidates are compiled beside their timing.
-        Part("tune", 70, bench(f"tune --seconds {1 if smoke else 60} --size {all_sizes}", "--dry_run")),
-        Part("throughput, tuned", 45, bench(f"{train} --size {two}", *small), {} if smoke else tuned),
-        Part("predecessor's command", 25, bench(f"{train} --mode predecessor --rounds 2 --size {one}", *small)),
-        # As many as there is time for: rows are written one by one.
-        Part("ops", 30, bench(f"ops --rounds 5 --limit 30 --size {one} " + "sonicmoe-768" * (not smoke), *few)),
-        # Four short runs of nano and their comparison.
-        Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", deterministic]),
-        Part("memory", 10, bench(f"memory --size {one}", "--tokens", "32", "--dtype", "fp32")),
-        Part("report", 10, ["-m", "bench", "report", str(output)]),
+        # All processes start together; then 20 s for tiny to 50 s for large, whose weights are drawn on the CPU.
+        Part("throughput", 140, bench("throughput {all} {train}")),
+        # Bounded by its own budget, which leaves 15 s to start.
+        Part("tune", 60, bench("tune {all} {tune}")),
+        Part("throughput, tuned", 35, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
+        Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),
+        # 3 s per op and pass, the most expensive ops first; rows are written one by one.
+        Part("ops", 25, bench("ops {ops} {one} {published} --provider", *PEERS)),
+        # Runs of nano, eager and compiled.
+        Part("deterministic", 20, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
+        # transformers is imported too.
+        Part("memory", 20, bench("memory {one} {memory}")),
+        report,
     ]
 
 
@@ -138,6 +161,9 @@ def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str
         skipped = planned.pop(-2)  # the report, last, is always made
         failed.append(f"{skipped.name}: skipped, no time is left")
     for number, part in enumerate(planned):
+        for row in rows_of(output):
+            if row["benchmark"] == "fallbacks":
+                os.environ.update(row["details"])
         limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :])
         log.write(f"== {part.name}: python {' '.join(part.command)} (at most {limit:.0f} s)")
         began = time.monotonic()
@@ -151,9 +177,6 @@ def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str
             file.write(json.dumps(row) + "\n")
         if reason:
             failed.append(f"{part.name}: {reason}")
-        for row in rows_of(output):
-            if row["benchmark"] == "fallbacks":
-                os.environ.update(row["details"])
     return failed
 
 
@@ -208,6 +231,8 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
+    # torch.compile would otherwise move Triton's cache, and what the first parts compiled would be compiled again.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
     seconds = default if arguments.seconds is None else arguments.seconds
     if not 0 < seconds < 1e6:
@@ -215,6 +240,7 @@ def main():
     output = arguments.output.resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / "tuned.jsonl").touch()  # an empty table, should nothing be tuned
         log = Log(output / "log.txt")
     except OSError as error:
         parser.error(f"--output {output}: cannot be written ({error.strerror})")

@@ -64,7 +64,10 @@ class Case:
 
 
 def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Case]:
-    """All ops at the shape of a model, for `tokens` tokens in sequences of at most its max_seq_len."""
+    """All ops at the shape of a model, for `tokens` tokens in sequences of at most its max_seq_len.
+
+    Those that take most of a step come first, in case the time of a run is short.
+    """
     T, D, E, F, V = tokens, config.d_model, config.num_experts, config.d_ff, config.vocab_size
     W, H, G, C, fp32 = config.d_ff_shared, config.num_heads, config.num_kv_heads, config.head_dim, torch.float32
     S = min(T, config.max_seq_len)
@@ -86,6 +89,25 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         return draw(T, D), draw.weight(E, D, dtype=fp32), *experts(draw, fp32), *shared, draw(T, D)
 
     return [
+        Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 12 * T * D * F),
+        Case(
+            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
+            ("y", "z_loss", "balance_loss", "counts"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
+        ),
+        Case(
+            "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
+            lambda draw: (draw(T, D), draw.weight(V, D, dtype=fp32), draw.labels(T, V)), 2 * T * D * V,
+        ),
+        Case(
+            "attention", shape, dtype, ("q", "k", "v"), ("y",),
+            lambda draw: (draw(B, S, H, C), draw(B, S, G, C), draw(B, S, G, C)),
+            2 * B * H * S * S * C,  # half of two GEMMs, as no query sees what comes after it
+        ),
+        Case(
+            "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
+            lambda draw: (draw(2 * T, D), experts(draw)[0], reference.dispatch_plan(draw.routing(T, E).experts_TK, E)),
+            8 * T * D * F,
+        ),
         Case(
             "router_logits", shape, fp32, ("x", "weight"), ("logits",),
             lambda draw: (draw(T, D), draw.weight(E, D, dtype=fp32)), 2 * T * D * E,
@@ -99,16 +121,6 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("order", "inverse", "offsets"),
             lambda draw: (draw.routing(T, E).experts_TK, E),
         ),
-        Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 12 * T * D * F),
-        Case(
-            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
-            ("y", "z_loss", "balance_loss", "counts"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
-        ),
-        Case(
-            "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
-            lambda draw: (draw(2 * T, D), experts(draw)[0], reference.dispatch_plan(draw.routing(T, E).experts_TK, E)),
-            8 * T * D * F,
-        ),
         Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda draw: (draw(T, 2 * W),)),
         Case(
             "rope", shape, dtype, ("q", "k", "cos", "sin"), ("q", "k"),
@@ -121,15 +133,6 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case(
             "rms_norm", shape, dtype, ("x", "weight", "residual"), ("norm", "sum"),
             lambda draw: (draw(T, D), draw(D, dtype=fp32), draw(T, D)),
-        ),
-        Case(
-            "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
-            lambda draw: (draw(T, D), draw.weight(V, D, dtype=fp32), draw.labels(T, V)), 2 * T * D * V,
-        ),
-        Case(
-            "attention", shape, dtype, ("q", "k", "v"), ("y",),
-            lambda draw: (draw(B, S, H, C), draw(B, S, G, C), draw(B, S, G, C)),
-            2 * B * H * S * S * C,  # half of two GEMMs, as no query sees what comes after it
         ),
     ]  # fmt: skip
 

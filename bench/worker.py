@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from .rows import describe
 
 CONTEXT = get_context("spawn")
+START_SECONDS = 300  # most that importing may take
 
 
 class Failure(Exception):
@@ -32,18 +33,20 @@ class Worker:
         self.process = CONTEXT.Process(target=_run, args=(self.serve, theirs, self.args))
         self.process.start()
         theirs.close()
+        self.started = False
 
     def ask(self, message, seconds: float | None = None):
-        """The answer. Raises Failure if the process sends one, ends, or exceeds the limit."""
+        """The answer. Raises Failure if the process sends one, ends, or exceeds the limit, which starts once it has
+        imported what it needs."""
         if self.process is None:
             self.start()
         try:
             with suppress(OSError):  # a dead process may have sent its reason before it ended
                 self.connection.send(message)
-            if not self.connection.poll(seconds):
-                self.close(patience=0)
-                raise Failure(f"no answer within {seconds:.0f} s")
-            answer = self.connection.recv()
+            if not self.started:
+                self._receive(START_SECONDS)
+                self.started = True
+            answer = self._receive(seconds)
         except (EOFError, ConnectionError):
             self.process.join()
             status = self.process.exitcode
@@ -55,6 +58,12 @@ class Worker:
                 self.close()
             raise answer
         return answer
+
+    def _receive(self, seconds: float | None):
+        if not self.connection.poll(seconds):
+            self.close(patience=0)
+            raise Failure(f"no answer within {seconds:.0f} s")
+        return self.connection.recv()
 
     def close(self, patience: float = 10.0):
         """End the process, by force after so many seconds."""
@@ -68,8 +77,9 @@ class Worker:
 
 def _run(serve: Callable, connection, args: tuple):
     try:
+        connection.send("started")
         serve(connection, *args)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return
     except Exception as error:
         traceback.print_exc()

@@ -345,7 +345,7 @@ class Trainer:
         options, config, device, model = self.options, self.config, self.device, self.run.model
         chunks = self.run.loader.chunks
         total, active = model.num_parameters()
-        kind = "dense twin" if config.dense else f"MoE of {config.num_experts} experts, top-2, and a shared one"
+        kind = "dense baseline" if config.dense else f"MoE of {config.num_experts} experts, top-2, and a shared one"
         say(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
         say(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {provider}")
         say(f"attention: {attention_name(device, dtype, config.head_dim)}")

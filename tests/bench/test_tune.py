@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from acceleron import kernels
+from acceleron import ModelConfig, kernels
 from acceleron.kernels import configs, launch
 from acceleron.kernels.configs import Config
 from bench import tune
@@ -21,6 +21,9 @@ from bench.worker import Failure
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {op: tune.Gemm("nano", op, "fp16", 40) for op in tune.GEMMS}
 UP = CASES["up"]
+SMALL = ModelConfig(
+    d_model=64, num_layers=1, num_heads=4, num_kv_heads=4, num_experts=4, d_ff=96, d_ff_shared=32, vocab_size=128
+)
 FAST, SLOW, BROKEN = Config(64, 64, 32, 4, 1), Config(32, 64, 32, 4, 1), Config(16, 32, 32, 4, 1)
 SECONDS = {None: [2.0] * 10, FAST: [1.0] * 10, SLOW: [3.0, 1.0] * 5}
 
@@ -40,6 +43,7 @@ def results(tmp_path, monkeypatch):
         for cached in (configs.table, configs.find_config, tune.prepare):
             cached.cache_clear()
 
+    monkeypatch.setattr(tune.ModelConfig, "preset", lambda size: SMALL)
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "Pool", lambda processes: nullcontext(SimpleNamespace(submit=submit)))
     monkeypatch.setattr(tune, "TARGETS", {})  # the interpreter compiles nothing
@@ -83,7 +87,7 @@ def test_every_gemm_has_a_turn_before_any_has_two(results):
     turns = tune.in_turns({UP: [FAST, SLOW, BROKEN], CASES["rows-dx"]: [FAST]}, 2)
     assert turns == [(UP, [FAST, SLOW]), (CASES["rows-dx"], [FAST]), (UP, [BROKEN])]
     tune.tune(turns, DEVICE, results, 0)
-    assert read(results.directory) == []
+    assert results.path.read_text() == ""
 
 
 def test_a_process_that_ends_costs_its_result_alone():
