@@ -61,7 +61,7 @@ SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
     "attention": "--tokens 48 --dtype fp32 --rounds 2",
     "ops": "--tokens 48 --rounds 5 --limit 600",
     "train": "--mode eager --rounds 1 --seconds 0.01 --batch_size 1 --seq_len 32 --dtype fp32",
-    "tune": "--seconds 1 --dry_run",
+    "tune": "--tokens 48 --dtype fp16 --seconds 600 --limit 600",
     "memory": "--tokens 32 --dtype fp32",
     "deterministic": "tests/training/test_resume.py",
 }
@@ -71,7 +71,7 @@ PEERS = ("triton", "reference", "liger-kernel", "moe-ops", "cut-cross-entropy", 
 
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
-    arguments = SMOKE if smoke else GPU
+    arguments, interpreted = SMOKE if smoke else GPU, {"TRITON_INTERPRET": "01"[smoke]}
 
     def bench(command: str, *flags: str) -> list[str]:
         return ["-m", "bench", *command.format(**arguments).split(), *flags, "--output", str(output)]
@@ -84,12 +84,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             # 7 s of two cores per size, 16 cores.
             Part("compile", 25, ["-m", "bench", "compile", "--arch", "sm_90", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
-            Part(
-                "kernels",
-                60,
-                bench("ops --check_only --provider triton {two} {checks}"),
-                {"TRITON_INTERPRET": "01"[smoke]},
-            ),
+            Part("kernels", 60, bench("ops --check_only --provider triton {two} {checks}"), interpreted),
             # Two contenders: the check and a compilation of 10 to 15 s each, 3 rounds of 2 s, a profile of 2 s.
             Part("throughput and profile", 70, bench("throughput {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
@@ -100,7 +95,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
         # All processes start together; then 20 s for tiny to 50 s for large, whose weights are drawn on the CPU.
         Part("throughput", 140, bench("throughput {all} {train}")),
         # Bounded by its own budget, which leaves 15 s to start.
-        Part("tune", 60, bench("tune {all} {tune}")),
+        Part("tune", 60, bench("tune {all} {tune}"), interpreted),
         Part("throughput, tuned", 35, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
         Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),
         # 3 s per op and pass, the most expensive ops first; rows are written one by one.
