@@ -1,31 +1,26 @@
 """The cost of a checkpoint: wall clock of some steps with one written in the background, over the same without.
 
-The steps with a checkpoint begin with saving it, and end when it is on the disk and was read back, as in a run that
-saves at every interval. The disk is that of the temporary directory, which TMPDIR names. Details are medians of
-interval_seconds (without a checkpoint), blocked_seconds (until training went on) and write_seconds, and a checkpoint's
-bytes. Checked is each checkpoint: the error is the number of its tensors that differ in a bit from those to be saved.
-The exit status is 1 if there are any.
+The steps with a checkpoint begin with saving it, as train.py does, and end when it is on the disk of the temporary
+directory (TMPDIR) and was read back. Details are medians of interval_seconds (without a checkpoint), blocked_seconds
+(until training went on) and write_seconds, and a checkpoint's bytes. The error is the number of checkpoints that differ
+in a bit from the state to be saved. The exit status is 1 if there are any.
 """
 
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import tree_map_only
 
-from acceleron import ModelConfig, kernels
-from acceleron.data import Shards
-from acceleron.device import dtype_name, missing_compiler, resolve_dtype, synchronize
-from acceleron.errors import InputError
-from acceleron.training.checkpoint import FORMAT, load_checkpoint
+from acceleron.device import dtype_name, synchronize
+from acceleron.errors import RunFailed
+from acceleron.training.checkpoint import load_checkpoint
+from acceleron.training.loop import Trainer
 from acceleron.training.options import TrainOptions
-from acceleron.training.run import Run
-from acceleron.training.saver import Saver
+from acceleron.training.stop import StopSignals
 
 from .command import compete, parse
 from .corpus import write_corpus
@@ -36,23 +31,14 @@ CORPUS_CHARACTERS = 4_000_000
 LEARNING_RATE = 3e-4
 
 
-def tensors_of(state: dict) -> dict[str, tuple]:
-    """Dtype, shape and bytes of all tensors of a nested state, by the path of their keys."""
-    leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, Tensor)]
-    return {name: (leaf.dtype, leaf.shape, leaf.detach().cpu().numpy().tobytes()) for name, leaf in leaves}
+def frozen(state: dict) -> dict:
+    """The nested state with dtype, shape and bytes of each tensor in its place."""
+    return tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.detach().cpu().numpy().tobytes()), state)
 
 
-def wrong_tensors(path: Path, saved: dict[str, tuple]) -> int:
-    """The number of tensors that differ from those saved, are missing or too many; all if it cannot be loaded."""
-    try:
-        found = tensors_of(load_checkpoint(path))
-    except InputError:
-        return len(saved)
-    return sum(saved.get(name) != found.get(name) for name in saved | found)
-
-
-def entry(run: Run, interval: int, directory: Path, row: Row) -> Iterator:
-    saver, outcomes, alone, blocked, wrong = Saver(directory, keep_last=1, device=run.device), [], [], [], []
+def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
+    """For `compete`."""
+    run, saver, alone, blocked, writing, wrong = trainer.run, trainer.saver, [], [], [], 0
     yield row
 
     def steps() -> float:
@@ -63,42 +49,48 @@ def entry(run: Run, interval: int, directory: Path, row: Row) -> Iterator:
         return time.perf_counter() - start
 
     def ratio() -> float:
+        nonlocal wrong
         alone.append(steps())
-        saved, start = tensors_of(run.state_dict()), time.perf_counter()
-        run.judgements()
-        about = {"format": FORMAT, "config": run.model.config.to_dict(), "options": asdict(run.options)}
-        saver.save(about | run.state_dict() | {"environment": {}}, run.steps)
+        saved, start = frozen(run.state_dict()), time.perf_counter()
+        trainer._save()
         blocked.append(time.perf_counter() - start)
         steps()
         saver.wait()
-        seconds = time.perf_counter() - start
-        outcomes.append(saver.outcome())
-        if outcomes[-1].error:
-            raise InputError(f"{directory}: no checkpoint could be written ({outcomes[-1].error}): see TMPDIR")
-        wrong.append(wrong_tensors(outcomes[-1].path, saved))
+        seconds, outcome = time.perf_counter() - start, saver.outcome()
+        if outcome.error:
+            raise RunFailed(f"no checkpoint could be written to TMPDIR ({outcome.error})")
+        writing.append(outcome.seconds)
+        found = frozen(load_checkpoint(outcome.path))
+        wrong += any(found[name] != value for name, value in saved.items())
+        row.details["bytes"] = outcome.bytes
         return seconds / alone[-1]
 
     yield ratio
-    row.details = {"interval_seconds": median(alone), "blocked_seconds": median(blocked)}
-    row.details |= {"write_seconds": median(o.seconds for o in outcomes), "bytes": outcomes[-1].bytes}
-    row.check, row.error, row.allowed = "tensors that differ from the saved in a bit", sum(wrong), 0
+    row.details |= {"interval_seconds": median(alone), "blocked_seconds": median(blocked)}
+    row.details |= {"write_seconds": median(writing)}
+    row.check, row.error, row.allowed = "checkpoints that differ in a bit from the state to be saved", wrong, 0
 
 
 def main():
     arguments = parse(__doc__, size="nano", interval=100, rounds=5)
-    size, device, interval = arguments.size, arguments.device, arguments.interval
-    results, dtype = Results(arguments.output, device), resolve_dtype("auto", device)
-    compiled = missing_compiler(device) is None
+    size, device = arguments.size, arguments.device
+    results = Results(arguments.output, device)
     batch_size, seq_len = (MICRO_BATCH[size], SEQ_LEN) if device.type == "cuda" else (CPU_BATCH[size], CPU_SEQ_LEN)
     shape = dict(batch_size=batch_size, seq_len=seq_len)
-    case = dict(size=size, dtype=dtype_name(dtype), compiled=compiled, **shape, interval=interval)
-    row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
     with tempfile.TemporaryDirectory() as name:
         print(write_corpus(f"{name}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
-        options = TrainOptions(f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, **shape)
-        kernels.select("auto", device)
-        run = Run(options, ModelConfig.preset(size), Shards(options.data_dir), device, dtype)
-        if compiled:
-            run.model.compile_blocks()
-        with closing(run.loader), run.context():
-            compete([entry(run, interval, Path(name), row)], arguments.rounds, results, ours=1)
+        options = TrainOptions(
+            f"{name}/data",
+            size,
+            device=str(device),
+            no_gradient_checkpointing=True,
+            save_dir=name,
+            keep_last=1,
+            **shape,
+        )
+        trainer = Trainer(options, None, StopSignals())
+        trainer.begin()
+        case = dict(size=size, dtype=dtype_name(trainer.run.model.compute_dtype), **shape, interval=arguments.interval)
+        row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
+        with closing(trainer.run.loader), closing(trainer.metrics), trainer.run.context():
+            compete([entry(trainer, arguments.interval, row)], arguments.rounds, results, ours=1)

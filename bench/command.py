@@ -22,21 +22,19 @@ CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
     """Flags with these defaults, --device and --output; `dtype` becomes torch's.
 
-    A default that is a type makes a flag of that type, None if it is not given; a list, one that takes several values.
+    A default that is a type makes a flag of that type, None if it is not given; [], one that takes several values.
     choices: beside CHOICES. Raises InputError for a bad value.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = CHOICES | (choices or {})
     for name, default in ({"device": "auto"} | defaults).items():
-        kind, shown = {"type": default if isinstance(default, type) else type(default)}, "default: %(default)s"
-        if isinstance(default, list):
-            kind = {"type": str, "nargs": "+"}
+        given = dict(choices=choices.get(name), default=default, type=type(default), help="default: %(default)s")
         if default is False:
-            parser.add_argument(f"--{name}", action="store_true")
-            continue
-        if not default or isinstance(default, type):
-            default, shown = None, "default: by the device"
-        parser.add_argument(f"--{name}", default=default, help=shown, choices=choices.get(name), **kind)
+            given = dict(action="store_true")
+        elif default == [] or isinstance(default, type):
+            kind = dict(nargs="+") if default == [] else dict(type=default)
+            given |= dict(default=None, help="default: by the device", type=str) | kind
+        parser.add_argument(f"--{name}", **given)
     parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
@@ -64,7 +62,7 @@ def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
     An entry is a generator. It yields its row, then a function that returns one value in the row's unit, and before it
     ends it sets the row's check. Exits with status 1 if one of the first `ours` failed.
     """
-    rows, samples = [next(entry) for entry in entries], {}
+    rows, samples, passed = [next(entry) for entry in entries], {}, []
     print(f"{rows[0].benchmark}: {rows[0].case}", flush=True)
 
     def guarded(row: Row, sample: Callable[[], float]) -> float:
@@ -78,9 +76,11 @@ def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
             samples[index] = partial(guarded, row, next(entries[index]))
     for index, values in interleave(samples, rounds).items():
         rows[index].values = values
-        with failures_in(rows[index]):
-            next(entries[index], None)
-    passed = [results.write(row) for row in rows]
+    for row, entry in zip(rows, progress(entries, "checking"), strict=True):
+        with failures_in(row):
+            if not row.failed:
+                next(entry, None)  # which has ended if it is absent
+        passed.append(results.write(row))
     print_rows(rows, baseline=rows[0].provider)
     print(f"wrote {results.path}")
     if not all(passed[:ours]):

@@ -6,7 +6,7 @@ The exit status is 1 if ours failed.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,26 +14,25 @@ from torch import Tensor
 from acceleron import Acceleron, ModelConfig, kernels
 from acceleron.config import PRESETS
 from acceleron.device import dtype_name
-from acceleron.errors import InputError
 from acceleron.generation import Sampling, generate, prepare_for_inference
 
 from .command import compete, parse
-from .peers import GRANITE, load_weights, transformers_model
+from .peers import PEERS, load_weights, transformers_model
 from .rows import Results, Row
 
-PROMPT_TOKENS = 16
-# For rounding of logits. In bf16 a token near a tie of its router's logits may also choose another expert, which has
-# moved one of transformers' 60 tokens by 3.
+PROMPT_TOKENS, TOKENS = 16, 60
+# In bf16 a token near a tie of its router's logits may have another expert, which has moved one of 60 tokens by 3.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
+@torch.no_grad()
 def deciding_model(size: str) -> Acceleron:
     """A model whose blocks decide; at its initialization the embedding does, and the last token is repeated."""
     torch.manual_seed(0)
     model = Acceleron(ModelConfig.preset(size))
     for name, weight in model.named_parameters():
         scale = 5 if name.startswith("blocks.") and weight.dim() > 1 else 1
-        weight.data = (scale * weight.data).bfloat16().float()  # so that bf16 rounds no weight
+        weight.copy_((scale * weight).bfloat16())  # so that bf16 rounds no weight
     return model
 
 
@@ -46,44 +45,41 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
     return ((logits.amax(dim=1) - chosen) / logits.std(dim=1)).mean().item()
 
 
-def entry(experts: str, size: str, dtype: torch.dtype, prompt: Tensor, num_tokens: int) -> Iterator:
-    """For `compete`: ours if `experts` is empty, else GraniteMoeShared with these experts."""
-    provider = f"transformers GraniteMoeShared, {experts} experts" if experts else "Acceleron"
-    case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": num_tokens}
-    row, tokens = Row("decoding", provider, case, "tokens/s", group="decoding"), []
-    yield row
+def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Callable[[], list[int]]:
+    """A function that returns TOKENS that follow the prompt. source: "Acceleron", or anything for transformers."""
     model = deciding_model(size)
-    if experts:
-        peer = transformers_model(model.config, experts, dtype)
-        load_weights(peer, model)
-        peer.to(prompt.device).eval()
-        settings = dict(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True)
-        settings |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
-    else:
+    if source == "Acceleron":
         model = prepare_for_inference(model, dtype).to(prompt.device)
+        return lambda: list(generate(model, prompt[0].tolist(), TOKENS, Sampling(temperature=0)))
+    peer = transformers_model(model.config, dtype).eval()
+    load_weights(peer, model)
+    peer.to(prompt.device)
+    settings = dict(max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, use_cache=True, pad_token_id=0)
+    mask = torch.ones_like(prompt)
+    return lambda: peer.generate(prompt, attention_mask=mask, **settings)[0, prompt.shape[1] :].tolist()
+
+
+def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterator:
+    """For `compete`."""
+    case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": TOKENS}
+    row, tokens = Row("decoding", source, case, "tokens/s", group="decoding"), []
+    yield row
+    decode = decoder(source, size, dtype, prompt)
 
     def rate() -> float:
         start = time.perf_counter()
-        if experts:
-            tokens[:] = peer.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
-        else:
-            tokens[:] = generate(model, prompt[0].tolist(), num_tokens, Sampling(temperature=0))
-        return num_tokens / (time.perf_counter() - start)
+        tokens[:] = decode()
+        return TOKENS / (time.perf_counter() - start)
 
     yield rate
-    kernels.select("reference", prompt.device)
+    with kernels.selected("reference", prompt.device):
+        row.error = distance(deciding_model(size).to(prompt.device), prompt, tokens)
     row.check = "mean distance from the fp32 reference's choices, in standard deviations of the logits"
-    row.error, row.allowed = distance(deciding_model(size).to(prompt.device), prompt, tokens), ALLOWED[dtype]
+    row.allowed = ALLOWED[dtype]
 
 
 def main():
-    arguments = parse(__doc__, device="cpu", size="tiny", dtype="bf16", tokens=100, rounds=5)
-    most = PRESETS[arguments.size].max_seq_len - PROMPT_TOKENS
-    if arguments.tokens > most:
-        raise InputError(f"--tokens {arguments.tokens}: expected at most {most}")
-    results = Results(arguments.output, arguments.device)
-    kernels.select("auto", arguments.device)
+    arguments = parse(__doc__, device="cpu", size="tiny", dtype="bf16", rounds=5)
     prompt = torch.randint(PRESETS[arguments.size].vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
-    common = (arguments.size, arguments.dtype, prompt, arguments.tokens)
-    entries = [entry(experts, *common) for experts in ("", *GRANITE, "batched_mm")]
-    compete(entries, arguments.rounds, results, ours=1)
+    entries = [entry(source, arguments.size, arguments.dtype, prompt) for source in ("Acceleron", PEERS[False])]
+    compete(entries, arguments.rounds, Results(arguments.output, arguments.device), ours=1)

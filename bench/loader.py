@@ -9,58 +9,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.benchmark import Timer
 
 from acceleron.data import Loader, Shards
-from acceleron.errors import InputError
 
 from .command import compete, parse
 from .rows import Results, Row, progress
 
 VOCAB_SIZE = 50304
 SHARDS, ROWS, ROW_LENGTH = 4, 1000, 2048
-TRAINING_ROWS = 990  # of a shard; a hundredth is held out
-SEQ_LENS = (2048, 1024, 256)
+BATCH_SIZE, SEQ_LENS = 32, (2048, 256)
 
 
-def make_loader(directory: Path, seq_len: int, batch_size: int) -> Loader:
-    return Loader(Shards(directory), seq_len=seq_len, batch_size=batch_size, vocab_size=VOCAB_SIZE, seed=0)
-
-
-def wrong_sequences(directory: Path, seq_len: int, batch_size: int) -> int:
+def wrong_sequences(loader: Loader, directory: Path, seq_len: int) -> int:
     """The check's error."""
-    chunks = set()
-    for path in directory.glob("*.npy"):
-        rows = np.load(path)[:TRAINING_ROWS].astype(np.int64)
-        chunks |= {chunk.tobytes() for chunk in rows.reshape(-1, seq_len)}
-    loader, wrong = make_loader(directory, seq_len, batch_size), 0
-    for _ in range(max(1, len(chunks) // batch_size)):
-        for sequence in next(loader).numpy():
-            wrong += sequence.tobytes() not in chunks
-            chunks.discard(sequence.tobytes())
-    return wrong
+    rows = np.concatenate(
+        [np.load(path)[: ROWS * 99 // 100] for path in directory.glob("*.npy")]
+    )  # the rest is held out
+    chunks = {chunk.tobytes() for chunk in rows.astype(np.int64).reshape(-1, seq_len)}
+    found = [row.tobytes() for _ in range(len(chunks) // BATCH_SIZE) for row in next(loader).numpy()]
+    return len(found) - len(chunks.intersection(found))
 
 
-def entry(directory: Path, seq_len: int, batch_size: int, seconds: float) -> Iterator:
-    case = {"seq_len": seq_len, "batch_size": batch_size}
+def entry(directory: Path, seq_len: int) -> Iterator:
+    """For `compete`."""
+    case = {"seq_len": seq_len, "batch_size": BATCH_SIZE}
     row = Row("loader", f"Loader, seq_len {seq_len}", case, "tokens/s", group=f"loader, {seq_len}")
-
     yield row
-    timer = Timer("next(loader)", globals={"loader": make_loader(directory, seq_len, batch_size)})
-    yield lambda: batch_size * seq_len / timer.blocked_autorange(min_run_time=seconds).mean
+    timed, checked = (Loader(Shards(directory), **case, vocab_size=VOCAB_SIZE, seed=0) for _ in range(2))
+    timer = Timer("next(loader)", globals={"loader": timed})
+    yield lambda: BATCH_SIZE * seq_len / timer.blocked_autorange(min_run_time=0.5).mean
     row.check, row.allowed = "sequences that are no chunk of the shards, or came before", 0
-    row.error = wrong_sequences(directory, seq_len, batch_size)
+    row.error = wrong_sequences(checked, directory, seq_len)
 
 
 def main():
-    arguments = parse(__doc__, batch_size=32, rounds=5, seconds=0.5)
-    results, most = Results(arguments.output, torch.device("cpu")), SHARDS * TRAINING_ROWS
-    if arguments.batch_size > most:
-        raise InputError(f"--batch_size {arguments.batch_size}: expected at most {most}, the rows of an epoch")
+    arguments = parse(__doc__, {"device": ("cpu",)}, device="cpu", rounds=5)
+    results = Results(arguments.output, arguments.device)
     with tempfile.TemporaryDirectory() as name:
         for shard in progress(range(SHARDS), "shards"):
             ids = np.random.default_rng(shard).integers(VOCAB_SIZE, size=(ROWS, ROW_LENGTH), dtype=np.int32)
             np.save(f"{name}/shard_{shard:05d}.npy", ids)
-        entries = [entry(Path(name), seq_len, arguments.batch_size, arguments.seconds) for seq_len in SEQ_LENS]
+        entries = [entry(Path(name), seq_len) for seq_len in SEQ_LENS]
         compete(entries, arguments.rounds, results, ours=len(entries))

@@ -4,77 +4,75 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from acceleron import ModelConfig, kernels
-from bench import memory, rows
-from bench.peers import Contender
+from acceleron import ModelConfig
+from bench import memory, peers, rows
 
 CPU = torch.device("cpu")
-BLOCK = Contender("reference", "block", "nano", torch.float32, 1, 32)
+BLOCK = peers.Contender("reference", "nano", torch.float32, 1, 32, block=True)
 
 
-@pytest.fixture(autouse=True)
-def selection_restored(monkeypatch):
-    monkeypatch.setattr(kernels, "_choice", kernels._choice)
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x, table):
+        return nn.functional.linear(x, self.weight.half()).square() * table
 
 
 def test_saved_bytes_are_counted_once_without_parameters_and_tables_and_apart_from_copies():
-    x, table = torch.randn(6, 4).half().requires_grad_(), torch.randn(3, 8).half()
-    weight, found = torch.randn(8, 4, requires_grad=True), {}
-    with memory.saved_bytes(found, [weight], (table,)):
-        y = F.linear(x, weight.half()).square()
-        (y[:3] * table).sum()
-    # x, and the square's input. The product saves only the table, as that has no gradient.
+    x, table, block = torch.randn(6, 4).half().requires_grad_(), torch.randn(6, 8).half(), Block()
+    found = memory.saved_bytes(block, lambda: block(x, table).sum().square())
+    # x, and the square's input.
     assert found == {"bytes": 2 * (6 * 4 + 6 * 8), "weight_copies": 2 * 8 * 4}
 
 
 def test_the_peak_of_known_allocations():
-    found = {}
-    with memory.peak_bytes(found, CPU):
+    def allocate():
         a, b = torch.ones(1000, 1000), torch.ones(1000, 1000)
-        c = a + b
+        a + b
         del a, b
         torch.ones(500, 1000)
-    assert found == {"bytes": 3 * c.nbytes}
+
+    assert memory.peak_bytes(allocate, CPU) == 3 * 4 * 1000 * 1000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU, the kernels are interpreted")
-@pytest.mark.parametrize("case", [{"part": "moe layer"}, {}, {"checkpointing": True}, {"dense": True}])
-def test_the_kernels_save_what_the_formula_says(case):
-    contender = replace(BLOCK, source="triton", **case)
-    config = ModelConfig.preset("nano", contender.dense)
-    formula = 32 * memory.saved_per_token(config, contender.part, 4, contender.checkpointing)
-    found, _ = memory.measure(contender, CPU)
-    assert found["bytes"] == pytest.approx(formula, rel=0.02)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kernels_save_what_the_formula_says(checkpointing):
+    row = memory.row_of(replace(BLOCK, source="triton", checkpointing=checkpointing), CPU)
+    assert not row.complaint()
+    assert row.median == pytest.approx(row.details["formula_bytes"], rel=0.02)
 
 
 def test_the_formula_by_hand():
-    """Tiny's routed experts keep 2 D + 8 F bytes per token in bf16."""
-    routed, shared, routing = 2 * 512 + 8 * 1408, 2 * 3 * 704, 4 * 4 + 32
-    assert memory.saved_per_token(ModelConfig.preset("tiny"), "moe layer", 2) == routed + shared + routing
+    """An MoE layer of tiny keeps x, 8 F of each routed experts and 6 F of the shared one; attention 6 D and 3 kv."""
+    moe, routing = 2 * 512 + 8 * 1408 + 6 * 704, 4 * 4 + 32
+    attention = 2 * (6 * 512 + 3 * 128) + 8 + 4 * 16
+    assert memory.saved_per_token(ModelConfig.preset("tiny"), 2, False) == moe + routing + attention
 
 
 def test_a_wrong_gradient_fails_the_check():
-    contender = replace(BLOCK, checkpointing=True)
-    _, grads = memory.measure(contender, CPU)
+    _, gradients = memory.measure(replace(BLOCK, checkpointing=True), CPU)
     row = rows.Row("memory", "ours", {})
-    contender.check(row, grads, CPU)
+    BLOCK.check(row, gradients, CPU)
     assert not row.complaint()
-    for name in grads:
-        for wrong in (0 * grads[name], 1.001 * grads[name], grads[name] + float("nan")):
-            contender.check(row, grads | {name: wrong}, CPU)
+    for name in gradients:
+        for wrong in (0 * gradients[name], 1.001 * gradients[name], gradients[name] + float("nan")):
+            BLOCK.check(row, gradients | {name: wrong}, CPU)
             assert name in row.complaint()
 
 
 def test_the_command_goes_on_after_a_failure_and_exits_with_1(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "planned", lambda *_: [replace(BLOCK, part="model step"), BLOCK])
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(memory, "VARIANTS", ({},))
     monkeypatch.setattr(memory, "build_optimizer", lambda *_: torch.empty(1 << 60))  # out of memory
-    flags = ["--size", "nano", "--device", "cpu", "--output", str(tmp_path)]
+    flags = ["--size", "nano", "--tokens", "32", "--dtype", "fp32", "--device", "cpu", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench memory", *flags])
     with pytest.raises(SystemExit, match="1"):
         memory.main()
-    failed, block = rows.read(tmp_path)
-    assert "memory" in failed.failed
-    assert not block.complaint()
-    assert block.details["bytes_per_token_per_layer"] == block.median / 32 > 0
+    *saved, ours, granite, llama = rows.read(tmp_path)
+    assert all("memory" in row.failed for row in (ours, granite, llama))
+    assert [row.details["bytes_per_token"] == row.median / 32 > 0 for row in saved] == [True] * 3

@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from acceleron import kernels
-from bench import decoding, loader, peers, rows
+from acceleron.training.saver import Saver
+from bench import checkpoints, decoding, loader, peers, rows
 
 CPU = torch.device("cpu")
-NANO = ["--size", "nano", "--dtype", "fp32", "--device", "cpu"]
+NANO = ["--size", "nano", "--device", "cpu"]
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_choice", kernels._choice)  # restored at the end
-
     def run_command(module, *flags, status=None):
         monkeypatch.setattr("sys.argv", ["bench", *flags, "--rounds", "2", "--output", str(tmp_path)])
         if status:
@@ -26,24 +24,23 @@ def run(monkeypatch, tmp_path):
     return run_command
 
 
-@pytest.mark.parametrize("source", ["eager", "grouped_mm", "llama"])
-def test_with_our_weights_transformers_gives_our_logits_and_gradients(source):
+@pytest.mark.parametrize("dense", [False, True])
+def test_with_our_weights_transformers_gives_our_logits_and_gradients(dense):
     pytest.importorskip("transformers")
-    shape = ("model step", "nano", torch.float32, 2, 24, source == "llama")
-    ours, theirs = (peers.Contender(name, *shape).build(CPU) for name in ("reference", source))
+    contenders = [peers.Contender(name, "nano", torch.float32, 2, 24, dense) for name in ("reference", "transformers")]
+    (ours, *mine), (theirs, *their) = (contender.build(CPU) for contender in contenders)
     ids = torch.randint(2048, (2, 24))
-    expected, found = (each.model(input_ids=ids).logits for each in (ours, theirs))
+    expected = ours(input_ids=ids).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    ours(), theirs()
-    expected, found = ours.gradients(), theirs.gradients()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    (expected, found) = ((run(), gradients())[1] for run, gradients in (mine, their))
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
 def test_a_failure_costs_one_row(run, monkeypatch):
-    """Peers whose shared expert has its gate and up rows swapped, and a dense baseline that raises."""
+    """In bf16: Granite's shared expert has its gate and up rows swapped, and the dense baseline raises."""
     pytest.importorskip("transformers")
 
     def swapped(peer, model, load=peers.load_weights):
@@ -59,16 +56,18 @@ def test_a_failure_costs_one_row(run, monkeypatch):
     monkeypatch.setattr(peers, "load_weights", swapped)
     monkeypatch.setattr(peers, "missing_compiler", lambda device: None)
     monkeypatch.setattr(peers.Acceleron, "compile_blocks", compile_blocks)
-    moe, dense, *granite, llama = run(peers, *NANO, "--batch_size", "1", "--seq_len", "16", status="1")
+    flags = ["--dtype", "bf16", "--batch_size", "1", "--seq_len", "64"]
+    moe, dense, granite, llama = run(peers, *NANO, *flags, status="1")
     assert [len(row.values) for row in (moe, llama)] == [2, 2]
     assert "no room" in dense.failed
-    assert all(row.failed.startswith("wrong: gradient of") and not row.values for row in granite)
+    assert granite.failed.startswith("wrong: gradient of")
+    assert all(row.allowed < 0.1 for row in (moe, granite, llama))  # half a gradient would not pass
 
 
 def test_decoding(run):
     pytest.importorskip("transformers")
-    found = run(decoding, *NANO, "--tokens", "6")
-    assert [row.complaint() for row in found] == [""] * 4
+    found = run(decoding, *NANO, "--dtype", "fp32")
+    assert [row.complaint() for row in found] == ["", ""]
     model, prompt = decoding.deciding_model("nano"), torch.randint(2048, (1, 16), generator=torch.Generator())
     tokens = list(decoding.generate(model, prompt[0].tolist(), 8, decoding.Sampling(temperature=0)))
     allowed = decoding.ALLOWED[torch.float32]
@@ -77,10 +76,34 @@ def test_decoding(run):
     assert decoding.distance(model, prompt, [0] * 8) > 4 * decoding.ALLOWED[torch.bfloat16]
 
 
-def test_loader(run, monkeypatch):
-    monkeypatch.setattr(loader, "ROWS", 100)
-    monkeypatch.setattr(loader, "TRAINING_ROWS", 99)
-    assert [row.complaint() for row in run(loader, "--seconds", "0.01")] == [""] * 3
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_loader(run, monkeypatch, wrong):
     following = loader.Loader.__next__
-    monkeypatch.setattr(loader.Loader, "__next__", lambda self: following(self) + 1)
-    assert all("wrong: sequences" in row.failed for row in run(loader, "--seconds", "0.01", status="1")[3:])
+    monkeypatch.setattr(loader, "ROWS", 100)
+    monkeypatch.setattr(loader.Loader, "__next__", lambda self: following(self) + wrong)
+    complaints = [row.complaint() for row in run(loader, status="1" if wrong else None)]
+    assert [complaint[:16] for complaint in complaints] == ["wrong: sequences" * wrong] * 2
+
+
+@pytest.mark.parametrize("bit", [0, 1])
+def test_a_bit_altered_on_its_way_to_the_checkpoint_fails_the_check(bit, run, monkeypatch):
+    """Otherwise the row has ratios."""
+    copy = Saver._copy
+
+    def altered(self, value, key=()):
+        copied = copy(self, value, key)
+        if not key:
+            copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
+        return copied
+
+    monkeypatch.setattr(Saver, "_copy", altered)
+    monkeypatch.setattr("acceleron.training.loop.missing_compiler", lambda device: "none here")
+    monkeypatch.setattr(checkpoints, "CPU_BATCH", {"nano": 1})
+    monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)
+    monkeypatch.setattr(checkpoints, "CORPUS_CHARACTERS", 1_000_000)
+    [row] = run(checkpoints, *NANO, "--interval", "1", status="1" if bit else None)
+    assert row.error == 3 * bit  # one in each round, and in the one that warms up
+    assert row.complaint().startswith("wrong: checkpoints" if bit else "")
+    assert len(row.values) == 2 * (1 - bit)
+    assert row.details["bytes"] > 12e6  # three fp32 values for each of a million parameters
+    assert row.details["blocked_seconds"] > 0
