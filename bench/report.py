@@ -171,6 +171,9 @@ def main():
     directory = given.directory or max(default_directory().glob(f"*/{FILE}"), default=default_directory() / FILE).parent
     rows, path = read(directory), directory / "report.md"
     changed = changes(rows, read(given.compare)) if given.compare else None
-    path.write_text(report(rows, directory, changed), encoding="utf-8", errors="replace")
+    try:
+        path.write_text(report(rows, directory, changed), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     print(f"wrote {path}")
     sys.exit(any(line["mark"] == "regression" for line in changed or ()))

@@ -89,7 +89,8 @@ def device_name(device: torch.device) -> str:
     """For example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.machine()]
     amx = " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
     return f"{models[0]}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
@@ -109,7 +110,9 @@ class Results:
         name, date = device_name(device), datetime.now(UTC).isoformat(timespec="seconds")
         command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(["python", *sys.orig_argv[1:]]))
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --exclude='*' --dirty=+ 2>/dev/null"
-        commit = subprocess.getoutput(f"{git} || echo unknown")  # with a + if tracked files differ from it
+        commit = subprocess.getoutput(
+            f"{git} || echo ${{ACCELERON_COMMIT:-unknown}}"
+        )  # with a + if tracked files differ from it
         installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
         versions = [f"python {platform.python_version()}", *(f"{p} {installed[p]}" for p in PACKAGES if p in installed)]
         self.about = dict(command=command, date=date, commit=commit, device=name, versions=", ".join(versions))

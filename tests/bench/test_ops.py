@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -88,45 +90,29 @@ def test_a_wrong_output_fails_the_check():
 SERVE = ops.serve
 
 
-def raises(*args):
-    raise RuntimeError("planted\nin two lines")
-
-
-def hangs(*args):
-    threading.Event().wait()
-
-
-def kills(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def without_tma_only(run):
-    def kernel(*args):
-        if "up" in os.environ.get("ACCELERON_NO_TMA", ""):
-            return run(*args)
-        raise RuntimeError("planted TMA")
-
-    return kernel
-
-
 def serve_planted(connection, settings):
     """`ops.serve` with a Triton op that raises, one that hangs, one that kills its process, and a GEMM kernel that
     fails unless it avoids TMA. It runs in a process that monkeypatch does not reach."""
-    kernels._triton |= {"swiglu": raises, "rms_norm": hangs, "rope": kills}
+
+    def raises(*args):
+        raise RuntimeError("planted\nin two lines")
+
+    def up(gemm, *args):
+        return gemm.ours(*args) if os.environ.get("ACCELERON_NO_TMA") else raises()
+
+    kernels._triton["swiglu"] = raises
+    kernels._triton["rms_norm"] = lambda *args: threading.Event().wait()
+    kernels._triton["rope"] = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     gemm_cases = op_cases.gemm_cases
-
-    def planted(*args):
-        return [gemm._replace(ours=without_tma_only(gemm.ours)) for gemm in gemm_cases(*args)]
-
-    op_cases.gemm_cases = planted
+    op_cases.gemm_cases = lambda *args: [gemm._replace(ours=partial(up, gemm)) for gemm in gemm_cases(*args)]
     SERVE(connection, settings)
 
 
-def run_cases(checker: ops.Checker, wanted: list[str], results: rows.Results):
-    try:
-        ops.run_cases(checker, wanted, results)
-    finally:
-        checker.worker.close()
+def run_cases(settings: ops.Settings, rounds: int, wanted: list[str], directory) -> list[rows.Row]:
+    checker = ops.Checker(settings, rounds, 600.0)
+    with closing(checker.worker):
+        ops.run_cases(checker, wanted, rows.Results(str(directory), DEVICE))
+    return rows.read(directory)
 
 
 def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_path):
@@ -142,16 +128,15 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
     monkeypatch.setattr(Worker, "ask", impatient)
     names = ("up", "swiglu", "rms_norm", "rope", "route_top2")
     settings = ops.Settings(("nano",), names, 26, torch.float16, DEVICE)
-    results = rows.Results(str(tmp_path), DEVICE)
-    run_cases(ops.Checker(settings, 0, 600.0), ["triton", "reference"], results)
-    found = {(row.case.get("op"), row.provider): row for row in rows.read(tmp_path)}
+    found = run_cases(settings, 0, ["triton", "reference"], tmp_path)
+    found = {(row.case.get("op"), row.provider): row for row in found}
     reasons = {"swiglu": "RuntimeError: planted in two lines", "rms_norm": "no answer", "rope": "killed by SIGKILL"}
     for op, reason in reasons.items():
         assert reason in found[op, "triton"].failed
     assert all(not found[op, "reference"].complaint() for op in names)
     assert not found["route_top2", "triton"].complaint()
     assert not found["up", "triton"].complaint()
-    assert "without TMA; with it: RuntimeError: planted TMA" in found["up", "triton"].check
+    assert "without TMA; with it: RuntimeError: planted" in found["up", "triton"].check
     assert found[None, "triton"].benchmark == "fallbacks"
     assert found[None, "triton"].details == {
         "ACCELERON_NO_TMA": "up",
@@ -162,8 +147,8 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
 def test_what_passes_is_timed_and_an_absent_peer_is_listed_once(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.timing, "ceilings", lambda device, dtype: (1e12, 1e11))
     settings = ops.Settings(("nano",), ("expert_mlp", "swiglu"), 32, torch.float32, DEVICE)
-    run_cases(ops.Checker(settings, 3, 600.0), ["reference", "moe-ops"], rows.Results(str(tmp_path), DEVICE))
-    absent, *measured = sorted(rows.read(tmp_path), key=lambda row: not row.absent)
+    found = run_cases(settings, 3, ["reference", "moe-ops"], tmp_path)
+    absent, *measured = sorted(found, key=lambda row: not row.absent)
     assert (absent.case, absent.provider, absent.absent) == (
         {"op": "expert_mlp"},
         "moe-ops",
