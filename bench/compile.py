@@ -19,12 +19,17 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import pandas as pd
 import torch
 import triton
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -35,11 +40,12 @@ from acceleron.errors import InputError
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
-from .offline import Launching, Pool, offline
+from .op_cases import Draw, cases
 from .rows import progress
 from .shapes import MICRO_BATCH, SEQ_LEN
-from .worker import Failure
+from .worker import Failure, pool
 
+RUN = JITFunction.run
 SIZES = ("tiny", "small", "medium", "large")
 # Widths that no tile divides, so that most loads are by pointers.
 ODD = ModelConfig(
@@ -66,32 +72,49 @@ TARGETS = {
 }
 
 
-class _Driver:
-    """What Triton asks of a driver before it compiles."""
+class Launching(TorchDispatchMode):
+    """In this context custom ops run as far as their launches, where fake tensors alone would skip them."""
 
-    def __init__(self, arch: str):
-        self.get_current_target = lambda: TARGETS[arch].triton
-        self.get_current_device = lambda: arch
-        self.get_current_stream = lambda device: 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "acceleron_triton":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def compiling(
-    arch: str, device_name: str = "any", offset: int = 0, wanted: Callable[[JITFunction], bool] = lambda function: True
-) -> Iterator[list]:
-    """In this context the launches of the wanted kernels compile for `arch`, and none runs.
+def offline(arch: str, run: Callable, device_name: str = "any", offset: int = 0) -> Iterator[None]:
+    """In this context CPU tensors have no data, and the Triton kernels are those for a GPU of `arch`.
 
-    Yields the list of (JITFunction, CompiledKernel, keyword arguments of the launch). offset: see `offline`.
+    An op that reads a value on the host (`.item()`, a mask as index) raises. run: replaces JITFunction.run, with its
+    arguments. offset: of each tensor's memory, in bytes from an aligned address, which CUDA's allocator returns.
     """
-    compiled, run = [], JITFunction.run
 
-    def compile_only(function, *args, grid, warmup, **kwargs):
-        if wanted(function):
-            compiled.append((function, run(function, *args, grid=grid, warmup=True, **kwargs), kwargs))
+    def address(x: FakeTensor) -> int:
+        return offset + x.storage_offset() * x.element_size()
 
-    triton.runtime.driver.set_active(_Driver(arch))
-    with offline(Device(device_name, arch, TARGETS[arch].processors), compile_only, offset), Launching():
-        yield compiled
+    driver = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda device: 0)
+    driver.get_current_target = lambda: TARGETS[arch].triton  # all that Triton asks of a driver before it compiles
+    triton.runtime.driver.set_active(driver)
+    with (
+        mock.patch.object(launch, "cpu_device", Device(device_name, arch, TARGETS[arch].processors)),
+        mock.patch.object(kernels, "_choice", "triton"),
+        mock.patch.object(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs)),
+        mock.patch.object(FakeTensor, "data_ptr", address, create=True),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
+
+
+def refuse_interpreter():
+    """Exit with an error under TRITON_INTERPRET=1, where kernels are not those that a GPU runs."""
+    if launch.INTERPRETED:
+        sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
+
+
+def compile_only(function: JITFunction, *args, warmup: bool, **kwargs):
+    """Replaces JITFunction.run. Returns the compiled kernel."""
+    return RUN(function, *args, warmup=True, **kwargs)
 
 
 def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
@@ -108,8 +131,8 @@ def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
         if wgmma:  # whether ptxas makes each wait for the one before
             serialised = "serialized" in _nvidia_tool("ptxas", "-v", f"--gpu-name={arch}a", "-o", os.devnull, file=text)
-    blocks = "x".join(str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS")))
-    shape = dict(blocks=blocks, warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)
+    blocks = [str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS"))]
+    shape = dict(blocks="x".join(blocks) or "-", warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)
     memory = dict(registers=registers, spilled_bytes=spilled, shared_bytes=kernel.metadata.shared)
     return dict(kernel=function.__name__) | shape | memory | dict(wgmma=wgmma, tma=tma, serialised=serialised)
 
@@ -126,41 +149,24 @@ def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
 
 
 def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
-    """Every op of a size, forward and backward."""
-    T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
-    H, G, C = config.num_heads, config.num_kv_heads, config.head_dim
-
-    def empty(*shape, dtype=dtype, grad=True) -> Tensor:
-        return torch.empty(shape, dtype=dtype).requires_grad_(grad)
-
-    def both(outputs):
-        outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x.requires_grad]
-        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-
-    both(kernels.router_logits(empty(T, D), empty(E, D, dtype=torch.float32)))
-    routing = kernels.route_top2(empty(T, E, dtype=torch.float32))
-    both([routing.weights_TK, routing.z_loss, routing.balance_loss])
-    plan = kernels.dispatch_plan(routing.experts_TK, E)
-    w13, w2 = empty(E, 2 * F, D, dtype=torch.float32), empty(E, D, F, dtype=torch.float32)
-    x, residual, router = empty(T, D), empty(T, D), empty(E, D, dtype=torch.float32)
-    shared = empty(2 * config.d_ff_shared, D), empty(D, config.d_ff_shared)
-    both(kernels.moe(x, router, w13, w2, *shared, residual))
-    with torch.no_grad():
-        kernels.moe(x, router, w13, w2, *shared, residual)
-    both(kernels.expert_mlp(x, empty(T, 2, dtype=torch.float32), plan, w13.to(dtype), w2.to(dtype)))
-    both(kernels.grouped_gemm(empty(2 * T, D), w13.to(dtype), plan))
-    for width in (config.d_ff_shared, config.d_ff_dense):
-        both(kernels.swiglu(empty(T, 2 * width)))
-    qkv, angles = empty(1, T, H + 2 * G, C), [empty(T, C, dtype=torch.float32, grad=False) for _ in range(2)]
-    both(kernels.rope(*qkv.split([H, G, G], dim=2)[:2], *angles))
-    both(kernels.split_rope(qkv, *angles, H, G))
-    weight = empty(D, dtype=torch.float32)
-    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps))
-    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D)))
-    both(kernels.rms_norm(empty(T, D), weight, config.norm_eps, empty(T, D))[:1])  # the last norm's sum is not used
-    head, labels = empty(config.vocab_size, D, grad=False), torch.empty(T, dtype=torch.int64)
-    kernels.linear_cross_entropy(empty(T, D), head, labels)
-    kernels.linear_cross_entropy(empty(T, D, grad=False), head, labels)
+    """Run every op of a size and of its dense baseline, forward and backward, and forward alone."""
+    draw = Draw(dtype, torch.device("cpu"))
+    inputs = {case.op: case.make(draw) for case in cases("", config, tokens, dtype) if case.op in kernels.OPS}
+    x, scores, ids, *weights = inputs["expert_mlp"]
+    inputs["expert_mlp"] = x, scores, kernels.dispatch_plan(ids, config.num_experts), *weights
+    x, weight, residual = inputs["rms_norm"]
+    inputs["rms_norm"] = x, weight, config.norm_eps, residual
+    more = [("rms_norm", (x, weight, config.norm_eps)), ("swiglu", (draw(tokens, 2 * config.d_ff_dense),))]
+    for name, values in [*inputs.items(), *more]:
+        op = getattr(kernels, name)
+        with torch.no_grad():
+            op(*values)
+        outputs = op(*values)
+        outputs = [y for y in ([outputs] if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    normed, _ = kernels.rms_norm(*inputs["rms_norm"])  # the model's last, whose sum is not used
+    normed.backward(torch.empty_like(normed))
 
 
 def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tuple[int, bool]]) -> list[dict]:
@@ -168,33 +174,32 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
     rows = {}
     names = {"any", *(key[1] for key in configs.table() if key[0] == arch)}
 
-    def wanted(function: JITFunction) -> bool:
-        return part == (function.__name__ if function.__name__ in GEMMS else function.__module__.rpartition(".")[2])
+    def compile_if_wanted(function: JITFunction, *args, **kwargs):
+        if part == (function.__name__ if function.__name__ in GEMMS else function.__module__.rpartition(".")[2]):
+            kernel = compile_only(function, *args, **kwargs)
+            if kernel.hash not in rows:
+                rows[kernel.hash] = which | describe(arch, function, kernel, kwargs)
 
     for (tokens, aligned), name in product(variants, names):
-        with compiling(arch, name, 0 if aligned else 2, wanted) as compiled:
-            run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
         which = dict(arch=arch, size=size, dtype=dtype, tokens=tokens, aligned=aligned)
-        for function, kernel, arguments in compiled:
-            if kernel.hash not in rows:
-                rows[kernel.hash] = which | describe(arch, function, kernel, arguments)
+        with offline(arch, compile_if_wanted, name, 0 if aligned else 2), Launching():
+            run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
     return [*rows.values()]
 
 
 def complaints(row: dict) -> list[str]:
     """What is wrong with a kernel that is to be shipped."""
-    found, most = [], TARGETS[row["arch"]].shared_bytes
-    if row["shared_bytes"] > most:
-        found.append(f"{row['shared_bytes']} bytes of shared memory, of {most}")
-    if row["arch"] == "sm_90":
-        if row["spilled_bytes"]:
-            found.append(f"{row['spilled_bytes']} bytes spilled")
-        if row["serialised"]:
-            found.append("wgmmas serialised by ptxas")
-        if row["dtype"] != "fp32" and row["kernel"] in GEMMS:
-            with_tma = row["aligned"] and row["size"] != "odd" and row["kernel"][1:-7] not in configs.without_tma()
-            found += ["no wgmma"] * (not row["wgmma"]) + ["no TMA"] * (with_tma and not row["tma"])
-    return found
+    most, on_hopper = TARGETS[row["arch"]].shared_bytes, row["arch"] == "sm_90"
+    gemm = on_hopper and row["dtype"] != "fp32" and row["kernel"] in GEMMS
+    with_tma = gemm and row["aligned"] and row["size"] != "odd" and row["kernel"][1:-7] not in configs.without_tma()
+    found = {
+        f"{row['shared_bytes']} bytes of shared memory, of {most}": row["shared_bytes"] > most,
+        f"{row['spilled_bytes']} bytes spilled": on_hopper and row["spilled_bytes"] > 0,
+        "wgmmas serialised by ptxas": on_hopper and row["serialised"],
+        "no wgmma": gemm and not row["wgmma"],
+        "no TMA": with_tma and not row["tma"],
+    }
+    return [text for text, wrong in found.items() if wrong]
 
 
 def main():
@@ -204,39 +209,27 @@ def main():
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tokens", type=int, help="instead of the size's own, and without further variants")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="write the table to DIR/compile.jsonl, too")
     arguments = parser.parse_args()
     if arguments.tokens is not None and arguments.tokens < 1:
         raise InputError(f"--tokens {arguments.tokens}: expected at least 1")
-    if launch.INTERPRETED:
-        sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
-    try:
-        if arguments.output:  # now: a wrong path should not cost the compilation
-            arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
-    tasks = []
-    for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
-        tokens = arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN
-        more = [(256, True), (tokens, False)] if arguments.check and not arguments.tokens and arch == "sm_90" else []
-        tasks.append((arch, dtype, size, part, [(tokens, True), *more]))
-    rows, broken = [], []
-    with Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(compile_part, *task): task for task in tasks}
-        for future in progress(as_completed(futures), "parts", len(tasks)):
+    refuse_interpreter()
+    rows, wrong = [], []
+    with pool(os.cpu_count() or 1) as call:
+        futures = {}
+        for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
+            variants = [(arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN, True)]
+            if arguments.check and not arguments.tokens and arch == "sm_90":
+                variants += [(256, True), (variants[0][0], False)]
+            futures[call(compile_part, arch, dtype, size, part, variants)] = f"{arch} {dtype} {size} {part}"
+        for future in progress(as_completed(futures), "parts", len(futures)):
             try:
                 rows += future.result()
             except Failure as failure:
-                broken.append(f"{' '.join(futures[future][:4])}: {failure}")
+                wrong.append(f"{futures[future]}: {failure}")
+    broken = len(wrong)
     table = pd.DataFrame(sorted(rows, key=lambda row: (row["arch"], row["dtype"], row["size"])))
     print(f"triton {triton.__version__}, torch {torch.__version__}\n{table.to_string(index=False)}")
-    if arguments.output:
-        table.to_json(arguments.output / "compile.jsonl", orient="records", lines=True)
     name = "{arch} {dtype} {size} {kernel}, {tokens} tokens, aligned={aligned}: ".format_map
-    wrong = [name(row) + text for row in rows for text in complaints(row)]
-    print("\n".join(broken + wrong) or "nothing to complain of")
+    wrong += [name(row) + text for row in rows for text in complaints(row)]
+    print("\n".join(wrong) or "nothing to complain of")
     sys.exit(bool(broken or (wrong and arguments.check)))
-
-
-if __name__ == "__main__":
-    main()

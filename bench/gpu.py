@@ -41,62 +41,70 @@ class Part(NamedTuple):
     environment: dict[str, str] | None = None
 
 
+# The arguments of the parts: on a GPU, and on a CPU, whose interpreter truncates to bf16 where a GPU rounds.
+GPU = {
+    "one": "--size tiny",
+    "two": "--size tiny small",
+    "all": "--size tiny small medium large",
+    "published": "sonicmoe-768",
+    "checks": "--tokens 65536 --limit 20",
+    "attention": "--tokens 16384 --rounds 5 --limit 40",
+    "ops": "--rounds 5 --limit 40",
+    "train": "--mode compiled --rounds 3 --seconds 1 --limit 60",
+    "tune": "--seconds 45",
+    "memory": "",
+    "deterministic": "tests/training/test_cuda_training.py",
+}
+SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
+    "published": "",
+    "checks": "--tokens 48 --dtype fp16 --limit 600",
+    "attention": "--tokens 48 --dtype fp32 --rounds 2",
+    "ops": "--tokens 48 --rounds 5 --limit 600",
+    "train": "--mode eager --rounds 1 --seconds 0.01 --batch_size 1 --seq_len 32 --dtype fp32",
+    "tune": "--tokens 48 --dtype fp16 --seconds 600 --limit 600",
+    "memory": "--tokens 32 --dtype fp32",
+    "deterministic": "tests/training/test_resume.py",
+}
+# Without torch.compile, which takes seconds per op.
+PEERS = ("triton", "reference", "liger-kernel", "moe-ops", "cut-cross-entropy", "acceleron", "SDPA cuDNN")
+
+
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
+    arguments, interpreted = SMOKE if smoke else GPU, {"TRITON_INTERPRET": "01"[smoke]}
 
     def bench(command: str, *flags: str) -> list[str]:
-        return ["-m", "bench", *command.split(), *flags, "--output", str(output)]
+        return ["-m", "bench", *command.format(**arguments).split(), *flags, "--output", str(output)]
 
-    one, two, sizes = ("nano", "nano", "nano") if smoke else ("tiny", "tiny small", "tiny small medium large")
-    train = "throughput --mode compiled --rounds 3 --seconds 1 --limit 60 --size"
-    checks, attention = (
-        "ops --check_only --provider triton --limit 20 --size",
-        "ops --op attention --rounds 5 --limit 40",
-    )
-    timings, batch, interpreted = ["ops", "--rounds", "5", "--limit", "40", "--size", one], ["--tokens", "16384"], {}
-    if smoke:
-        small = "--batch_size 1 --seq_len 32 --dtype fp32 --seconds 0.01"
-        train = f"throughput --mode eager --kernels reference --rounds 1 {small} --size"
-        # fp16: the interpreter truncates to bf16, where a GPU rounds.
-        checks = "ops --check_only --provider triton --tokens 48 --dtype fp16 --limit 600 --size"
-        attention, batch = "ops --op attention --rounds 2 --dtype fp32", ["--tokens", "48"]
-        timings, interpreted = [*timings, "--tokens", "48", "--limit", "600"], {"TRITON_INTERPRET": "1"}
+    report = Part("report", 10, ["-m", "bench", "report", str(output)])
     if stage == "first":
         return [
             # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
             # 7 s of two cores per size, 16 cores.
-            Part("compile", 25, ["-m", "bench", "compile", "--arch", "sm_90", "--size", *two.split()]),
+            Part("compile", 25, ["-m", "bench", "compile", "--arch", "sm_90", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
-            Part("kernels", 60, bench(f"{checks} {two}"), interpreted),
+            Part("kernels", 60, bench("ops --check_only --provider triton {two} {checks}"), interpreted),
             # Two contenders: the check and a compilation of 10 to 15 s each, 3 rounds of 2 s, a profile of 2 s.
-            Part("throughput and profile", 70, bench(f"{train} {one} --profile")),
+            Part("throughput and profile", 70, bench("throughput {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
-            Part("attention", 35, bench(f"{attention} --size {sizes}", *batch)),
-            Part("report", 10, ["-m", "bench", "report", str(output)]),
+            Part("attention", 35, bench("ops --op attention {all} {attention}")),
+            report,
         ]
-    deterministic = "tests/training/test_resume.py" if smoke else "tests/training/test_cuda_training.py"
-    # Without torch.compile, which takes seconds per op.
-    peers = ("triton", "reference", "liger-kernel", "moe-ops", "cut-cross-entropy", "acceleron", "SDPA cuDNN")
     return [
         # All processes start together; then 20 s for tiny to 50 s for large, whose weights are drawn on the CPU.
-        Part("throughput", 140, bench(f"{train} {sizes}")),
+        Part("throughput", 140, bench("throughput {all} {train}")),
         # Bounded by its own budget, which leaves 15 s to start.
-        Part("tune", 60, bench(f"tune --seconds {1 if smoke else 45} --size {sizes}", *["--dry_run"] * smoke)),
-        Part(
-            "throughput, tuned",
-            35,
-            bench(f"{train} {two}"),
-            {} if smoke else {"ACCELERON_TUNED": f"{output}/tuned.jsonl"},
-        ),
-        Part("predecessor's command", 20, bench(f"{train} {one} --mode predecessor")),
+        Part("tune", 60, bench("tune {all} {tune}"), interpreted),
+        Part("throughput, tuned", 35, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
+        Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),
         # 3 s per op and pass, the most expensive ops first; rows are written one by one.
-        Part("ops", 25, bench(" ".join(timings), *["sonicmoe-768"] * (not smoke), "--provider", *peers)),
+        Part("ops", 25, bench("ops {ops} {one} {published} --provider", *PEERS)),
         # Runs of nano, eager and compiled.
-        Part("deterministic", 20, ["-m", "pytest", "-q", "-x", "-k", "equals", deterministic]),
+        Part("deterministic", 20, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
         # transformers is imported too.
-        Part("memory", 20, bench(f"memory --size {one}", *["--tokens", "32", "--dtype", "fp32"] * smoke)),
-        Part("report", 10, ["-m", "bench", "report", str(output)]),
+        Part("memory", 20, bench("memory {one} {memory}")),
+        report,
     ]
 
 
@@ -218,6 +226,8 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
+    # torch.compile would otherwise move Triton's cache, and what the first parts compiled would be compiled again.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
     seconds = default if arguments.seconds is None else arguments.seconds
     if not 0 < seconds < 1e6:

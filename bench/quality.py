@@ -1,27 +1,21 @@
 """Trains the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compares them.
 
-Both are tuned first: the same learning rates, half of the steps, and a seed of its own. The final runs take the best
-rate of each: for every seed, both models on the whole budget and the MoE on smaller budgets, each a run of train.py
-with its full schedule. They give
+Both are tuned first, at half of the steps and with a seed of its own. The final runs take the best rate of each: for
+every seed, both models on the whole budget and the MoE on smaller budgets, each with its full schedule. They give
   - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval;
-  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. A line in log(tokens)
-    joins the losses of a seed's MoE runs. It meets the dense baseline's loss at some number of tokens, which times the
-    MoE's seconds per token is the wall clock.
-A run's seconds are its tokens over its median tokens/s, which excludes compilation and validation. On a CPU two runs
-train side by side, one core each, so that noise affects both. The text is the source of Python's standard library, or
-on a GPU of all installed packages; its whole held-out part is scored at the end.
+  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. The tokens come from a
+    line through the losses of a seed's MoE runs over log(tokens), the seconds per token from its longest run.
+Seconds are tokens over median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
 """
 
-import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from subprocess import PIPE, STDOUT, Popen
 
 import numpy as np
 import pandas as pd
@@ -29,181 +23,141 @@ import torch
 import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from scipy.stats import ttest_1samp
-from tqdm import tqdm
 
 from acceleron import Acceleron, kernels
-from acceleron.data import Shards, validation_batches
-from acceleron.data.loader import Chunks
+from acceleron.data import Shards
+from acceleron.data.loader import VALIDATION_BATCHES, Chunks
 from acceleron.errors import InputError
 from acceleron.training.checkpoint import assign_weights, load_checkpoint
 
 from .command import parse
 from .corpus import write_corpus
-from .rows import Results, Row, progress, say
+from .rows import Results, Row, progress, ranged, say
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
 PRESETS = {
     "cpu": dict(
-        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, dtype="fp32"),
-        characters=20_000_000, packages=False, steps=600, shares=(0.8,), lr=(1e-3, 2e-3, 4e-3), seeds=5, at_once=2,
+        flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, dtype="fp32", no_compile=True),
+        characters=20_000_000, steps=600, shares=(0.8,), lr=(1e-3, 2e-3, 4e-3), seeds=5, at_once=2,
     ),
     "cuda": dict(
         flags=dict(model_size="tiny", vocab_size=8192, batch_size=32, seq_len=2048, dtype="bf16"),
-        characters=200_000_000, packages=True, steps=900, shares=(0.6, 0.8), lr=(6e-4, 1.2e-3, 2.4e-3), seeds=5,
-        at_once=1,
+        characters=200_000_000, steps=900, shares=(0.6, 0.8), lr=(6e-4, 1.2e-3, 2.4e-3), seeds=5, at_once=1,
     ),
 }  # fmt: skip
-TUNING_SEED = 1000
 
 
-def train(row: Row, plan: Namespace, data: str, save_dir: str, bar: tqdm):
+def train(row: Row, plan: Namespace, data: str, save_dir: str):
     """Train and score what the row's provider and case describe; set its values, check and details, or `failed`."""
     steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
-    interval = max(1, steps // 20)
     flags = plan.flags | {
-        "device": plan.device, "data_dir": data, "save_dir": save_dir, "max_steps": steps, "save_interval": steps,
-        "lr": row.case["lr"], "seed": row.case["seed"], "num_workers": 1, "log_interval": interval,
-        "eval_interval": max(1, steps // 4),
+        "device": plan.device, "data_dir": data, "save_dir": save_dir, "lr": row.case["lr"], "seed": row.case["seed"],
+        "num_workers": 1, "max_steps": steps, "save_interval": steps, "eval_interval": max(1, steps // 4),
+        "log_interval": max(1, steps // 20), "no_gradient_checkpointing": True, "dense": row.provider == "dense",
     }  # fmt: skip
-    command = [sys.executable, str(TRAIN), *(f"--{name}={value}" for name, value in flags.items())]
-    command += ["--no_gradient_checkpointing"] + ["--dense"] * (row.provider == "dense")
-    command += ["--no_compile"] * (plan.device.type == "cpu")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": "1"} if plan.at_once > 1 else {})
-    line = "no message"
-    with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as process:
-        for line in process.stdout:
-            bar.update(interval * line.startswith("step "))  # a line per logged step
-    if process.returncode:
-        row.failed = line.strip()
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+    command = [sys.executable, Path(__file__).parents[1] / "train.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        row.failed = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         return
-    records = [json.loads(text) for text in Path(save_dir, "metrics.jsonl").read_text().splitlines()]
-    rate = float(np.median([record["tokens_per_second"] for record in records]))
-    curve = [[r["tokens"], r["tokens"] / rate, r["val_loss"]] for r in records if "val_loss" in r]
-    row.details |= {"seconds": row.case["tokens"] / rate, "tokens_per_second": rate, "curve": curve}
+    records = pd.read_json(f"{save_dir}/metrics.jsonl", lines=True)
+    rate = records.tokens_per_second.median()
+    curve = records.assign(seconds=records.tokens / rate)[["tokens", "seconds", "val_loss"]].dropna()
+    row.details = {"seconds": row.case["tokens"] / rate, "tokens_per_second": rate, "curve": curve.values.tolist()}
     loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan)
     row.values, row.check = [loss], "train.py's val_loss against torch's cross_entropy on fp32 logits"
-    row.error = abs(records[-1]["val_loss"] - again) / again
+    row.error = float(abs(curve.val_loss.iloc[-1] / again - 1))
     row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # the order of summation, or bf16 activations
 
 
 @torch.no_grad()
 def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
     """Loss of all held-out text, and of the part of it on which train.py validates."""
-    contents = load_checkpoint(checkpoint)
+    contents, batch_size = load_checkpoint(checkpoint), plan.flags["batch_size"]
     model = Acceleron(contents["config"]).to(plan.device)
     assign_weights(model, contents, checkpoint, assign=False)
-
-    def loss(batches: Iterable[torch.Tensor]) -> float:
-        total = count = 0
-        for ids in batches:
-            ids = ids.to(plan.device)
-            logits, labels = model(ids).logits[:, :-1].float(), ids[:, 1:]
-            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
-            count += labels.numel()
-        return total.item() / count
-
-    settings = {name: plan.flags[name] for name in ("seq_len", "vocab_size")}
-    chunks = Chunks(Shards(data), validation=True, **settings)
-    everything = (chunks.batch(part) for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1))
-    return loss(everything), loss(validation_batches(Shards(data), batch_size=plan.flags["batch_size"], **settings))
+    chunks = Chunks(Shards(data), plan.flags["seq_len"], plan.flags["vocab_size"], validation=True)
+    losses = np.empty(len(chunks))
+    for part in np.array_split(np.arange(len(chunks)), len(chunks) // 16 + 1):
+        ids = chunks.batch(part).to(plan.device)
+        logits = model(ids).logits[:, :-1].float()
+        losses[part] = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().mean(1).cpu()
+    validated = min(len(chunks) // batch_size, VALIDATION_BATCHES) * batch_size
+    return losses.mean(), losses[chunks.stream(0, validated)].mean()
 
 
-def final_runs(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """The valid final runs of each (device, size, dtype) and command, by its date."""
-    found: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.benchmark == "quality" and row.case["purpose"] == "final" and not row.complaint():
-            key = row.about.get("device", ""), row.case["size"], row.case["dtype"], row.about.get("date", "")
-            found.setdefault(key, []).append(row)
-    return found
+def final_runs(rows: list[Row]) -> list[pd.DataFrame]:
+    """The valid final runs of each command."""
+    final = [r for r in rows if r.benchmark == "quality" and r.case["purpose"] == "final" and not r.complaint()]
+    lines = [row.about | row.case | row.details | {"model": row.provider, "loss": row.median} for row in final]
+    return [runs for _, runs in pd.DataFrame(lines).groupby(["device", "size", "dtype", "date"])] if lines else []
 
 
-def interval(values: pd.Series) -> tuple[float, float, float] | None:
-    """Mean and 95 % confidence interval by Student's t. None for fewer than two values, or if one is not finite."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    return values.mean(), *ttest_1samp(values, 0).confidence_interval()
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean and 95 % confidence interval by Student's t: NaN if a value is, and the interval of a single value."""
+    return values.mean(skipna=False), *ttest_1samp(values, 0).confidence_interval()
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
-    """Tokens at which the line of losses (index: tokens, rising) over log(tokens), extended at its ends, meets `loss`.
-
-    NaN for fewer than two, if they do not fall, or at less than half of the least tokens or twice the most.
-    """
+    """Tokens at which the line of losses (index: tokens, rising) over log(tokens) meets `loss`; NaN if far away."""
     if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
     found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))
     return found if losses.index[0] / 2 <= found <= 2 * losses.index[-1] else math.nan
 
 
-def summary(runs: list[Row]) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
-    """Loss difference dense - MoE in nats, and wall-clock ratio MoE / dense, each with its interval; None: unknown.
+def summary(runs: pd.DataFrame) -> dict[str, str]:
+    """The two comparisons of one command's final runs; NaN is unknown. Seeds that lack a model do not count."""
+    budget = runs.tokens.max()
+    full = runs[runs.tokens == budget].pivot_table(["loss", "seconds"], "seed", "model")
+    full = full.reindex(
+        columns=[(value, model) for value in ("loss", "seconds") for model in ("MoE", "dense")]
+    ).dropna()
+    moe = runs[runs.model == "MoE"].pivot_table("loss", "tokens", "seed")
+    tokens = np.array([tokens_to_reach(full.loss.dense[seed], moe[seed].dropna()) for seed in full.index])
+    clock = interval(np.log(tokens / budget * full.seconds.MoE / full.seconds.dense))
+    return runs[["device", "size", "dtype", "date"]].iloc[0].to_dict() | {
+        "validation loss, dense - MoE (nats)": ranged(interval(full.loss.dense - full.loss.MoE)),
+        "wall clock to the dense baseline's loss, MoE / dense": ranged(np.exp(clock)),
+    }
 
-    runs: the final runs of one command, size and dtype. Seeds that lack a model do not count.
-    """
-    cells = [(row.provider, row.case["seed"], row.case["tokens"], row.median, row.details["seconds"]) for row in runs]
-    frame = pd.DataFrame(cells, columns=["model", "seed", "tokens", "loss", "seconds"])
-    budget = frame.tokens[frame.model == "dense"].max()
-    full = frame[frame.tokens == budget].pivot_table(index="seed", columns="model", values=["loss", "seconds"]).dropna()
-    if not {"MoE", "dense"} <= set(full.columns.get_level_values("model")):
-        return None, None
-    moe = frame[frame.model == "MoE"].pivot_table(index="tokens", columns="seed", values="loss")
-    tokens = [tokens_to_reach(full.loss.dense[seed], moe[seed].dropna()) for seed in full.index]
-    ratio = interval(np.log(tokens / budget * full.seconds.MoE / full.seconds.dense))
-    return interval(full.loss.dense - full.loss.MoE), ratio and tuple(map(math.exp, ratio))
 
+def run_all(plan: Namespace, data: str, results: Results, purpose: str, runs: list[tuple]) -> list[Row]:
+    """Train and score each (model, seed, lr, share of the budget). Returns the rows that did not fail."""
 
-def train_all(plan: Namespace, data: str, results: Results) -> list[Row]:
-    """Write the text to `data`, tune both models, and train them with every seed. Returns the final runs' rows."""
-    say("preparing the text")
-    corpus = write_corpus(data, plan.flags["vocab_size"], plan.characters, plan.packages)
-    say(corpus)
-
-    def run(purpose: str, model: str, seed: int, lr: float, share: float) -> Row:
+    def run(model: str, seed: int, lr: float, share: float) -> Row:
         tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
         case = {"size": plan.flags["model_size"], "dtype": plan.flags["dtype"], "tokens": tokens}
-        case |= {"seed": seed, "lr": lr, "purpose": purpose}
-        return Row("quality", model, case, "nats", details={"corpus": corpus})
-
-    def finish(row: Row) -> Row:
+        row = Row("quality", model, case | {"seed": seed, "lr": lr, "purpose": purpose}, "nats")
         with tempfile.TemporaryDirectory() as save_dir:  # a checkpoint of tiny takes 1 GB
-            train(row, plan, data, save_dir, bar)
-        results.write(row)
-        what = " ".join(map(str, (row.provider, *row.case.values())))
-        say(f"{what}: {f'FAILED: {row.failed}' if row.failed else f'val_loss {row.median:.4f}'}")
+            train(row, plan, data, save_dir)
+        done = results.write(row)
+        say(f"{model} {' '.join(map(str, row.case.values()))}: {f'val_loss {row.median:.4f}' if done else row.failed}")
         return row
 
-    models, seeds = ("MoE", "dense"), range(1, plan.seeds + 1)
-    total = round(plan.steps * (len(plan.lr) + plan.seeds * (2 + sum(plan.shares))))
-    with progress(total=total, unit="step") as bar, ThreadPoolExecutor(plan.at_once) as pool:
-        tuning = [run("tuning", model, TUNING_SEED, lr, 0.5) for lr in plan.lr for model in models]
-        tuned = sorted((row for row in pool.map(finish, tuning) if not row.failed), key=lambda row: -row.median)
-        best = {row.provider: row.case["lr"] for row in tuned}
-        if set(best) != set(models):
-            raise InputError("every tuning run of a model failed: see above")
-        final = [run("final", model, seed, best[model], 1) for seed in seeds for model in models]
-        final += [run("final", "MoE", seed, best["MoE"], share) for share in plan.shares for seed in seeds]
-        return list(pool.map(finish, final))
+    with ThreadPoolExecutor(plan.at_once) as pool:
+        return [row for row in progress(pool.map(run, *zip(*runs, strict=True)), purpose, len(runs)) if not row.failed]
 
 
 def main():
-    arguments = parse(__doc__, steps=int, seeds=int)
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    plan = Namespace(**PRESETS[arguments.device.type] | given)  # with device and output
-    if plan.steps < 20 or plan.seeds < 2:
-        raise InputError("--steps: at least 20; --seeds: at least 2")
+    arguments = parse(__doc__)
+    plan = Namespace(**PRESETS[arguments.device.type], **vars(arguments))
     results = Results(plan.output, plan.device)
     kernels.select("reference", plan.device)  # for the scores, which check train.py's own
-    if plan.at_once > 1:
-        torch.set_num_threads(1)  # a score is computed beside another training
+    torch.set_num_threads(max(1, torch.get_num_threads() // plan.at_once))  # for each run, and the scores
     with tempfile.TemporaryDirectory() as data:
-        rows = train_all(plan, data, results)
-    what = ("validation loss, dense baseline - MoE (nats)", "wall clock to the dense baseline's loss, MoE / dense")
-    for name, found in zip(what, summary([row for row in rows if not row.failed]), strict=True):
-        print(f"{name}: " + ("{:.4f}, 95 % interval {:.4f} .. {:.4f}".format(*found) if found else "unknown"))
+        say("preparing the text")
+        say(write_corpus(data, plan.flags["vocab_size"], plan.characters, packages=plan.device.type == "cuda"))
+        seeds, runs = range(1, plan.seeds + 1), [(model, 1000, lr, 0.5) for lr in plan.lr for model in ("MoE", "dense")]
+        tuned = run_all(plan, data, results, "tuning", runs)
+        best = {row.provider: row.case["lr"] for row in sorted(tuned, key=lambda row: -row.median)}
+        if len(best) < 2:
+            raise InputError("every tuning run of a model failed: see above")
+        runs = [(model, seed, lr, 1) for seed in seeds for model, lr in best.items()]
+        runs += [("MoE", seed, best["MoE"], share) for share in plan.shares for seed in seeds]
+        rows = run_all(plan, data, results, "final", runs)
+    for final in final_runs(rows):
+        print(*(f"{name}: {found}" for name, found in summary(final).items()), sep="\n")
     print(f"wrote {results.path}")
-
-
-if __name__ == "__main__":
-    main()

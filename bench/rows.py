@@ -1,8 +1,6 @@
 """Benchmark results: one row type for every command, appended as JSON lines to DIR/results.jsonl.
 
-A row is a result only if it passed a correctness check in the run that measured it. A failed check turns it into a
-row with `failed`, the reason. What could not be measured is a row too, with `failed` or `absent`, so that a report
-lists it.
+A row is a result only if it passed a correctness check in the run that measured it. What failed is a row as well.
 """
 
 import json
@@ -13,11 +11,10 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -27,37 +24,28 @@ from tqdm import tqdm
 from acceleron.errors import InputError
 
 FILE = "results.jsonl"
-# Packages that a figure can depend on, beside torch.
-PACKAGES = ("triton", "transformers", "liger-kernel", "moe-ops", "cut-cross-entropy", "flash-attn")
-# Environment variables that change which kernels run.
+# Packages that a figure can depend on, and environment variables that change which kernels run.
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "moe-ops", "cut-cross-entropy", "flash-attn")
 SWITCHES = ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS", "ACCELERON_TUNED")
 
 
 @dataclass
 class Row:
-    """One measurement.
+    """One measurement. Rows of equal benchmark and case are comparable."""
 
-    benchmark: the command. provider: the implementation measured. case: what was measured, as flat JSON values; rows of
-    equal benchmark and case are comparable. values: one per round, in `unit`; their median, p20 and p80 are written
-    beside them. group: rows of one command and group were measured in the same interleaved rounds, so that their ratio
-    is taken round by round. check: what was compared with what; error: the error found; allowed: the largest that
-    passes. details: further figures. failed, absent: why there is no result. about: command, date, commit, device,
-    versions and switches, which `Results.write` fills in.
-    """
-
-    benchmark: str
-    provider: str
-    case: dict = field(default_factory=dict)
+    benchmark: str  # the command
+    provider: str  # the implementation measured
+    case: dict = field(default_factory=dict)  # what was measured, as flat JSON values
     unit: str = ""
-    values: list[float] = field(default_factory=list)
-    group: str = ""
-    check: str = ""
+    values: list[float] = field(default_factory=list)  # one per round, in `unit`
+    group: str = ""  # rows of one command and group were measured in the same interleaved rounds
+    check: str = ""  # what was compared with what
     error: float | None = None
-    allowed: float | None = None
-    details: dict = field(default_factory=dict)
+    allowed: float | None = None  # the largest error that passes
+    details: dict = field(default_factory=dict)  # further figures
     failed: str = ""
     absent: str = ""
-    about: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)  # where it comes from; `Results.write` fills it in
 
     @property
     def median(self) -> float:
@@ -86,42 +74,24 @@ def ratio(row: Row, other: Row) -> tuple[float, float, float]:
     return spread([a / b for a, b in zip(row.values, other.values, strict=True)])
 
 
+def number(value: float) -> str:
+    """With four digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def ranged(values: tuple[float, float, float], size: float = 1) -> str:
+    """The middle (low .. high), in units of `size`."""
+    middle, low, high = (number(value / size) for value in values)
+    return middle if low == high else f"{middle} ({low} .. {high})"
+
+
 def device_name(device: torch.device) -> str:
-    """As people and directories name it: "NVIDIA H100 80GB HBM3", "AMD EPYC 9R14, 2 cores, AVX512"."""
+    """For example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    capability = torch.backends.cpu.get_cpu_capability()
-    amx = torch.cpu.get_capabilities().get("amx_bf16") if hasattr(torch.cpu, "get_capabilities") else False
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {capability}{' AMX' if amx else ''}"
-
-
-def commit() -> str:
-    """The checkout's commit, with a + if tracked files differ from it. Outside git: ACCELERON_COMMIT, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ.get("ACCELERON_COMMIT", "unknown")
-
-
-def versions() -> str:
-    """Python's, torch's, and those of the installed packages in PACKAGES."""
-    found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
-
-
-def shown_command() -> str:
-    """The command line, without --output and its directory."""
-    words = ["python", *sys.orig_argv[1:]]
-    if "--output" in words:
-        del words[words.index("--output") : words.index("--output") + 2]
-    return shlex.join(words)
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
+    amx = " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
+    return f"{models[0]}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def default_directory() -> Path:
@@ -136,14 +106,18 @@ class Results:
     """
 
     def __init__(self, directory: str | None, device: torch.device):
-        now, name = datetime.now(UTC), device_name(device)
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        self.directory = Path(directory or default_directory() / f"{now.date()}-{slug}")
+        name, date = device_name(device), datetime.now(UTC).isoformat(timespec="seconds")
+        command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(["python", *sys.orig_argv[1:]]))
+        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --exclude='*' --dirty=+ 2>/dev/null"
+        commit = subprocess.getoutput(f"{git} || echo unknown")  # with a + if tracked files differ from it
+        installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
+        versions = [f"python {platform.python_version()}", *(f"{p} {installed[p]}" for p in PACKAGES if p in installed)]
+        self.about = dict(command=command, date=date, commit=commit, device=name, versions=", ".join(versions))
+        if switches := {switch: os.environ[switch] for switch in SWITCHES if os.environ.get(switch)}:
+            self.about["switches"] = switches
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{date[:10]} {name}".lower()).strip("-")
+        self.directory = Path(directory or default_directory() / slug)
         self.path = self.directory / FILE
-        date = now.isoformat(timespec="seconds")
-        self.about = {"command": shown_command(), "date": date, "commit": commit(), "device": name}
-        switches = {switch: os.environ[switch] for switch in SWITCHES if os.environ.get(switch)}
-        self.about |= {"switches": switches} if switches else {}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.path.open("a").close()
@@ -154,7 +128,7 @@ class Results:
         """Append the row. Returns True unless it failed; a row that did not pass its check loses its figures."""
         if not row.absent and row.complaint():
             row.failed, row.values = row.complaint(), []
-        row.about = self.about | {"versions": versions()}
+        row.about = self.about
         fields = {name: value for name, value in asdict(row).items() if value not in ("", [], {}, None)}
         if row.values:
             fields |= dict(zip(("median", "p20", "p80"), spread(row.values), strict=True))
@@ -167,18 +141,15 @@ def read(directory: Path) -> list[Row]:
     """The rows of a directory. Raises InputError if there are none, or a line is not a row."""
     path, rows = directory / FILE, []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{directory}: no {FILE} that can be read there ({error})") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append(Row(**{name: row[name] for name in row if name not in ("median", "p20", "p80")}))
-            rows[-1].complaint()  # raises TypeError for figures that are none
-            if not all(isinstance(value, dict) for value in (rows[-1].case, rows[-1].details, rows[-1].about)):
-                raise TypeError("case, details and about are objects")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not a row ({error})") from error
+        for line in path.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            row = Row(**{name: fields[name] for name in fields if name in Row.__dataclass_fields__})
+            row.complaint()  # raises TypeError if error, allowed or values are not numbers
+            if not all(isinstance(value, dict) for value in (row.case, row.details, row.about)):
+                raise TypeError("case, details and about must be objects")
+            rows.append(row)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot read line {len(rows) + 1} ({error})") from error
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
@@ -187,14 +158,7 @@ def read(directory: Path) -> list[Row]:
 TERMINAL = bool(sys.stderr and sys.stderr.isatty())
 # A bar with an ETA: on a terminal at once, elsewhere a line at most every five seconds.
 progress = partial(tqdm, dynamic_ncols=True, mininterval=0.1 if TERMINAL else 5.0)
-
-
-def say(line: str):
-    """Print a line, above the bar if there is one."""
-    if TERMINAL:
-        tqdm.write(line)
-    else:
-        print(line, flush=True)
+say = tqdm.write if TERMINAL else partial(print, flush=True)  # a line, above the bar
 
 
 def describe(error: BaseException) -> str:
@@ -203,15 +167,13 @@ def describe(error: BaseException) -> str:
 
 
 def print_rows(rows: list[Row], baseline: str = ""):
-    """A line per row: provider, median (p20 .. p80) or the complaint; and the ratio to the baseline provider."""
-    width = max((len(row.provider) for row in rows), default=0)
-    bases = {row.group: row for row in rows if row.provider == baseline and not row.complaint()}
+    """A line per written row: median (p20 .. p80) or the complaint; and the ratio to the baseline provider."""
+    width = max(len(row.provider) for row in rows)
+    bases = {row.group: row for row in rows if row.provider == baseline and row.values}
     for row in rows:
-        if row.complaint() or not row.values:
-            passed = "" if row.complaint() else f"passed: error {row.error:.2g} of {row.allowed:.2g} allowed"
-            say(f"{row.provider:{width}}  {row.complaint() or passed}")
-            continue
-        middle, low, high = (f"{value:,.5g}" for value in spread(row.values))
-        base = bases.get(row.group)
-        against = "" if base in (None, row) else "  {:.3f} ({:.3f} .. {:.3f}) of {}".format(*ratio(row, base), baseline)
-        say(f"{row.provider:{width}}  {middle} {row.unit} ({low} .. {high}){against}")
+        text = row.complaint() or f"passed: error {row.error:.2g} of {row.allowed:.2g} allowed"
+        if row.values:
+            base = bases.get(row.group, row)
+            text = f"{ranged(spread(row.values))} {row.unit}"
+            text += f", {ranged(ratio(row, base))} of {baseline}" if base is not row else ""
+        say(f"{row.provider:{width}}  {text}")

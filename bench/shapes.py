@@ -16,13 +16,6 @@ STEP_SEQUENCES = 128  # per optimizer step on a GPU: 262,144 tokens, as many as 
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
 
 
-def add_batch_flags(parser: argparse.ArgumentParser):
-    parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: by size and device)")
-    text = f"micro-batches per step (default: {STEP_SEQUENCES} sequences' on a GPU, 1 on a CPU)"
-    parser.add_argument("--grad_accum", type=int, help=text)
-    parser.add_argument("--seq_len", type=int, help=f"default: {SEQ_LEN} on a GPU, {CPU_SEQ_LEN} on a CPU")
-
-
 def batch_shape(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[int, int, int]:
     """Sequences per micro-batch, micro-batches per step, tokens per sequence: the flags', or by size and device.
 

@@ -1,18 +1,14 @@
 """Training tokens/s of train.py's own loop, optimizer and data loader included: the MoE and its dense baseline.
 
 Each contender is a process that runs `train()` and pauses between interleaved rounds, so that what slows the machine
-slows all of them, and ratios are taken round by round. Modes:
-  compiled            torch.compile, all activations kept
-  eager               without torch.compile
-  checkpointed        compiled, with gradient checkpointing
-  balanced            compiled, with --debug_force_load_balance
-  deterministic       compiled, with --deterministic
-  predecessor         batch 32, accumulation 4, compiled, checkpointed: the predecessor's own command
+slows all of them, and ratios are taken round by round. Before it trains, it checks loss and gradients of its model, in
+its mode, against the fp32 reference (acceleron/self_check.py).
 
-Before it trains, each process checks loss and gradients of its model, in its mode, against the fp32 reference
-(acceleron/self_check.py). The text is the source of Python's library. The MoE routes as a router does after a few dozen
-steps on it. MFU counts the FLOPs of the active parameters, recomputation excluded. The exit status is 1 if anything
-failed.
+Modes: compiled (all activations kept), eager, checkpointed (compiled), balanced (--debug_force_load_balance),
+deterministic, and predecessor (batch 32, accumulation 4, compiled, checkpointed: the predecessor's own command). The
+text is the source of Python's library. MFU counts the FLOPs of the active parameters, recomputation excluded.
+--seconds: of training per round; --limit: most seconds of a start; --profile: add each kernel's time to the rows. The
+exit status is 1 if anything failed.
 """
 
 import argparse
@@ -24,21 +20,15 @@ import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
+from operator import attrgetter
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from acceleron import device as devices
 from acceleron import kernels
-from acceleron.device import (
-    dtype_name,
-    missing_compiler,
-    peak_flops,
-    peak_memory,
-    reset_peak_memory,
-    resolve_dtype,
-    synchronize,
-)
+from acceleron.device import dtype_name, peak_memory, synchronize
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
 from acceleron.training.loop import model_config, train
@@ -63,7 +53,6 @@ MODES = {
 BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # unless asked for others
 GPU_MODES = ("deterministic", "predecessor")  # on a CPU only if asked for
 CORPUS_CHARACTERS = 4_000_000
-PROFILED = 40  # kernels of a profile that are kept, by time
 NEVER = 1 << 30
 
 
@@ -72,13 +61,14 @@ def serve(connection, options: TrainOptions):
     for."""
     device, step, left = torch.device(options.device), Run.step, 1
     connection.recv()
-    if not options.no_compile and missing_compiler(device):
-        raise RuntimeError(f"torch.compile needs the compiler {missing_compiler(device)}, which is not installed")
-    config, dtype = model_config(options, None), resolve_dtype(options.dtype, device)
+    compiler = devices.missing_compiler(device)
+    if not options.no_compile and compiler:
+        raise RuntimeError(f"torch.compile needs the compiler {compiler}, which is not installed")
+    config, dtype = model_config(options, None), devices.resolve_dtype(options.dtype, device)
     shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
     mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
     answer = {"check": check_gradients(config, device, dtype, options.kernels, **shape, **mode)}
-    reset_peak_memory(device)
+    devices.reset_peak_memory(device)
     began = time.perf_counter()
 
     def pause(run: Run) -> int:
@@ -120,27 +110,22 @@ def serve(connection, options: TrainOptions):
 
 def figures(run: Run) -> dict:
     """What a contender knows after its rounds."""
-    options, config = run.options, run.model.config
-    flops = flops_per_token(config, run.model.num_parameters()[1], options.seq_len)
+    flops = flops_per_token(run.model.config, run.model.num_parameters()[1], run.options.seq_len)
+    found = {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops}
     statistics = run.read_statistics() if run.unread_steps else {}
-    kept = {
-        name: statistics[name] for name in ("loss", "expert_least_share", "expert_most_share") if name in statistics
-    }
-    return {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops} | kept
+    names = ("loss", "expert_least_share", "expert_most_share")
+    return found | {name: statistics[name] for name in names if name in statistics}
 
 
 def profiled(step, device: torch.device) -> list[dict]:
-    """Kernels of one step (on a CPU: ops) with their calls and seconds, longest first."""
+    """The kernels of one step that take longest (on a CPU: ops), with their calls and seconds."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         step()
         synchronize(device)
-    found = [
-        {"kernel": event.key[:120], "calls": event.count, "seconds": time / 1e6}
-        for event in trace.key_averages()
-        if (time := event.self_device_time_total if on_gpu else event.self_cpu_time_total) > 0
-    ]
-    return sorted(found, key=lambda entry: -entry["seconds"])[:PROFILED]
+    time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    longest = sorted(trace.key_averages(), key=time_of, reverse=True)[:40]
+    return [{"kernel": e.key[:120], "calls": e.count, "seconds": time_of(e) / 1e6} for e in longest if time_of(e) > 0]
 
 
 class Contender:
@@ -225,10 +210,9 @@ def compete(found: list[Contender], rounds: int, seconds: float, peak: float, wi
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse(
-        __doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, size=[], mode=[], kernels=[], dtype="auto",
-        batch_size=int, grad_accum=int, seq_len=int, rounds=5, seconds=3.0, limit=600.0, profile=False,
-    )  # fmt: skip
+    flags = dict(size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
+    flags |= dict(rounds=5, seconds=3.0, limit=600.0, profile=False)
+    arguments = parse(__doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, **flags)
     device = arguments.device
     on_gpu = device.type == "cuda"
     try:
@@ -241,7 +225,7 @@ def main():
     for size in sizes:
         batch_shape(size, on_gpu, arguments)
     results, failed = Results(arguments.output, device), False
-    peak, source = peak_flops(device, arguments.dtype)
+    peak, source = devices.peak_flops(device, arguments.dtype)
     print(f"MFU is against {peak / 1e12:.3g} TFLOP/s, {source}", flush=True)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         groups = (contenders(size, mode, directory, arguments, stack) for size, mode in product(sizes, modes))

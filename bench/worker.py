@@ -1,9 +1,11 @@
 """A process for code that may crash, hang or exhaust memory. Its failure costs one answer, not the command."""
 
 import signal
+import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 
 from .rows import describe
@@ -87,3 +89,34 @@ def _run(serve: Callable, connection, args: tuple):
         failure.fatal = True
         with suppress(OSError):
             connection.send(failure)
+
+
+@contextmanager
+def pool(processes: int) -> Iterator[Callable[..., Future]]:
+    """Yields `call(function, *args, seconds=600)`, whose Future has the function's result, or a Failure.
+
+    A call that raises, hangs or ends its process costs its result alone. Leaving the context drops what is not done.
+    """
+    own, workers = threading.local(), []
+
+    def start():
+        own.worker = Worker(serve_calls)
+        workers.append(own.worker)
+
+    threads = ThreadPoolExecutor(processes, initializer=start)
+    try:
+        yield lambda function, *args, seconds=600.0: threads.submit(lambda: own.worker.ask((function, args), seconds))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in [worker.process for worker in workers if worker.process]:
+            process.kill()  # which ends the wait of its thread
+        threads.shutdown()
+        for worker in workers:
+            worker.close()
+
+
+def serve_calls(connection):
+    """Answer each (function, arguments) with its result."""
+    while True:
+        function, arguments = connection.recv()
+        connection.send(function(*arguments))

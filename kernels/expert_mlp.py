@@ -231,11 +231,15 @@ def _token_grad_kernel(
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _token_blocks(T: int, D: int) -> tuple[tuple[int, int], dict]:
-    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 a program, rows of up to 512 bytes."""
+def _token_blocks(T: int, D: int, *tensors: Tensor | None) -> tuple[tuple[int, int], dict]:
+    """Grid and blocks of a kernel over these [T, D]: 8 KiB of bf16 a program, rows of up to 512 bytes.
+
+    Values that are not 16-byte aligned come one by one, for which four warps have no registers.
+    """
     block_d = min(256, triton.next_power_of_2(D))
     block_t = 4096 // block_d
-    return (triton.cdiv(T, block_t), triton.cdiv(D, block_d)), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
+    warps = 8 if any(x is not None and x.data_ptr() % 16 for x in tensors) else 4
+    return (triton.cdiv(T, block_t), triton.cdiv(D, block_d)), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps)
 
 
 @torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
@@ -281,7 +285,7 @@ def expert_down(
     y_TD = rows_ND.new_empty(T, D)
     if T == 0:
         return y_TD
-    grid, blocks = _token_blocks(T, D)
+    grid, blocks = _token_blocks(T, D, rows_ND, shared_TD, residual_TD)
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
             rows_ND, inverse_TK, weights_TK, shared_TD, residual_TD, y_TD, T,
@@ -335,7 +339,7 @@ def token_grad(
     if T == 0:
         return dx_TD
     E = 1 if router_ED is None else router_ED.shape[0]
-    grid, blocks = _token_blocks(T, D)
+    grid, blocks = _token_blocks(T, D, rows_ND, shared_TD)
     with torch.cuda.device_of(dx_TD):
         _token_grad_kernel[grid](
             rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,

@@ -1,10 +1,13 @@
 """The op benchmarks at very small shapes: what is right is timed, what is wrong is not, and the counts are right."""
 
-import planted
+import os
+import signal
+import threading
+
 import pytest
 import torch
 
-from acceleron import ModelConfig
+from acceleron import ModelConfig, kernels
 from acceleron.errors import InputError
 from bench import op_cases, op_peers, ops, rows
 from bench.op_cases import GEMMS, OPS
@@ -82,6 +85,43 @@ def test_a_wrong_output_fails_the_check():
         checked(swiglu, Provider("shape", lambda x: right(x)[:1]))
 
 
+SERVE = ops.serve
+
+
+def raises(*args):
+    raise RuntimeError("planted\nin two lines")
+
+
+def hangs(*args):
+    threading.Event().wait()
+
+
+def kills(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_tma_only(run):
+    def kernel(*args):
+        if "up" in os.environ.get("ACCELERON_NO_TMA", ""):
+            return run(*args)
+        raise RuntimeError("planted TMA")
+
+    return kernel
+
+
+def serve_planted(connection, settings):
+    """`ops.serve` with a Triton op that raises, one that hangs, one that kills its process, and a GEMM kernel that
+    fails unless it avoids TMA. It runs in a process that monkeypatch does not reach."""
+    kernels._triton |= {"swiglu": raises, "rms_norm": hangs, "rope": kills}
+    gemm_cases = op_cases.gemm_cases
+
+    def planted(*args):
+        return [gemm._replace(ours=without_tma_only(gemm.ours)) for gemm in gemm_cases(*args)]
+
+    op_cases.gemm_cases = planted
+    SERVE(connection, settings)
+
+
 def run_cases(checker: ops.Checker, wanted: list[str], results: rows.Results):
     try:
         ops.run_cases(checker, wanted, results)
@@ -92,7 +132,7 @@ def run_cases(checker: ops.Checker, wanted: list[str], results: rows.Results):
 def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_path):
     """A kernel that raises, one that hangs, one that kills its process, one that fails with TMA; and the others."""
     monkeypatch.setenv("ACCELERON_NO_TMA", "")
-    monkeypatch.setattr(ops, "serve", planted.serve)
+    monkeypatch.setattr(ops, "serve", serve_planted)
     ask, hanging = Worker.ask, "rms_norm"
 
     def impatient(worker, message, seconds):  # the limit is for what never answers, however slow the machine is
