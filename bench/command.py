@@ -22,7 +22,7 @@ CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
     """Flags with these defaults, --device and --output; `dtype` becomes torch's.
 
-    A default that is a type makes a flag of that type, None if it is not given; [], one that takes several values.
+    A type as default makes a flag of that type, None if it is not given; [] makes one that takes several values.
     choices: beside CHOICES. Raises InputError for a bad value.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

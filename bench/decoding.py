@@ -46,7 +46,7 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
 
 
 def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Callable[[], list[int]]:
-    """A function that returns TOKENS that follow the prompt. source: "Acceleron", or anything for transformers."""
+    """A function that returns the TOKENS tokens after the prompt. source: "Acceleron" or PEERS[False]."""
     model = deciding_model(size)
     if source == "Acceleron":
         model = prepare_for_inference(model, dtype).to(prompt.device)

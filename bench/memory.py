@@ -41,11 +41,10 @@ VARIANTS = ({}, {"dense": True}, {"checkpointing": True}, {"compiled": True})
 def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> int:
     """Bytes per token that the Triton kernels save for the backward pass of an MoE block, by design.
 
-    The MoE: x, which router and experts share; the pre-activations (2 F) of the K routed experts and of the shared one,
-    and the shared one's activation, as its down-projection is a plain GEMM; 4 bytes per logit, and for weight, expert,
-    order and inverse of each of the K assignments. Around it: the block's input and the sum after attention, with 4
-    bytes of RMS each; the first norm's output; qkv as one tensor, with v as a view; rotated q and k; attention's output
-    and its logsumexp, 4 bytes per head. With checkpointing: the block's input, and the routing without its logits.
+    The MoE: x; the pre-activations (2 F) of K routed experts and the shared one, and the shared one's activation;
+    4 bytes per logit, and for weight, expert, order and inverse of each of the K assignments. Around it: the block's
+    input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and k;
+    attention's output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
     """
     D, kv, routing = config.d_model, config.num_kv_heads * config.head_dim, 16 * TOP_K
     if checkpointing:
@@ -104,7 +103,7 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
 
 
 def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """ "bytes" and details, and the gradients to check."""
+    """The bytes and details, and the gradients to check."""
     if contender.block:
         model, run, gradients = contender.build(device)
         layers = model.model.layers if contender.source == "transformers" else model.blocks

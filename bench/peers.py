@@ -39,8 +39,8 @@ THEIR_NAMES = {
     "moe.shared.w13": ["shared_mlp.input_linear.weight"], "moe.shared.w2": ["shared_mlp.output_linear.weight"],
     "mlp.w13": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.w2": ["mlp.down_proj.weight"],
 }  # fmt: skip
-# The allowed relative RMS error: FACTOR times that of the reference in the same dtype, plus FLOOR. transformers also
-# rounds the router's logits, which makes its router gradient 2.4 times as wrong.
+# The allowed relative RMS error: FACTOR times that of the reference in the same dtype, plus FLOOR. transformers, which
+# also rounds the router's logits, has up to 1.7 times the reference's error.
 FACTOR, FLOOR = 3, {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 
 
@@ -122,10 +122,10 @@ def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceler
     so that no check could find a wrong one.
     """
     model, experts = Acceleron(config, compute_dtype=dtype), config.num_experts
-    model.embedding[:, :experts] = 0.2 * torch.rand(config.vocab_size, experts).argsort(dim=1)
+    model.embedding[:, :experts] = 0.5 * torch.rand(config.vocab_size, experts).argsort(dim=1)
     for name, weight in model.named_parameters():
         if name.endswith("router"):
-            weight.copy_(0.3 * torch.eye(*weight.shape))
+            weight.copy_(0.2 * torch.eye(*weight.shape))
         weight.copy_(weight.bfloat16())
     return model
 

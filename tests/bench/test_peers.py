@@ -61,7 +61,7 @@ def test_a_failure_costs_one_row(run, monkeypatch):
     assert [len(row.values) for row in (moe, llama)] == [2, 2]
     assert "no room" in dense.failed
     assert granite.failed.startswith("wrong: gradient of")
-    assert all(row.allowed < 0.1 for row in (moe, granite, llama))  # half a gradient would not pass
+    assert all(row.allowed < 0.2 for row in (moe, granite, llama))  # half a gradient would not pass
 
 
 def test_decoding(run):
