@@ -142,7 +142,9 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     if device.arch == "interpreter":
         return Config(32, 32, 32, 4, 1, split=2)  # small, so that small tests have several tiles, and a split
     if dtype == torch.float32:
-        return Config(64, 32 if op in ("up", "hidden_grad") else 64, 32, 8, 2)  # without tensor cores
+        # Without tensor cores. With the other number of warps a few bytes spill.
+        warps = 8 if op in ("rows", "hidden_grad") else 4
+        return Config(64, 32 if op in ("up", "hidden_grad") else 64, 32, warps, 2)
     if device.arch.startswith("gfx"):
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
