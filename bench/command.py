@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES, resolve_device, resolve_dtype
 from acceleron.errors import InputError
@@ -22,7 +23,7 @@ CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
     """Flags with these defaults, --device and --output; `dtype` becomes torch's.
 
-    A type as default makes a flag of that type, None if it is not given; [] makes one that takes several values.
+    A type as default makes a flag of that type, None if it is not given; a list makes one that takes several values.
     choices: beside CHOICES. Raises InputError for a bad value.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,9 +32,12 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
         given = dict(choices=choices.get(name), default=default, type=type(default), help="default: %(default)s")
         if default is False:
             given = dict(action="store_true")
-        elif default == [] or isinstance(default, type):
-            kind = dict(nargs="+") if default == [] else dict(type=default)
-            given |= dict(default=None, help="default: by the device", type=str) | kind
+        elif isinstance(default, list):
+            given |= dict(nargs="+", type=str)
+        elif isinstance(default, type):
+            given |= dict(default=None, type=default)
+        if default == [] or isinstance(default, type):
+            given["help"] = "default: by the device"
         parser.add_argument(f"--{name}", **given)
     parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
     arguments = parser.parse_args()
@@ -41,6 +45,10 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
         if type(value) in (int, float) and not 0 < value < 1 << 31:
             raise InputError(f"--{name} {value}: expected a number above 0")
     arguments.device = resolve_device(arguments.device)
+    try:
+        kernels.select("auto", arguments.device)
+    except ValueError as error:  # of an environment variable
+        raise InputError(str(error)) from error
     if "dtype" in arguments:
         named = torch.float16 if arguments.dtype == "fp16" else None  # in which nothing is trained
         arguments.dtype = named or resolve_dtype(arguments.dtype, arguments.device)

@@ -30,6 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20
 SECONDS = {"first": 230.0, "full": 330.0}
+GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 
 class Part(NamedTuple):
@@ -46,16 +47,17 @@ GPU = {
     "one": "--size tiny",
     "two": "--size tiny small",
     "all": "--size tiny small medium large",
+    "rest": "--size small medium large tiny",
     "published": "sonicmoe-768",
-    "checks": "--tokens 65536 --limit 20",
+    "checks": "--tokens 65536 --limit 15",
     "attention": "--tokens 16384 --rounds 5 --limit 40",
     "ops": "--rounds 5 --limit 40",
-    "train": "--mode compiled --rounds 3 --seconds 1 --limit 60",
-    "tune": "--seconds 45",
+    "train": "--mode compiled --rounds 3 --seconds 1 --limit 100",
+    "tune": "--seconds 30 --limit 12",
     "memory": "",
     "deterministic": "tests/training/test_cuda_training.py",
 }
-SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
+SMOKE = dict.fromkeys(("one", "two", "all", "rest"), "--size nano") | {
     "published": "",
     "checks": "--tokens 48 --dtype fp16 --limit 600",
     "attention": "--tokens 48 --dtype fp32 --rounds 2",
@@ -77,33 +79,35 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
         return ["-m", "bench", *command.format(**arguments).split(), *flags, "--output", str(output)]
 
     report = Part("report", 10, ["-m", "bench", "report", str(output)])
+    compiled = ["-m", "bench", "compile", "--arch", "sm_90"]
     if stage == "first":
         return [
             # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
             # 7 s of two cores per size, 16 cores.
-            Part("compile", 25, ["-m", "bench", "compile", "--arch", "sm_90", *arguments["two"].split()]),
+            Part("compile", 25, [*compiled, *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
-            Part("kernels", 60, bench("ops --check_only --provider triton {two} {checks}"), interpreted),
-            # Two contenders: the check and a compilation of 10 to 15 s each, 3 rounds of 2 s, a profile of 2 s.
-            Part("throughput and profile", 70, bench("throughput {one} {train} --profile")),
+            Part("kernels", 45, bench("ops --check_only --provider triton {two} {checks}"), interpreted),
+            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 3 rounds of 2 s.
+            Part("throughput and profile", 90, bench("throughput {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
             Part("attention", 35, bench("ops --op attention {all} {attention}")),
             report,
         ]
     return [
-        # All processes start together; then 20 s for tiny to 50 s for large, whose weights are drawn on the CPU.
-        Part("throughput", 140, bench("throughput {all} {train}")),
+        Part("compile", 20, [*compiled, *arguments["all"].split()]),
+        # All processes start together; then some 40 s per size. tiny, which the first stage has measured, comes last.
+        Part("throughput", 150, bench("throughput {rest} {train}")),
         # Bounded by its own budget, which leaves 15 s to start.
-        Part("tune", 60, bench("tune {all} {tune}"), interpreted),
-        Part("throughput, tuned", 35, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
+        Part("tune", 45, bench("tune {all} {tune}"), interpreted),
+        Part("throughput, tuned", 30, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
         Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),
         # 3 s per op and pass, the most expensive ops first; rows are written one by one.
         Part("ops", 25, bench("ops {ops} {one} {published} --provider", *PEERS)),
         # Runs of nano, eager and compiled.
-        Part("deterministic", 20, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
+        Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
         # transformers is imported too.
-        Part("memory", 20, bench("memory {one} {memory}")),
+        Part("memory", 15, bench("memory {one} {memory}")),
         report,
     ]
 
@@ -112,7 +116,7 @@ class Log:
     """Prints lines and keeps them in a file of bounded size."""
 
     def __init__(self, path: Path):
-        self.file, self.left, self.lock = path.open("w", encoding="utf-8"), LOG_BYTES, threading.Lock()
+        self.file, self.left, self.lock = path.open("a", encoding="utf-8"), LOG_BYTES, threading.Lock()
 
     def write(self, line: str):
         with self.lock:
@@ -123,7 +127,8 @@ class Log:
 
 
 def run_part(part: Part, limit: float, log: Log) -> str:
-    """Run a part and kill all its processes at the limit. Returns why it failed, or an empty string."""
+    """Run a part. At the limit its processes get SIGTERM, and GRACE seconds to write what they have. Returns why it
+    failed, or an empty string."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
     process = subprocess.Popen(
         [sys.executable, *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -136,30 +141,33 @@ def run_part(part: Part, limit: float, log: Log) -> str:
 
     reader = threading.Thread(target=copy, daemon=True)
     reader.start()
+    reason = f"exceeded its {limit:.0f} s"
     try:
-        status = process.wait(limit)
-        reason = f"exit status {status}" if status else ""
-    except subprocess.TimeoutExpired:
-        reason = f"exceeded its {limit:.0f} s"
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(limit)
+            reason = f"exit status {status}" if status else ""
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):  # stuck in a driver, it never ends
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
         reader.join(5)
     return reason
 
 
-def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str]:
-    """Run the parts within so many seconds. Returns the names of those that failed or were skipped, with the reason."""
+def run(planned: list[Part], seconds: float, output: Path, log: Log, known: int = 0) -> list[str]:
+    """Run the parts within so many seconds. Returns the names of those that failed or were skipped, with the reason.
+
+    known: rows of `output` that are older than these kernels.
+    """
     deadline, failed = time.monotonic() + seconds, []
-    while sum(part.seconds for part in planned) > seconds and len(planned) > 1:
-        skipped = planned.pop(-2)  # the report, last, is always made
+    while sum(part.seconds for part in planned) > seconds and len(planned) > 2:
+        skipped = planned.pop(-2)  # the first part, and the report, which is last, always run
         failed.append(f"{skipped.name}: skipped, no time is left")
     for number, part in enumerate(planned):
-        for row in rows_of(output):
-            if row["benchmark"] == "fallbacks":
-                os.environ.update(row["details"])
-        limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :])
+        avoid([row for row in rows_of(output)[known:] if row["benchmark"] == "fallbacks"])
+        limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :]) - GRACE
         log.write(f"== {part.name}: python {' '.join(part.command)} (at most {limit:.0f} s)")
         began = time.monotonic()
         reason = run_part(part, max(limit, 1), log)
@@ -169,19 +177,40 @@ def run(planned: list[Part], seconds: float, output: Path, log: Log) -> list[str
         row |= {"failed": reason} if reason else {"check": "exit status", "error": 0, "allowed": 0}
         row |= {"about": {"command": " ".join(part.command), "date": datetime.now(UTC).isoformat(timespec="seconds")}}
         with (output / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * bool(unfinished(output)) + json.dumps(row) + "\n")
         if reason:
             failed.append(f"{part.name}: {reason}")
+        (output / "summary.txt").write_text("\n".join(summary(failed, rows_of(output))) + "\n")
     return failed
 
 
+def avoid(found: list[dict]):
+    """Set the variables of the newest row of fallbacks for the parts to come."""
+    for name in ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS"):
+        value = found[-1].get("details", {}).get(name) if found else None
+        if isinstance(value, str):
+            os.environ[name] = value
+
+
+def unfinished(output: Path) -> bytes:
+    """What stands after the last line of the results: a line that a killed process left unfinished."""
+    path = output / "results.jsonl"
+    return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+
+
 def rows_of(output: Path) -> list[dict]:
-    """The rows so far; a line that a killed process left unfinished is passed over."""
+    """The rows so far; lines that are none are passed over."""
     found = []
     with suppress(OSError):
         for line in (output / "results.jsonl").read_text(errors="replace").splitlines():
             with suppress(ValueError):
-                found.append(json.loads(line))
+                row = json.loads(line)
+                if (
+                    isinstance(row, dict)
+                    and isinstance(row.get("benchmark"), str)
+                    and isinstance(row.get("provider"), str)
+                ):
+                    found.append(row)
     return found
 
 
@@ -190,26 +219,27 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
     lines = [f"FAILED {reason}" for reason in failed] or ["every part is done"]
     for row in rows:
         if row.get("failed") and row["benchmark"] != "part":
-            case = " ".join(str(value) for value in row.get("case", {}).values())
-            lines.append(f"FAILED {row['benchmark']}, {row['provider']}, {case}: {row['failed'][:200]}")
-    lines += [f"FALLBACK {row['details']}" for row in rows if row["benchmark"] == "fallbacks"]
-    measured = [row for row in rows if "median" in row]
-    for row in (row for row in measured if row["provider"].startswith("MoE")):
+            lines.append(f"FAILED {row['benchmark']}, {row['provider']}, {row.get('case')}: {str(row['failed'])[:200]}")
+    lines += [f"AVOIDED {row.get('details')}" for row in rows if row["benchmark"] == "fallbacks"][-1:]
+    trained = [row for row in rows if row["benchmark"] == "throughput" and "median" in row]
+    moes = [row for row in trained if row["provider"].startswith("MoE")]
+    for row in moes:
         for kernel in row.get("details", {}).get("profile", [])[:15]:
             name = f"{row['provider']}: {kernel['kernel'][:70]}"
             lines.append(f"{name:90} {kernel['calls']:6} calls {1e3 * kernel['seconds']:9.2f} ms")
     form = "{:10} {:12} {:>12} {:>12} {:>8} {:>6} {:>8}"
     lines.append(form.format("size", "mode", "MoE tok/s", "dense tok/s", "ratio", "MFU", "GiB"))
-    trained = [row for row in measured if row["benchmark"] == "throughput"]
-    for moe in (row for row in trained if row["provider"].startswith("MoE")):
-        date = moe["about"]["date"]
-        dense = [r for r in trained if r["provider"].startswith("dense") and r["group"] == moe["group"]]
-        dense = [r["median"] for r in dense if r["about"]["date"] == date]
-        found, details = moe["case"], moe["details"]
-        against = (f"{max(dense):,.0f}", f"{moe['median'] / max(dense):.3f}") if dense else ("", "")
+    for moe in moes:
+        origin = moe["group"], moe["about"]["date"]
+        dense = [row for row in trained if row not in moes and (row["group"], row["about"]["date"]) == origin]
+        most = max((row["median"] for row in dense), default=None)
+        found, details, switches = moe["case"], moe["details"], moe["about"].get("switches", "")
+        against = (f"{most:,.0f}", f"{moe['median'] / most:.3f}") if most else ("", "")
         memory, mfu = details.get("peak_memory_bytes", 0) / 2**30, details.get("mfu", 0)
         shown = (f"{moe['median']:,.0f}", *against, f"{mfu:.1%}", f"{memory:.1f}")
-        lines.append(form.format(found["size"], found["mode"], *shown) + f"  {moe['about'].get('switches', '')}")
+        lines.append(
+            form.format(found["size"], found["mode"], *shown) + f"  {moe['about'].get('device', '')} {switches}"
+        )
     return lines
 
 
@@ -224,7 +254,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+    elif not (shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia[0-9]*")]):
         parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
     # torch.compile would otherwise move Triton's cache, and what the first parts compiled would be compiled again.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
@@ -239,10 +269,11 @@ def main():
         log = Log(output / "log.txt")
     except OSError as error:
         parser.error(f"--output {output}: cannot be written ({error.strerror})")
-    failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log)
-    lines = summary(failed, rows_of(output))
-    (output / "summary.txt").write_text("\n".join(lines) + "\n")
-    for line in lines:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part in progress ends too
+    # The first stage finds out anew what to avoid; the full one starts from what it found.
+    known = len(rows_of(output)) if arguments.stage == "first" else 0
+    failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log, known)
+    for line in (output / "summary.txt").read_text().splitlines():
         log.write(line)
     sys.exit(bool(failed))
 

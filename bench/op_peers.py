@@ -5,7 +5,7 @@ All providers of an op take its inputs in the same order (bench/op_cases.py) and
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -173,5 +173,6 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         return found
     compiler = missing_compiler(device)
     absent = f"torch.compile needs {compiler}" if compiler else None
-    found.append(Provider("reference compiled", torch.compile(plain(case), dynamic=False), absent))
+    compiled = cache(lambda: torch.compile(plain(case), dynamic=False))  # which imports for seconds: if it is called
+    found.append(Provider("reference compiled", lambda *inputs: compiled()(*inputs), absent))
     return found + [peer(name, maker, device) for name, maker in PEERS.get(case.op, {}).items()]

@@ -213,8 +213,8 @@ class Checker:
 
     def __init__(self, settings: Settings, rounds: int, limit: float):
         self.settings, self.rounds, self.limit = settings, rounds, limit
+        self.worker = Worker(serve, settings)  # it imports while the ceilings are measured
         self.ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
-        self.worker = Worker(serve, settings)
 
     def ask(self, *message):
         return self.worker.ask(message, self.limit)
@@ -222,6 +222,8 @@ class Checker:
     def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
         """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
         steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
+        if not names:
+            return []
         try:
             steps = self.ask(number, None, None)
             for name in names:
@@ -250,6 +252,7 @@ class Checker:
     def checked(self, number: int, case: Case, name: str) -> tuple[str, float, float]:
         """The check of one provider. One of our GEMM kernels that fails with TMA is checked again without it, and goes
         without it from then on. Raises Failure."""
+        without = gemm_kernel(case.op)
         try:
             found = self.ask(number, name, bool(self.rounds))
             if found[1] <= found[2] or not may_drop_tma(case, name):
@@ -258,9 +261,9 @@ class Checker:
         except Failure as failure:
             if not may_drop_tma(case, name):
                 raise
-            reason = str(failure)
+            reason, without = str(failure), "all"  # each further crash or hang would cost a process
         say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
-        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), gemm_kernel(case.op)])
+        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), without])
         self.worker.close()  # the next process inherits the variable
         what, error, allowed = self.ask(number, name, bool(self.rounds))
         return f"{what} (without TMA; with it: {reason})", error, allowed
@@ -274,24 +277,23 @@ def may_drop_tma(case: Case, name: str) -> bool:
     return name == "triton" and case.op in GEMMS and not {gemm_kernel(case.op), "all"} & set(without_tma())
 
 
-def fallbacks(rows: list[Row]) -> Row | None:
-    """The environment that avoids the kernels that failed; None if there are none."""
+def fallbacks(rows: list[Row]) -> dict[str, str]:
+    """The environment that avoids the kernels that failed."""
     wrong = {row.case["op"] for row in rows if row.provider == "triton" and row.failed}
     wrong -= {row.case["op"] for row in rows if row.failed.startswith("the truth")}
-    names = sorted(wrong & set(OPS))
-    values = {"ACCELERON_NO_TMA": os.environ.get("ACCELERON_NO_TMA"), "ACCELERON_REFERENCE_OPS": ",".join(names)}
-    values = {name: value for name, value in values.items() if value}
-    check = dict(check="the kernels' checks", error=0.0, allowed=0.0)
-    return Row("fallbacks", "triton", {}, details=values, **check) if values else None
+    names = (wrong & set(OPS)) | ({"expert_mlp", "moe", "grouped_gemm"} if wrong & set(GEMMS) else set())
+    return {"ACCELERON_NO_TMA": ",".join(without_tma()), "ACCELERON_REFERENCE_OPS": ",".join(sorted(names))}
 
 
 def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) -> list[Row]:
     """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
-    rows, absent, avoided = [], {}, {}
+    rows, absent, avoided = [], {}, None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
         found = [p for p in providers(case, checker.settings.device) if not wanted or p.name in wanted]
         absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
         names = [provider.name for provider in found if not provider.absent]
+        if not checker.rounds and case.op in (avoided or {}).get("ACCELERON_REFERENCE_OPS", "").split(","):
+            continue  # it contains a kernel that failed
         these = checker.measure(number, case, names)
         for row in these:
             results.write(row)
@@ -299,10 +301,12 @@ def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) 
             say(f"{case.op}, {case.shape}, {step}")
             print_rows(list(passes), baseline=names[0])
         rows += these
-        if not checker.rounds and (row := fallbacks(rows)) and row.details != avoided:
-            avoided = row.details
-            results.write(row)
-            say(f"to avoid what failed: {' '.join(f'{k}={v}' for k, v in avoided.items())}")
+        if not checker.rounds and avoided != fallbacks(rows):
+            avoided = fallbacks(rows)
+            results.write(
+                Row("fallbacks", "triton", details=avoided, check="the kernels' checks", error=0.0, allowed=0.0)
+            )
+            say(f"to avoid what failed: {avoided}")
     for (op, name), reason in absent.items():
         results.write(Row("ops", name, {"op": op}, absent=reason))
         say(f"absent: {name} ({op}): {reason}")

@@ -123,14 +123,17 @@ class Results:
         self.path = self.directory / FILE
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.path.open("a").close()
+            text = self.path.read_bytes() if self.path.exists() else b""
+            with self.path.open("a") as file:  # a line that was not finished goes
+                file.truncate(text.rfind(b"\n") + 1)
         except OSError as error:
             raise InputError(f"--output {self.directory}: cannot be written ({error.strerror})") from error
 
     def write(self, row: Row) -> bool:
         """Append the row. Returns True unless it failed; a row that did not pass its check loses its figures."""
         if not row.absent and row.complaint():
-            row.failed, row.values = row.complaint(), []
+            unchecked = {"unchecked_values": row.values} if row.values else {}  # for a person, never for a report
+            row.failed, row.values, row.details = row.complaint(), [], row.details | unchecked
         row.about = self.about
         fields = {name: value for name, value in asdict(row).items() if value not in ("", [], {}, None)}
         if row.values:
@@ -141,11 +144,16 @@ class Results:
 
 
 def read(directory: Path) -> list[Row]:
-    """The rows of a directory. Raises InputError if there are none, or a line is not a row."""
+    """The rows of a directory. Raises InputError if there are none, or a line is not a row.
+
+    A last line that was not finished, as its process was killed, is skipped.
+    """
     path, rows = directory / FILE, []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise TypeError("not an object")
             row = Row(**{name: fields[name] for name in fields if name in Row.__dataclass_fields__})
             row.complaint()  # raises TypeError if error, allowed or values are not numbers
             if not all(isinstance(value, dict) for value in (row.case, row.details, row.about)):

@@ -14,6 +14,7 @@ exit status is 1 if anything failed.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -26,8 +27,8 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from acceleron import Acceleron, kernels
 from acceleron import device as devices
-from acceleron import kernels
 from acceleron.device import dtype_name, peak_memory, synchronize
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
@@ -38,7 +39,7 @@ from acceleron.training.run import Run
 
 from .command import parse
 from .corpus import write_corpus
-from .rows import Results, Row, print_rows, progress, say
+from .rows import Results, Row, describe, print_rows, progress, say
 from .shapes import NANO_VOCAB, batch_shape
 from .worker import Failure, Worker
 
@@ -60,6 +61,9 @@ def serve(connection, options: TrainOptions):
     """A contender's process: the check, then train.py's loop, which pauses before each step that no round has asked
     for."""
     device, step, left = torch.device(options.device), Run.step, 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS's first GEMM, which the check has
     connection.recv()
     compiler = devices.missing_compiler(device)
     if not options.no_compile and compiler:
@@ -68,8 +72,14 @@ def serve(connection, options: TrainOptions):
     shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
     mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
     answer = {"check": check_gradients(config, device, dtype, options.kernels, **shape, **mode)}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     devices.reset_peak_memory(device)
     began = time.perf_counter()
+
+    def build(*args, **kwargs) -> Acceleron:
+        with device:  # billions of weights take a GPU no time
+            return Acceleron(*args, **kwargs)
 
     def pause(run: Run) -> int:
         """Send the round's seconds, answer questions, and return the number of steps of the next round."""
@@ -96,11 +106,16 @@ def serve(connection, options: TrainOptions):
     def paused_step(run: Run, lr: float):
         nonlocal left
         left = left or pause(run)
-        step(run, lr)
+        try:
+            step(run, lr)
+        except Exception as error:
+            connection.send(Failure(describe(error)))
+            sys.exit()  # the loop would save a checkpoint first
         left -= 1
 
     with (
         mock.patch.object(Run, "step", paused_step),
+        mock.patch("acceleron.training.run.Acceleron", build),
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
@@ -147,8 +162,8 @@ class Contender:
             self.row.failed = str(failure)
             return None
 
-    def begin(self):
-        """Check, build, compile, and train two steps."""
+    def begin(self, with_profile: bool):
+        """Check, build, compile, train two steps, and profile a third."""
         row = self.row
         if started := self.ask("begin", self.limit):
             name, row.error, row.allowed = started["check"]
@@ -156,6 +171,11 @@ class Contender:
             row.details["start_seconds"] = started["seconds"]  # the check has compiled the kernels
         if one := self.ask(1, self.limit):
             self.step_seconds = one["seconds"]
+        if with_profile and not row.failed:
+            try:
+                row.details["profile"] = self.worker.ask("profile", self.limit)
+            except Failure as failure:  # the rounds still count, if the process has survived
+                row.details["profile_failed"] = str(failure)
 
     def round(self, seconds: float):
         """Train for about this long, in whole steps, and note the tokens/s."""
@@ -163,16 +183,10 @@ class Contender:
         if answer := self.ask(steps, 60 + 10 * steps * self.step_seconds):
             self.row.values.append(steps * self.options.tokens_per_step / answer["seconds"])
 
-    def finish(self, peak: float, with_profile: bool) -> Row:
+    def finish(self, peak: float):
         if found := self.ask("figures", self.limit):
             self.row.details |= found | {"mfu": self.row.median * found["flops_per_token"] / peak, "peak_flops": peak}
-        if with_profile and not self.row.failed:
-            try:
-                self.row.details["profile"] = self.worker.ask("profile", self.limit)
-            except Failure as failure:  # the rounds before it still count
-                self.row.details["profile_failed"] = str(failure)
         self.worker.close()
-        return self.row
 
 
 def contenders(
@@ -198,17 +212,19 @@ def contenders(
     return found
 
 
-def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool) -> list[Row]:
-    """The rows of contenders that are trained in interleaved rounds, one at a time on the device."""
+def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool):
+    """Fill the rows of contenders that are trained in interleaved rounds, one at a time on the device."""
     for contender in found:
-        contender.begin()
+        contender.begin(with_profile)
     for count in range(rounds):
         for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
             contender.round(seconds)
-    return [contender.finish(peak, with_profile) for contender in found]
+    for contender in found:
+        contender.finish(peak)
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
     flags = dict(size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
     flags |= dict(rounds=5, seconds=3.0, limit=600.0, profile=False)
@@ -233,9 +249,12 @@ def main():
             groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
-            rows = compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
-            for row in rows:
-                failed |= not results.write(row)
+            rows = [contender.row for contender in found]
+            try:
+                compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
+            finally:  # what was measured before a signal counts
+                for row in rows:
+                    failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             say(f"{rows[0].group}: {json.dumps(rows[0].case)}")
             print_rows(rows, baseline=max(baselines, key=lambda row: row.median, default=rows[0]).provider)

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 
+import torch
+
 from .rows import describe
 
 CONTEXT = get_context("spawn")
@@ -73,7 +75,7 @@ class Worker:
             self.connection.close()
             self.process.join(patience)
             self.process.kill()
-            self.process.join()
+            self.process.join(10)  # one that is stuck in a driver does not end
             self.process = None
 
 
@@ -119,4 +121,10 @@ def serve_calls(connection):
     """Answer each (function, arguments) with its result."""
     while True:
         function, arguments = connection.recv()
-        connection.send(function(*arguments))
+        try:
+            answer = function(*arguments)
+        except Exception as error:
+            answer = Failure(describe(error))
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # raises, which ends this process, if the CUDA context is lost
+        connection.send(answer)

