@@ -32,7 +32,7 @@ class ShardError(InputError):
 
 # As np.save writes it; other spellings are numpy's to read.
 _HEADER = re.compile(
-    rb"\{'descr': '([<>|][iu][1248])', 'fortran_order': (True|False), 'shape': \((\d+), (\d+)\), \} *\n"
+    rb"\{'descr': '([<>|][biufc]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
 
 
@@ -48,7 +48,7 @@ def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     (length,) = struct.unpack(length, file.read(size))
     found = _HEADER.fullmatch(file.read(length))
     if found:
-        shape = int(found[3]), int(found[4])
+        shape = tuple(int(size) for size in found[3].split(b",") if size.strip())
         return shape, found[2] == b"True", np.dtype(found[1].decode())
     file.seek(start)
     return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
