@@ -61,7 +61,8 @@ def serve(connection, options: TrainOptions):
     """A contender's process: the check, then train.py's loop, which pauses before each step that no round has asked
     for."""
     device, step, left = torch.device(options.device), Run.step, 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides; the loop would save a checkpoint
+        signal.signal(number, signal.SIG_IGN)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS's first GEMM, which the check has
     connection.recv()
