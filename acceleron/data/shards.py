@@ -31,9 +31,7 @@ class ShardError(InputError):
 
 
 # As np.save writes it; other spellings are numpy's to read.
-_HEADER = re.compile(
-    rb"\{'descr': '([<>|][biufc]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
-)
+_HEADER = re.compile(rb"\{'descr': '([<>|][biufc]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n")
 
 
 def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
