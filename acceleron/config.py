@@ -101,7 +101,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
-        """A named size, or its dense baseline. Nano has no vocabulary of its own: pass `vocab_size`."""
+        """A named size, or its dense baseline. Nano has no fixed vocabulary: pass `vocab_size`."""
         if size not in PRESETS:
             raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[size], dense=dense, **overrides)

@@ -1,7 +1,7 @@
 """Compile every kernel as it ships, for GPUs that need not be present, and print what each takes.
 
 The ops run on tensors without data, up to their launches, which compile into Triton's cache: what is checked is what
-is launched, and a training on this machine finds its kernels compiled. The token counts are those of `bench
+is launched, and a run with the same TRITON_CACHE_DIR finds its kernels compiled. The token counts are those of `bench
 throughput`. --check compiles sm_90 in two more variants, as an argument that is 1 or a multiple of 16 becomes part of
 the code: with 256 tokens, and with pointers that are not 16-byte aligned. The exit status is 1 if a kernel does not
 compile, and with --check also if sm_90 spills, serialises wgmma, or lacks wgmma or TMA where the design has them, or if

@@ -1,6 +1,6 @@
 """Trains the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compares them.
 
-Both are tuned first, at half of the steps and with a seed of its own. The final runs take the best rate of each: for
+Both are tuned first, at half of the steps and with a separate seed. The final runs take the best rate of each: for
 every seed, both models on the whole budget and the MoE on smaller budgets, each with its full schedule. They give
   - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval;
   - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. The tokens come from a

@@ -5,7 +5,7 @@ python -m bench tune [--size tiny ...] [--seconds 600] [--output DIR]; then set 
 bench/candidates.jsonl has the candidates by size and GEMM, most promising first: common tile shapes, pipeline depths,
 persistent programs and splits that compile for sm_90 without a complaint of `bench compile --check` and differ from the
 rule's. All CPU cores compile them. A GEMM has an equal share of the seconds that are left. Each candidate is checked
-against plain PyTorch, then timed in rounds interleaved with the rule's configuration, in a process of its own. One that
+against plain PyTorch, then timed in rounds interleaved with the rule's configuration, in a separate process. One that
 is faster in more than four of five rounds, and the best so far, is written at once.
 """
 
