@@ -118,13 +118,19 @@ def compile_only(function: JITFunction, *args, warmup: bool, **kwargs):
 
 
 def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
-    """What a compiled kernel takes, per program or per thread, as its binary says."""
-    wgmma, tma, serialised = 0, 0, False
+    """What a compiled kernel takes, per program or per thread, as its binary says.
+
+    instructions and barriers are those of the code, wherever its branches lead; 0 for AMD, which is not counted.
+    """
+    wgmma, tma, serialised, instructions, barriers = 0, 0, False, 0, 0
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))
         spilled *= 4
     else:
+        code = _nvidia_tool("cuobjdump", "-sass", file=kernel.asm["cubin"])
+        instructions = len(re.findall(r"^ +/\*[0-9a-f]{4,}\*/ +(?!NOP)", code, re.MULTILINE))
+        barriers = code.count(" BAR.")
         text = kernel.asm["ptx"]
         wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
         usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
@@ -134,7 +140,8 @@ def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
     blocks = [str(value) for name, value in arguments.items() if name.startswith(("BLOCK", "ROWS", "COLS"))]
     shape = dict(blocks="x".join(blocks) or "-", warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)
     memory = dict(registers=registers, spilled_bytes=spilled, shared_bytes=kernel.metadata.shared)
-    return dict(kernel=function.__name__) | shape | memory | dict(wgmma=wgmma, tma=tma, serialised=serialised)
+    code = dict(instructions=instructions, barriers=barriers, wgmma=wgmma, tma=tma, serialised=serialised)
+    return dict(kernel=function.__name__) | shape | memory | code
 
 
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
