@@ -9,62 +9,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.language.extra import libdevice
 
-from .launch import check
+from .launch import INTERPRETED, check
 
 # Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
 LOGITS_PER_CHUNK = 1 << 29
-# A row is read twice, and its second reading should find it in the L2: 16 warps a row, so that the rows at work at one
-# time, some three a processor, are 40 MB.
-BLOCK, WARPS = 4096, 16
+# A row is read twice, and the second read should hit L2. With 16 logits per thread the kernel takes 42 registers, so an
+# SM of an H100 runs two rows at a time, all SMs 26 MB. With eight it takes 32 and runs four: 53 MB, more than L2 holds.
+BLOCK, WARPS = 8192, 16
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _exp2(x):
+    """2**x, where a GPU may return 0 for a subnormal result: to keep those, tl.exp2 takes three more instructions."""
+    return tl.exp2(x) if _INTERPRETED else libdevice.exp2(x)
 
 
 # A chunk's labels and losses begin anywhere; by their alignment it would be compiled up to four times, for nothing.
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "losses_ptr"])
 def _cross_entropy_kernel(
-    logits_ptr, labels_ptr, losses_ptr, count_ptr, V, ignore_index, BLOCK: tl.constexpr, WITH_GRADIENT: tl.constexpr
-):
+    logits_ptr, labels_ptr, losses_ptr, count_ptr, V, ignore_index,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+):  # fmt: skip
     """One program a row: its loss, and (softmax - onehot) / count written over its logits.
 
-    The softmax is online (Milakov & Gimelshein 2018), each lane for itself: one exponential a logit, and no reduction
-    before the end of the row.
+    The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum, and rescales the sum
+    once per block; threads are not reduced before the end of the row. Maxima are multiplied by log2(e), so that a
+    logit takes one FMA and one exp2.
     """
     row = tl.program_id(0).to(tl.int64)  # 64 bits: a chunk's values may pass 2**31
     logits_ptr += row * V
     col = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(V, BLOCK)
     dtype = logits_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
         tl.store(losses_ptr + row, 0.0)
         if WITH_GRADIENT:
-            for block in range(blocks):
-                tl.store(logits_ptr + block * BLOCK + col, tl.zeros((BLOCK,), dtype), block * BLOCK + col < V)
+            for start in range(0, V, BLOCK):
+                tl.store(logits_ptr + start + col, tl.zeros((BLOCK,), dtype), col < V - start)
     else:
-        target = tl.load(logits_ptr + label, (label >= 0) & (label < V), other=0.0).to(tl.float32)
-        # The lowest float and not -inf, whose difference to a masked lane would be NaN.
-        largest = tl.full((BLOCK,), -3.4028234e38, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for block in range(blocks):
-            cols = block * BLOCK + col
-            x = tl.load(logits_ptr + cols, cols < V, other=float("-inf")).to(tl.float32)
-            above = x - largest
-            exp = tl.exp(-tl.abs(above))
-            total = tl.where(above > 0, total * exp + 1, total + exp)
-            largest = tl.where(above > 0, x, largest)
+        target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+        target_logit = tl.load(logits_ptr + target, target >= 0, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.load(count_ptr).to(tl.float32)  # loaded early, so that nothing waits for it
+        # The lowest float and not -inf, whose difference to a masked logit would be NaN.
+        largest = tl.full((THREADS,), -3.4028234e38, tl.float32)
+        total = tl.zeros((THREADS,), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = tl.load(logits_ptr + start + col, col < V - start, other=float("-inf")).to(tl.float32)
+            # Any order will do, so a column is what one thread holds, and its maximum and sum need no other thread.
+            x = tl.reshape(x, (BLOCK // THREADS, THREADS), can_reorder=True)
+            larger = tl.maximum(largest, tl.max(x, axis=0) * LOG2_E)
+            total = total * _exp2(largest - larger) + tl.sum(_exp2(tl.fma(x, LOG2_E, -larger)), axis=0)
+            largest = larger
         row_largest = tl.max(largest, axis=0)
-        row_total = tl.sum(total * tl.exp(largest - row_largest), axis=0)
-        log_sum = row_largest + tl.log(row_total)
-        tl.store(losses_ptr + row, log_sum - target)
+        row_total = tl.sum(total * _exp2(largest - row_largest), axis=0)
+        tl.store(losses_ptr + row, tl.log(row_total) - LN_2 * tl.fma(target_logit, LOG2_E, -row_largest))
         if WITH_GRADIENT:
-            scale = 1.0 / tl.load(count_ptr).to(tl.float32)
             # Last block first: what was read last is likeliest to be in a cache still.
-            for block in range(blocks):
-                cols = (blocks - 1 - block) * BLOCK + col
-                x = tl.load(logits_ptr + cols, cols < V, other=0.0).to(tl.float32)
-                gradient = (tl.exp(x - row_largest) / row_total - (cols == label).to(tl.float32)) * scale
-                tl.store(logits_ptr + cols, gradient.to(dtype), cols < V)
+            last = (V - 1) // BLOCK * BLOCK
+            for offset in range(0, V, BLOCK):
+                start = last - offset
+                x = tl.load(logits_ptr + start + col, col < V - start).to(tl.float32)
+                gradient = _exp2(tl.fma(x, LOG2_E, -row_largest)) * (scale / row_total)
+                position = target - start
+                if (position >= 0) & (position < BLOCK):  # a branch: the other blocks skip the comparisons
+                    gradient = tl.where(col == position, gradient - scale, gradient)
+                tl.store(logits_ptr + start + col, gradient.to(dtype), col < V - start)
 
 
 @torch.library.custom_op("acceleron_triton::linear_cross_entropy", mutates_args=())
@@ -84,6 +98,7 @@ def _linear_cross_entropy(
     chunks = max(2, triton.cdiv(T, max(1, LOGITS_PER_CHUNK // V)))
     step = triton.cdiv(T, chunks)
     buffer = x_TD.new_empty(step, V)
+    block = min(BLOCK, triton.next_power_of_2(V))
     for start in range(0, T, max(1, step)):
         chunk = slice(start, start + step)
         x = x_TD[chunk]
@@ -91,7 +106,7 @@ def _linear_cross_entropy(
         with torch.cuda.device_of(x):
             _cross_entropy_kernel[(len(x),)](
                 logits, labels_T[chunk], losses_T[chunk], count, V, ignore_index,
-                BLOCK=min(BLOCK, triton.next_power_of_2(V)), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
+                BLOCK=block, THREADS=min(block, 32 * WARPS), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
             )  # fmt: skip
         if need_x:
             torch.mm(logits, weight, out=grad_x[chunk])

@@ -30,9 +30,10 @@ def run(function, x, weight, labels, grad=3.0):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of seven tokens or less, and blocks of 64 logits."""
+    """Chunks of seven tokens or less, and blocks of 64 logits, two per thread."""
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 7 * 150)
     monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "WARPS", 1)
 
 
 # T, V, D: a vocabulary in three blocks, the last of them short, and five chunks, the last short; one token; a
@@ -85,12 +86,27 @@ def test_extreme_logits():
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
+@pytest.mark.parametrize("label", [3, 90])
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("where", [[3], [70, 149], range(64), range(150)], ids=["one", "two", "a block", "all"])
+def test_logits_that_are_not_finite(value, where, label):
+    """-inf is a probability of 0, though not where all are; +inf and NaN make a row NaN."""
+    weight = inputs(1, 150, 1)[1]
+    weight[list(where)] = value
+    x, labels = torch.ones(1, 1, device=DEVICE), torch.tensor([label], device=DEVICE)
+    ours, theirs = (run(f, x, weight, labels) for f in (linear_cross_entropy, reference.linear_cross_entropy))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, equal_nan=True)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_labels_outside_the_vocabulary_match_no_logit():
-    x, weight, labels = inputs(3, 150, 16)
-    labels[:2] = torch.tensor([150, 1 << 60])
-    _, grad_x, _ = run(linear_cross_entropy, x, weight, labels, grad=3.0)
+    x, weight, labels = inputs(4, 150, 16)
+    labels[:3] = torch.tensor([-1, 150, 1 << 60])
+    _, grad_x, _ = run(linear_cross_entropy, x, weight, labels, grad=4.0)
     softmax = F.linear(x, weight).softmax(-1)
-    torch.testing.assert_close(grad_x[:2], (softmax @ weight)[:2])
+    torch.testing.assert_close(grad_x[:3], (softmax @ weight)[:3])
 
 
 def test_fp32_sum_of_the_weights_gradient(monkeypatch):
