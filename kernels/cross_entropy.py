@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.language.extra import libdevice
 
-from .launch import INTERPRETED, check
+from .launch import INTERPRETED, check, device_of
 
 # Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
@@ -99,6 +99,8 @@ def _linear_cross_entropy(
     step = triton.cdiv(T, chunks)
     buffer = x_TD.new_empty(step, V)
     block = min(BLOCK, triton.next_power_of_2(V))
+    # A warp of AMD's data-center GPUs has 64 threads.
+    threads = WARPS * (64 if device_of(x_TD).arch.startswith("gfx") else 32)
     for start in range(0, T, max(1, step)):
         chunk = slice(start, start + step)
         x = x_TD[chunk]
@@ -106,7 +108,7 @@ def _linear_cross_entropy(
         with torch.cuda.device_of(x):
             _cross_entropy_kernel[(len(x),)](
                 logits, labels_T[chunk], losses_T[chunk], count, V, ignore_index,
-                BLOCK=block, THREADS=min(block, 32 * WARPS), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
+                BLOCK=block, THREADS=min(block, threads), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
             )  # fmt: skip
         if need_x:
             torch.mm(logits, weight, out=grad_x[chunk])
