@@ -29,9 +29,7 @@ from .grouped_gemm import (
 )
 from .launch import check, device_of
 from .reference import TOP_K, Plan
-
-# Columns of the hidden gradient's epilogue at a time: the widest part that spills on none of the shipped tiles.
-PART = 32
+from .swiglu import sigmoid
 
 
 @triton.jit
@@ -88,64 +86,70 @@ def _up_kernel(
             tl.store(h_ptrs + F, up, mask=mask)
         # From the rounded h, so that backward, which has nothing else, recomputes these very values.
         gate = gate.to(tl.float32)
-        act = gate * tl.sigmoid(gate) * up.to(tl.float32)
+        act = gate * sigmoid(gate) * up.to(tl.float32)
         act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
         tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _hidden_grad_epilogue(
-    r, gate, up, row, f, end, scale, dh_ptr, act_ptr, F: tl.constexpr, PART: tl.constexpr
-):  # fmt: skip
+def _split_columns(x, PART: tl.constexpr):
+    """A tuple of x's columns, PART at a time. No register moves if a thread holds whole rows of a part."""
+    if x.shape[1] > PART:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        parts = _split_columns(left, PART) + _split_columns(right, PART)
+    else:
+        parts = (x,)
+    return parts
+
+
+@triton.jit
+def _load_h(h_ptr, rows, fs, inside, F: tl.constexpr):
+    """Gate and up of these rows and columns; zeros where a row is not inside, or a column is past F."""
+    ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+    mask = inside[:, None] & (fs < F)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + F, mask=mask, other=0.0)
+
+
+@triton.jit
+def _prefetch_h(h_ptr, rows, f, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Prefetch a tile of a 16-bit h, gate and up, into L2, by lines of 128 bytes."""
+    fs = tl.minimum(f + tl.arange(0, BLOCK_N // 64) * 64, F - 1)
+    ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(
+        asm, "=r,l,l", [ptrs.to(tl.int64), (ptrs + F).to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _hidden_grad_epilogue(r, rows, f, inside, scale, h_ptr, dh_ptr, act_ptr, F: tl.constexpr, PART: tl.constexpr):
     """Store dh and the weighted act of a tile r = w2[e].T @ dy; returns the row sums of r * act.
 
-    Part by part: a thread has no registers for all that comes of the whole width at once.
+    PART columns at a time: a thread has no registers for all that comes of the tile at once. Each part loads the next
+    one's h before it computes. Only r changes its layout, through shared memory.
     """
-    BLOCK_M: tl.constexpr = r.shape[0]
-    BLOCK_N: tl.constexpr = r.shape[1]
-    if BLOCK_N > PART:
-        r0, r1 = tl.split(tl.permute(tl.reshape(r, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        sums = _hidden_grad_epilogue(r0, gate[0], up[0], row, f, end, scale, dh_ptr, act_ptr, F, PART)
-        sums += _hidden_grad_epilogue(r1, gate[1], up[1], row, f + BLOCK_N // 2, end, scale, dh_ptr, act_ptr, F, PART)
-    else:
-        sums = _hidden_grad_part(r, gate.to(tl.float32), up.to(tl.float32), row, f, end, scale, dh_ptr, act_ptr, F)
-    return sums
-
-
-@triton.jit
-def _load_parts(ptr, row, f, end, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr):
-    """A tile of h, as nested pairs of halves down to PART columns."""
-    if BLOCK_N > PART:
-        left = _load_parts(ptr, row, f, end, F, BLOCK_M, BLOCK_N // 2, PART)
-        right = _load_parts(ptr, row, f + BLOCK_N // 2, end, F, BLOCK_M, BLOCK_N // 2, PART)
-        tile = (left, right)
-    else:
-        rows = tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, BLOCK_N)
-        ptrs = ptr + row.to(tl.int64) * (2 * F) + f + (rows[:, None] * (2 * F) + columns[None, :])
-        tile = tl.load(ptrs, mask=(row + rows < end)[:, None] & (f + columns < F)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _hidden_grad_part(r, gate, up, row, f, end, scale, dh_ptr, act_ptr, F: tl.constexpr):
-    """`_hidden_grad_epilogue` of PART columns."""
-    BLOCK_M: tl.constexpr = r.shape[0]
-    BLOCK_N: tl.constexpr = r.shape[1]
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
-    mask = (row + rows < end)[:, None] & (f + columns < F)[None, :]
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    act = silu * up
-    sums = tl.sum(r * act, axis=1)
-    r *= scale
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
-    act_ptrs = act_ptr + row.to(tl.int64) * F + f + (rows[:, None] * F + columns[None, :])
-    dh_ptrs = dh_ptr + row.to(tl.int64) * (2 * F) + f + (rows[:, None] * (2 * F) + columns[None, :])
-    tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
-    tl.store(dh_ptrs + F, (r * silu).to(dtype), mask=mask)
-    tl.store(dh_ptrs, (r * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=mask)
+    parts = _split_columns(r, PART)
+    sums = tl.zeros((r.shape[0],), dtype=tl.float32)
+    fs = f + tl.arange(0, PART)
+    h = _load_h(h_ptr, rows, fs, inside, F)
+    for i in tl.static_range(len(parts)):
+        gate, up = h
+        if i + 1 < len(parts):
+            h = _load_h(h_ptr, rows, fs + PART, inside, F)
+        gate = gate.to(tl.float32)
+        up = up.to(tl.float32)
+        s = sigmoid(gate)
+        silu = gate * s
+        act = silu * up
+        sums += tl.sum(parts[i] * act, axis=1)
+        dact = parts[i] * scale
+        mask = inside[:, None] & (fs < F)[None, :]
+        dh_ptrs = dh_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+        tl.store(act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :], (act * scale).to(dtype), mask=mask)
+        tl.store(dh_ptrs + F, (dact * silu).to(dtype), mask=mask)
+        tl.store(dh_ptrs, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
+        fs += PART
     return sums
 
 
@@ -154,7 +158,8 @@ def _hidden_grad_kernel(
     dy, order_ptr, offsets_ptr, w, weights_ptr, h_ptr, dh_ptr, act_ptr, dots_ptr,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
     E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    PART: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """dh, the weighted act (dW2's operand), and for each column tile the row sums of r * act.
 
@@ -169,15 +174,14 @@ def _hidden_grad_kernel(
         f = (tile % column_tiles) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_M)
         assignments = tl.load(order_ptr + tl.minimum(rows, end - 1))
-        # Before the GEMM, which hides the wait for them.
-        gate = _load_parts(h_ptr, row, f, end, F, BLOCK_M, BLOCK_N, PART)
-        up = _load_parts(h_ptr + F, row, f, end, F, BLOCK_M, BLOCK_N, PART)
+        scale = tl.load(weights_ptr + assignments)[:, None]
+        if PREFETCH:
+            _prefetch_h(h_ptr, tl.minimum(rows, end - 1), f, F, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for d in range(0, D, BLOCK_K):
             a = row_tile(dy, assignments // TOP_K, d, D, BLOCK_K)
             acc = dot(a, weight_tile(w, expert, f, d, F, D, False, TMA, BLOCK_N, BLOCK_K), acc)
-        scale = tl.load(weights_ptr + assignments)[:, None]
-        sums = _hidden_grad_epilogue(acc, gate, up, row, f, end, scale, dh_ptr, act_ptr, F, PART)
+        sums = _hidden_grad_epilogue(acc, rows, f, rows < end, scale, h_ptr, dh_ptr, act_ptr, F, PART)
         tl.store(dots_ptr + assignments.to(tl.int64) * column_tiles + tile % column_tiles, sums, mask=rows < end)
 
 
@@ -315,7 +319,8 @@ def hidden_grad(
         _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
             dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
             weights_TK, h_N2F, dh_N2F, act_NF, dots,
-            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), PART=PART, **config.blocks(),
+            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E),
+            PART=config.part, PREFETCH=config.prefetch, **config.blocks(),
         )  # fmt: skip
     return dh_N2F, act_NF, dots.sum(dim=1).view_as(weights_TK)
 

@@ -18,6 +18,15 @@ ROWS, COLS, WARPS = 8, 256, 4
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in fp32, as the square of a reciprocal square root: tl.sigmoid's division takes eight
+    instructions, this two. Relative error below 1e-6 for |x| <= 10; exact at infinities, and NaN at NaN.
+    """
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def _tile(N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Of this program's tile: the offsets in (N, 2F), those in (N, F), and which of them exist."""
     column_blocks = tl.cdiv(F, COLS)
@@ -34,7 +43,7 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.cons
     gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
     # Rounded once; torch's narrow silu(gate) * up rounds twice.
-    out = gate * tl.sigmoid(gate) * up
+    out = gate * sigmoid(gate) * up
     tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -44,9 +53,9 @@ def _swiglu_backward_kernel(grad_ptr, gate_up_ptr, grad_gate_up_ptr, N, F, ROWS:
     grad = tl.load(grad_ptr + narrow, mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_up = grad * gate * sigmoid
+    s = sigmoid(gate)
+    grad_gate = grad * up * s * (1 + gate * (1 - s))
+    grad_up = grad * gate * s
     dtype = grad_gate_up_ptr.dtype.element_ty
     tl.store(grad_gate_up_ptr + wide, grad_gate.to(dtype), mask)
     tl.store(grad_gate_up_ptr + wide + F, grad_up.to(dtype), mask)
