@@ -76,25 +76,42 @@ def test_memory_is_what_the_layers_and_the_head_save(steps):
 
 
 def test_bounds_and_predictions_of_made_up_launches():
+    def predicted(launch: Launch, size: str = "tiny") -> float:
+        return roofline.predicted(launch, size, 584e12)
+
     gemm, copy = Launch("mm", 798e9, 1e6), Launch("copy", 0, 2.7e9)
     assert (roofline.bound(gemm), roofline.bound(copy)) == (1e-3, 0.9e-3)
-    assert roofline.predicted(gemm) == pytest.approx(798 / 584 * 1e-3)
-    assert roofline.predicted(copy) == pytest.approx(1e-3)
-    assert roofline.predicted(Launch("tiny", 0, 8)) == 3e-6
-    grouped = Launch("_rows_kernel", 450e9, 0, waves=1.5)  # a wave and a half take as long as two
-    assert roofline.predicted(grouped) == pytest.approx(1e-3 / 0.75)
+    assert predicted(gemm) == pytest.approx(798 / 584 * 1e-3)
+    assert roofline.predicted(gemm, "tiny", 687e12) == pytest.approx(798 / 687 * 1e-3)
+    assert predicted(copy) == pytest.approx(1e-3)
+    assert predicted(Launch("tiny", 0, 8)) == 3e-6
+    up = Launch("_up_kernel", 430e9, 0, waves=1.5)  # a wave and a half take as long as two
+    assert predicted(up) == pytest.approx(1e-3 / 0.75)
+    assert predicted(up, "large") == pytest.approx(430 / 530 * 1e-3 / 0.75)
     three_quarters = Launch("attention", 450e9, 0, head_dim=96)  # of a tile of 128
-    assert roofline.predicted(three_quarters) == pytest.approx(4 / 3 * 1e-3)
-    assert roofline.predicted(Launch("attention backward", 250e9, 0, head_dim=32)) == pytest.approx(2e-3)
-    kinds = roofline.by_kind([*(Launch(name, 0, 9e3) for name in "abc"), copy, gemm, gemm, grouped])
-    assert dict(kinds.launches) == {"mm": 2, "_rows_kernel": 1, "copy": 1, "3 other kinds": 3, "all": 7}
+    assert predicted(three_quarters) == pytest.approx(4 / 3 * 1e-3)
+    assert predicted(Launch("attention backward", 250e9, 0, head_dim=32)) == pytest.approx(2e-3)
+    kinds = roofline.by_kind([*(Launch(name, 0, 9e3) for name in "abc"), copy, gemm, gemm, up], "tiny")
+    assert dict(kinds.launches) == {"mm": 2, "_up_kernel": 1, "copy": 1, "3 other kinds": 3, "all": 7}
     assert (kinds["gap ms"]["mm"], kinds["gap ms"]["copy"]) == (0, kinds["bound ms"]["copy"])
     assert kinds["bound ms"]["all"] == pytest.approx(kinds["bound ms"].iloc[:-1].sum())
 
 
-def test_totals_compare_the_models_and_name_the_targets(steps):
+def test_the_limiting_kernel_is_the_moes_own():
+    slow = Launch("mm", 798e12, 0)  # 1 s, predicted 1.37, in both
+    rows, up = Launch("_rows_kernel", 520e9, 0, waves=1), Launch("_up_kernel", 430e9, 0, waves=1)
+    step = Step([slow, rows, up, up], 0, 1, 1)
+    name, seconds = roofline.limiting_kernel(step, Step([slow], 0, 1, 1), "tiny")
+    assert (name, seconds) == ("_up_kernel", pytest.approx(2e-3 * (1 - 430 / 798)))
+
+
+def test_totals_compare_the_models_at_two_rates_of_cublas(steps):
     table = roofline.totals("tiny", steps["MoE"], steps["dense"])
-    moe, dense = (sum(map(roofline.predicted, steps[name].launches)) for name in ("MoE", "dense"))
-    assert table.loc["predicted, tokens/s"].tolist() == pytest.approx([T / moe, T / dense, 700e3])
-    assert table.target["predicted, tokens/s MoE / dense"] == 0.95
-    assert table.MoE["predicted, tokens/s MoE / dense"] == pytest.approx(dense / moe)
+    for rate in (584, 687):
+        moe, dense = (
+            sum(roofline.predicted(launch, "tiny", rate * 1e12) for launch in steps[name].launches)
+            for name in ("MoE", "dense")
+        )
+        row = f"predicted, cuBLAS at {rate} TFLOP/s, tokens/s"
+        assert table.loc[row].tolist() == pytest.approx([T / moe, T / dense])
+        assert table.MoE[f"{row} MoE / dense"] == pytest.approx(dense / moe)
