@@ -11,6 +11,7 @@ a kernel asks for more shared memory than its device has.
 import argparse
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import torch
 import triton
@@ -55,6 +57,11 @@ DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 # The parts of a size that compile in parallel, longest first: each kernel of a GEMM, and the other kernels of a module.
 GEMMS = ("_hidden_grad_kernel", "_up_kernel", "_rows_kernel", "_weight_grad_kernel")
 MODULES = ("router", "routing", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
+
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Of an ELF section, and of NVIDIA's instructions.
+EXECUTABLE, NOP, BAR = 4, 0x918, 0xB1D
 
 
 class Target(NamedTuple):
@@ -128,9 +135,8 @@ def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
         registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))
         spilled *= 4
     else:
-        code = _nvidia_tool("cuobjdump", "-sass", file=kernel.asm["cubin"])
-        instructions = len(re.findall(r"^ +/\*[0-9a-f]{4,}\*/ +(?!NOP)", code, re.MULTILINE))
-        barriers = code.count(" BAR.")
+        found = opcodes(kernel.asm["cubin"])
+        instructions, barriers = int((found != NOP).sum()), int((found == BAR).sum())
         text = kernel.asm["ptx"]
         wgmma, tma = text.count("wgmma.mma_async"), text.count("cp.async.bulk.tensor")
         usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", file=kernel.asm["cubin"])
@@ -144,13 +150,20 @@ def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
     return dict(kernel=function.__name__) | shape | memory | code
 
 
+def opcodes(cubin: bytes) -> np.ndarray:
+    """The opcode of every instruction: the lowest 12 of its 128 bits (since Volta), in the ELF file's code sections."""
+    (headers,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<QQQQ", cubin, headers + i * size + 8) for i in range(count)]
+    code = b"".join(cubin[offset : offset + length] for flags, _, offset, length in sections if flags & EXECUTABLE)
+    return np.frombuffer(code, "<u8")[::2] & 0xFFF
+
+
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
     """What a tool of Triton's wheel prints about a file of these contents."""
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile() as temporary:
         temporary.write(file if isinstance(file, bytes) else file.encode())
         temporary.flush()
-        command = [binary, *arguments, temporary.name]
+        command = [NVIDIA_TOOLS / tool, *arguments, temporary.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout + done.stderr
 

@@ -144,7 +144,7 @@ def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operand
 def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
     """The configuration for sizes without an entry in the table: one that compiles without spills and fits."""
     if device.arch == "interpreter":
-        return Config(32, 32, 32, 4, 1, split=2)  # small, so that small tests have several tiles, and a split
+        return Config(32, 32, 32, 4, 1, split=2, part=8)  # small: small tests have several tiles, shares and parts
     if dtype == torch.float32:
         # Without tensor cores. With the other number of warps a few bytes spill.
         warps = 8 if op in ("rows", "hidden_grad") else 4

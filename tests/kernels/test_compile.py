@@ -1,6 +1,7 @@
 """Offline compilation for GPUs that need not be there: a representative part; `make test-all` does the whole."""
 
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.compile import GEMMS, TARGETS, complaints
+from bench.compile import BAR, GEMMS, NOP, NVIDIA_TOOLS, TARGETS, complaints, opcodes
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {
@@ -58,6 +59,16 @@ def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
     if arch == "sm_90" and not tokens:
         variants = {(row["tokens"], row["aligned"]) for row in rows}
         assert variants == {(256, True), (64 * 2048, True), (64 * 2048, False)}
+
+
+def test_instructions_are_those_of_the_disassembler(tmp_path):
+    source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { bar.sync 0; bar.sync 0; ret; }")
+    subprocess.run([NVIDIA_TOOLS / "ptxas", "--gpu-name=sm_90", "-o", cubin, source], check=True)
+    code = subprocess.check_output([NVIDIA_TOOLS / "cuobjdump", "-sass", cubin], text=True)
+    found = opcodes(cubin.read_bytes())
+    assert (found == BAR).sum() == code.count(" BAR.") == 2
+    assert (found != NOP).sum() == len(re.findall(r"^ +/\*[0-9a-f]{4}\*/ +(?! |NOP)", code, re.MULTILINE)) > 2
 
 
 GOOD = dict(

@@ -1,11 +1,15 @@
 """The SwiGLU kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron.kernels import reference
-from acceleron.kernels.swiglu import swiglu
+from acceleron.kernels.swiglu import sigmoid, swiglu
 
 # A GPU's exp and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
@@ -15,6 +19,24 @@ def run(function, gate_up, grad):
     leaf = gate_up.detach().requires_grad_()
     out = function(leaf)
     return out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))
+
+
+@triton.jit
+def _sigmoid_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, sigmoid(tl.load(x_ptr + i)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # by the interpreter, and meant
+def test_sigmoid():
+    x = torch.linspace(-10, 10, 1024, device=DEVICE)
+    x[:7] = torch.tensor([-math.inf, -1e30, -100, 100, 1e30, math.inf, math.nan])
+    y = torch.empty_like(x)
+    _sigmoid_kernel[(1,)](x, y, N=1024)
+    assert y[:6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert y[6].isnan()
+    truth = x[7:].double().sigmoid()
+    assert ((y[7:].double() - truth).abs() / truth).max() < 1e-6
 
 
 # One row; rows and columns that no tile of 8 x 256 divides, in several tiles of each; an odd width, whose rows are not
