@@ -191,8 +191,9 @@ def _combine_kernel(
     D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y[t] = sum over k of weights[t, k] * rows[inverse[t, k]], plus shared[t], plus residual[t]."""
-    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = ts < T
     mask = inside[:, None] & (ds < D)[None, :]
     y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
@@ -215,8 +216,9 @@ def _token_grad_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = sum over k of rows[inverse[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
-    ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = ts < T
     mask = inside[:, None] & (ds < D)[None, :]
     dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
@@ -235,15 +237,15 @@ def _token_grad_kernel(
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _token_blocks(T: int, D: int, *tensors: Tensor | None) -> tuple[tuple[int, int], dict]:
-    """Grid and blocks of a kernel over these [T, D]: 8 KiB of bf16 a program, rows of up to 512 bytes.
+def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
+    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 a program, the tiles of a row one after another.
 
-    Values that are not 16-byte aligned come one by one, for which four warps have no registers.
+    More threads than columns: only then does Triton load a row of the router in the layout of the sum, where it would
+    otherwise pass through shared memory, with two barriers an expert.
     """
-    block_d = min(256, triton.next_power_of_2(D))
+    block_d = min(128, triton.next_power_of_2(D))
     block_t = 4096 // block_d
-    warps = 8 if any(x is not None and x.data_ptr() % 16 for x in tensors) else 4
-    return (triton.cdiv(T, block_t), triton.cdiv(D, block_d)), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps)
+    return (triton.cdiv(T, block_t) * triton.cdiv(D, block_d),), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8)
 
 
 @torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
@@ -289,7 +291,7 @@ def expert_down(
     y_TD = rows_ND.new_empty(T, D)
     if T == 0:
         return y_TD
-    grid, blocks = _token_blocks(T, D, rows_ND, shared_TD, residual_TD)
+    grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
             rows_ND, inverse_TK, weights_TK, shared_TD, residual_TD, y_TD, T,
@@ -344,7 +346,7 @@ def token_grad(
     if T == 0:
         return dx_TD
     E = 1 if router_ED is None else router_ED.shape[0]
-    grid, blocks = _token_blocks(T, D, rows_ND, shared_TD)
+    grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(dx_TD):
         _token_grad_kernel[grid](
             rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped_gemm import dot, row_tile
 from .launch import FLOATS, check, device_of
 
 # Experts of a tile: enough for the models we train; more are taken tile by tile.
 MAX_BLOCK_E = 32
-BLOCK_D, WARPS, STAGES = 64, 4, 3
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512
 
@@ -25,20 +25,50 @@ def _tile(ptr, rows, columns, N, M):
 
 
 @triton.jit
+def _parts(w):
+    """Four bf16 rows for each row of the fp32 w [R, C]: three that add up to it, and zeros."""
+    high = w.to(tl.bfloat16)
+    rest = w - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    parts = tl.join(tl.join(high, middle), tl.join(low, tl.zeros_like(low)))
+    return tl.reshape(tl.permute(parts, (0, 2, 3, 1)), (4 * w.shape[0], w.shape[1]))
+
+
+@triton.jit
+def _dot_parts(x, w, acc):
+    """acc + x @ w.T in fp32; for a 16-bit x, acc has a column for each row of `_parts(w)`.
+
+    Three bf16 numbers hold the 24 bits of an fp32 number, and two hold an fp16 number: all products are exact, and one
+    GEMM computes them for all parts of w. An fp32 x is multiplied as fp32, without tensor cores.
+    """
+    if x.dtype == tl.float32:
+        acc = dot(x, w.T, acc)
+    else:
+        parts = _parts(w).T
+        high = x.to(tl.bfloat16)
+        acc = dot(high, parts, acc)
+        if x.dtype == tl.float16:
+            acc = dot((x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16), parts, acc)
+    return acc
+
+
+@triton.jit
 def _logits_kernel(
     x_ptr, w_ptr, logits_ptr, T,
-    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """logits[t, e] = x[t] . w[e]."""
     ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     es = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_E * PARTS), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
-        ds = d + tl.arange(0, BLOCK_D)
-        acc = tl.dot(_tile(x_ptr, ts, ds, T, D), _tile(w_ptr, es, ds, E, D).T, acc, input_precision=PRECISION)
+        x = row_tile(x_ptr, tl.minimum(ts, T - 1), d, D, BLOCK_D)
+        acc = _dot_parts(x, _tile(w_ptr, es, d + tl.arange(0, BLOCK_D), E, D), acc)
+    logits = tl.sum(tl.reshape(acc, (BLOCK_T, BLOCK_E, PARTS)), axis=2)
     mask = (ts < T)[:, None] & (es < E)[None, :]
-    tl.store(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], acc, mask=mask)
+    tl.store(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], logits, mask=mask)
 
 
 @triton.jit
@@ -61,35 +91,36 @@ def _input_grad_kernel(
 @triton.jit
 def _router_grad_kernel(
     dlogits_ptr, x_ptr, partial_ptr, T, blocks,
-    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """partial[p, e] = the sum of dlogits[t, e] x[t] over the p-th share of the tokens, of `blocks` blocks."""
-    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D
     es = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D, BLOCK_E * PARTS), dtype=tl.float32)
     for block in range(blocks):
         ts = (tl.program_id(0) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        acc = tl.dot(_tile(dlogits_ptr, ts, es, T, E).T, _tile(x_ptr, ts, ds, T, D), acc, input_precision=PRECISION)
+        x = row_tile(x_ptr, tl.minimum(ts, T - 1), d, D, BLOCK_D)
+        acc = _dot_parts(x.T, _tile(dlogits_ptr, ts, es, T, E).T, acc)
+    grad = tl.sum(tl.reshape(acc, (BLOCK_D, BLOCK_E, PARTS)), axis=2)
+    ds = d + tl.arange(0, BLOCK_D)
     partial_ptr += tl.program_id(0).to(tl.int64) * (E * D)
-    tl.store(partial_ptr + es[:, None] * D + ds[None, :], acc, mask=(es < E)[:, None] & (ds < D)[None, :])
+    tl.store(partial_ptr + es[None, :] * D + ds[:, None], grad, mask=(es < E)[None, :] & (ds < D)[:, None])
 
 
 def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
-    """Tiles over T, E and D, and the kernels' keyword arguments.
+    """Tiles over T, E and D, and the keyword arguments of the kernels that read x.
 
-    A 16-bit x is a TF32 number, so that three TF32 products with the two halves of w are fp32's to the last bits; an
-    fp32 x is multiplied as fp32, without tensor cores.
+    The tiles are as wide as registers allow: an fp16 x is two operands, and an fp32 x does not use tensor cores.
     """
-    T, D = x_TD.shape
-    block_e = min(MAX_BLOCK_E, max(16, triton.next_power_of_2(E)))
-    split = x_TD.element_size() == 2 and device_of(x_TD).arch.startswith("sm_")
-    block_t = 64 if split else 32
+    (T, D), half = x_TD.shape, x_TD.element_size() == 2
+    block_t, block_d = 64 if half else 32, 128 if x_TD.dtype == torch.bfloat16 else 64
+    block_e = min(MAX_BLOCK_E, max(4, triton.next_power_of_2(E)))
     arguments = dict(
-        D=D, E=E, PRECISION="tf32x3" if split else "ieee", BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=BLOCK_D,
-        num_warps=WARPS, num_stages=STAGES,
+        D=D, E=E, PARTS=4 if half else 1, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
-    return triton.cdiv(T, block_t), triton.cdiv(E, block_e), triton.cdiv(D, BLOCK_D), arguments
+    return triton.cdiv(T, block_t), triton.cdiv(E, block_e), triton.cdiv(D, block_d), arguments
 
 
 @torch.library.custom_op("acceleron_triton::router_logits", mutates_args=())
@@ -111,11 +142,16 @@ def _(x_TD, weight_ED):
 @torch.library.custom_op("acceleron_triton::router_input_grad", mutates_args=())
 def _input_grad(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """dx_TD."""
-    T, dx_TD = x_TD.shape[0], torch.empty_like(x_TD)
-    t_tiles, _, d_tiles, arguments = _sizes(x_TD, weight_ED.shape[0])
+    (T, D), dx_TD = x_TD.shape, torch.empty_like(x_TD)
+    # A 16-bit dx needs no more than three TF32 products for one of fp32.
+    split = x_TD.element_size() == 2 and device_of(x_TD).arch.startswith("sm_")
+    block_t, block_d = 64 if split else 32, 64
     if T:
         with torch.cuda.device_of(x_TD):
-            _input_grad_kernel[(t_tiles, d_tiles)](dlogits_TE, weight_ED, dx_TD, T, **arguments)
+            _input_grad_kernel[(triton.cdiv(T, block_t), triton.cdiv(D, block_d))](
+                dlogits_TE, weight_ED, dx_TD, T, D=D, E=weight_ED.shape[0], PRECISION="tf32x3" if split else "ieee",
+                BLOCK_T=block_t, BLOCK_E=16, BLOCK_D=block_d,
+            )  # fmt: skip
     return dx_TD
 
 
