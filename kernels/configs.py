@@ -35,8 +35,8 @@ class Config(NamedTuple):
 
     programs: persistent programs a processor. flatten: one pipelined loop over tiles and inner width, so that a tile's
     first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart. part:
-    columns that hidden_grad's epilogue works on at a time. prefetch: hidden_grad prefetches a tile's h into L2, on
-    NVIDIA and in 16 bits.
+    columns that hidden_grad's epilogue works on at a time. prefetch: hidden_grad prefetches a tile's h into L2 (16 bits,
+    NVIDIA).
     """
 
     block_m: int
@@ -160,8 +160,10 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     if op == "up":
         return Config(128, 128, 64, 8, 4, flatten=hopper)
     wide = sizes[2] > 128
+    if op == "hidden_grad" and hopper:
+        return Config(128, 256 if wide else 128, 64, 8, 3, flatten=True, prefetch=True)
     if op == "hidden_grad":
-        return Config(128, 256 if wide and hopper else 128, 64, 8, 3, flatten=hopper, prefetch=hopper)
+        return Config(128, 128, 64, 8, 4)
     if op == "rows":
         return Config(128, 256 if wide else 128, 64, 8, 4, flatten=hopper)
     # A gathered operand is loaded two stages after its indices are: five stages give three buffers.

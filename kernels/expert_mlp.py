@@ -93,7 +93,7 @@ def _up_kernel(
 
 @triton.jit
 def _split_columns(x, PART: tl.constexpr):
-    """A tuple of x's columns, PART at a time. No register moves if a thread holds whole rows of a part."""
+    """The columns of x as a tuple of [rows, PART]."""
     if x.shape[1] > PART:
         left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
         parts = _split_columns(left, PART) + _split_columns(right, PART)

@@ -118,7 +118,7 @@ def _weight_grad_kernel(
     """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
 
     GATHER says which operand is indexed by token instead of by row: "a", "b" or neither. The other one comes through a
-    ragged TMA descriptor, which reads zeros past the expert's last row; without TMA both are masked.
+    ragged TMA descriptor, which reads zeros past the expert's last row, or is masked without TMA.
     """
     row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -137,19 +137,22 @@ def _weight_grad_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for row in range(begin, end, BLOCK_K):
             rows = row + tl.arange(0, BLOCK_K)
-            inside = rows < end
+            inside = (rows < end)[:, None]
             if GATHER != "":
-                tokens = tl.load(order_ptr + rows, mask=inside, other=0) // TOP_K
-            if TMA and GATHER != "a":
+                # Past the end the last row once more, whose factors are zeros: that takes no mask.
+                tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
+            if GATHER == "a":
+                a_tile = row_tile(a, tokens, m, M, BLOCK_M)
+            elif TMA:
                 a_tile = load_ragged(a, begin, end - begin, [row - begin, m])
             else:
-                a_rows = (tokens if GATHER == "a" else rows).to(tl.int64)[:, None]
-                a_tile = tl.load(a + a_rows * M + ms[None, :], mask=inside[:, None] & (ms < M)[None, :], other=0.0)
-            if TMA and GATHER != "b":
+                a_tile = tl.load(a + rows.to(tl.int64)[:, None] * M + ms, mask=inside & (ms < M)[None, :], other=0.0)
+            if GATHER == "b":
+                b_tile = row_tile(b, tokens, n, N, BLOCK_N)
+            elif TMA:
                 b_tile = load_ragged(b, begin, end - begin, [row - begin, n])
             else:
-                b_rows = (tokens if GATHER == "b" else rows).to(tl.int64)[:, None]
-                b_tile = tl.load(b + b_rows * N + ns[None, :], mask=inside[:, None] & (ns < N)[None, :], other=0.0)
+                b_tile = tl.load(b + rows.to(tl.int64)[:, None] * N + ns, mask=inside & (ns < N)[None, :], other=0.0)
             acc = dot(a_tile.T, b_tile, acc)
         # The shares of one expert are E * M * N apart, so that their sum is one over the leading axis.
         out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (M * N)

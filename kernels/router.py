@@ -195,8 +195,8 @@ class _RouterLogits(torch.autograd.Function):
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x @ weight.T in fp32, of an x in any dtype: bf16 logits would tie.
 
-    x_TD, weight_ED: each bf16, fp16 or fp32, the weight fp32 for its precision; contiguous. Deterministic. Raises
-    ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    x_TD, weight_ED: each bf16, fp16 or fp32, the weight fp32 for its precision; contiguous. Deterministic. An infinite
+    value may give NaN. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
     check("router_logits: x_TD", x_TD, (None, None))
     check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), FLOATS, x_TD)
