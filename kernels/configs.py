@@ -35,7 +35,7 @@ class Config(NamedTuple):
 
     programs: persistent programs a processor. flatten: one pipelined loop over tiles and inner width, so that a tile's
     first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart. part:
-    columns that hidden_grad's epilogue works on at a time. prefetch: hidden_grad prefetches a tile's h into L2 (16 bits,
+    columns that hidden_grad's epilogue works on at a time. prefetch: hidden_grad prefetches h into L2 (16-bit,
     NVIDIA).
     """
 
