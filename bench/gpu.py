@@ -98,7 +98,8 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
         Part("compile", 20, [*compiled, *arguments["all"].split()]),
         # All processes start together; then some 40 s per size. tiny, which the first stage has measured, comes last.
         Part("throughput", 150, bench("throughput {rest} {train}")),
-        # Bounded by its own budget, which leaves 15 s to start. 208 candidates compile in 3 to 5 s each, on 15 cores.
+        # Bounded by its own budget, which leaves 15 s to start. 208 candidates take some 2 s each to compile, on 15
+        # cores.
         Part("tune", 115, bench("tune {all} {tune}"), interpreted),
         Part("throughput, tuned", 30, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
         Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),

@@ -2,11 +2,11 @@
 
 python -m bench tune [--size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
 
-bench/candidates.jsonl has the candidates by size and GEMM, most promising first: common tile shapes, pipeline depths,
-persistent programs and splits that compile for sm_90 without a complaint of `bench compile --check` and differ from the
-rule's. All CPU cores compile them. A GEMM has an equal share of the seconds that are left. Each candidate is checked
-against plain PyTorch, then timed in rounds interleaved with the rule's configuration, in a separate process. One that
-is faster in more than four of five rounds, and the best so far, is written at once.
+bench/candidates.jsonl has up to 12 candidates for each size and GEMM, best estimate first, as the values of
+`configs.Config`. They differ from the rule's and compile for sm_90 on Triton 3.6.0 without a complaint of
+`bench compile --check`. All CPU cores compile them. A GEMM has an equal share of the seconds that are left. Each
+candidate is checked against plain PyTorch, then timed in rounds interleaved with the rule's configuration, in a
+separate process. One that is faster in more than four of five rounds, and the best so far, is written at once.
 """
 
 import json

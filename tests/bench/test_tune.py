@@ -1,5 +1,6 @@
 """The search for configurations, on the interpreter and with made-up times."""
 
+import json
 import os
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from acceleron import ModelConfig
+from acceleron.config import PRESETS
 from acceleron.kernels import configs, launch
 from acceleron.kernels.configs import Config
 from bench import op_cases, ops, tune
@@ -60,6 +62,21 @@ def test_the_rule_wins_ties_and_noise_and_wrong_results(results, monkeypatch):
     tune.tune({GEMMS["up"]: [FAST]}, results, 1e9, 60)
     assert [row.failed[:8] for row in read(results.directory)] == ["", "", "wrong: h"]
     assert not (results.directory / "tuned.jsonl").exists()
+
+
+def test_the_committed_candidates_have_no_duplicates_and_not_the_rule():
+    h100 = launch.Device("any", "sm_90", 132)
+    found = {(line["size"], line["op"]): line["configs"] for line in map(json.loads, tune.CANDIDATES.open())}
+    assert found.keys() >= {(size, op) for size in tune.SIZES for op in tune.GEMMS}
+    for (size, op), lists in found.items():
+        candidates = [Config(*values) for values in lists]
+        E, D, F = PRESETS[size].num_experts, PRESETS[size].d_model, PRESETS[size].d_ff
+        sizes = {
+            "up": (E, D, F), "hidden_grad": (E, D, F), "rows-down": (E, F, D, 1), "rows-dx": (E, 2 * F, D, 0),
+            "weight_grad-w13": (E, 2 * F, D, 2), "weight_grad-w2": (E, D, F, 1),
+        }[op]  # fmt: skip
+        rule = configs.rule(op_cases.gemm_kernel(op), h100, torch.bfloat16, sizes, True)
+        assert len({rule, *candidates}) == len(candidates) + 1 <= 13, (size, op)
 
 
 def test_a_process_that_ends_costs_its_result_alone():
