@@ -60,7 +60,7 @@ MODULES = ("router", "routing", "expert_mlp", "rope", "cross_entropy", "rms_norm
 
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Of an ELF section, and of NVIDIA's instructions.
+# The flag of an ELF section with code, and opcodes of NVIDIA's instructions.
 EXECUTABLE, NOP, BAR = 4, 0x918, 0xB1D
 
 
@@ -127,7 +127,7 @@ def compile_only(function: JITFunction, *args, warmup: bool, **kwargs):
 def describe(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
     """What a compiled kernel takes, per program or per thread, as its binary says.
 
-    instructions and barriers are those of the code, wherever its branches lead; 0 for AMD, which is not counted.
+    instructions and barriers are static counts; 0 for AMD, which is not counted.
     """
     wgmma, tma, serialised, instructions, barriers = 0, 0, False, 0, 0
     if arch.startswith("gfx"):

@@ -6,8 +6,8 @@ The steps of the MoE and of its dense baseline are traced (bench/trace.py). A ta
   predicted ms  the time at rates that such kernels are known or estimated to reach, and 3 us at least
 The FLOP floor is the time of the active parameters' FLOPs, as train.py's MFU counts them, at 798 TFLOP/s. Launches are
 assumed to run one after another without a pause. cuBLAS's rate decides how fast the dense baseline is, so predictions
-are given for two. The kernel that limits the MoE is the one, of those that the dense baseline has not, whose predicted
-time is most above its bound. None of this has been compared with a measured step yet.
+are given for two. The kernel that limits the MoE is the MoE-only kernel whose predicted time most exceeds its bound.
+None of this has been compared with a measured step yet.
 """
 
 import argparse
@@ -26,10 +26,9 @@ USABLE_GIB = 79
 # The prediction's rates. cuBLAS on an H100, 65536x1024x1024 in bf16, as two measurements have it
 # (facebookexperimental/triton #1038 and #1065); the table of launches uses the first.
 GEMM_RATES = (584e12, 687e12)
-# Estimated from the SASS, within 15 %, of full waves, from tiny to large (bench/LOG.md, 2026-11-26). A tile's time is
-# its epilogue's and a part that grows with the inner width, so small and medium are interpolated for `up`.
+# Estimated from the SASS, within 15 %, for launches that fill all SMs (bench/LOG.md, 2026-11-26).
 GROUPED_RATES = {
-    "_up_kernel": dict(zip(SIZES, (430e12, 475e12, 501e12, 530e12), strict=True)),
+    "_up_kernel": dict(zip(SIZES, (447e12, 489e12, 513e12, 539e12), strict=True)),
     "_hidden_grad_kernel": dict(zip(SIZES, (239e12, 305e12, 386e12, 460e12), strict=True)),
     "_rows_kernel": dict.fromkeys(SIZES, 520e12),
     "_weight_grad_kernel": dict.fromkeys(SIZES, 505e12),
@@ -76,7 +75,7 @@ def by_kind(launches: list[Launch], size: str) -> pd.DataFrame:
 
 
 def limiting_kernel(moe: Step, dense: Step, size: str) -> tuple[str, float]:
-    """The kernel of the MoE alone whose predicted time is most above its bound, and by how many seconds."""
+    """The MoE-only kernel whose predicted time most exceeds its bound, and by how many seconds."""
     excess, common = Counter(), {launch.name for launch in dense.launches}
     for launch in moe.launches:
         if launch.name not in common:

@@ -79,12 +79,14 @@ def read_table() -> dict[tuple, Config]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            for name in Config._fields:
+            for name, kind in Config.__annotations__.items():
                 value = entry[name]
-                if not isinstance(value, int) or value < (name not in ("flatten", "prefetch")):
+                if type(value) is not kind or (kind is int and value < 1):
                     raise ValueError(f"{name} is {value!r}")
                 if name in ("block_m", "block_n", "block_k", "warps", "part") and value & (value - 1):
                     raise ValueError(f"{name} is {value}, which is not a power of two")
+            if entry["op"] == "hidden_grad" and entry["block_n"] < max(entry["part"], 64 * entry["prefetch"]):
+                raise ValueError(f"block_n is {entry['block_n']}, less than part, or than prefetch's 64 columns")
             key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             entries[key] = Config(*(entry[name] for name in Config._fields))
         except (ValueError, TypeError, KeyError) as error:
@@ -157,10 +159,12 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     if not tma or any(size % 64 for size in sizes[1:3]):
         return Config(64, 32 if op == "up" else 64, 32, 8 if op == "hidden_grad" else 4, 3)
     hopper = device.arch == "sm_90"
-    if op == "up":
-        return Config(128, 128, 64, 8, 4, flatten=hopper)
+    if op == "up":  # fp16: at twice the width Triton 3.7.1 serialises it without h
+        return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4, flatten=hopper)
     wide = sizes[2] > 128
-    if op == "hidden_grad" and hopper:
+    if (
+        op == "hidden_grad" and hopper
+    ):  # wide tiles for L2; a fourth stage would take the registers of the flattened loop
         return Config(128, 256 if wide else 128, 64, 8, 3, flatten=True, prefetch=True)
     if op == "hidden_grad":
         return Config(128, 128, 64, 8, 4)

@@ -60,7 +60,7 @@ def _cross_entropy_kernel(
         total = tl.zeros((THREADS,), tl.float32)
         for start in range(0, V, BLOCK):
             x = tl.load(logits_ptr + start + col, col < V - start, other=float("-inf")).to(tl.float32)
-            # Any order will do, so a column is what one thread holds, and its maximum and sum need no other thread.
+            # In any order, so that each column belongs to one thread, whose maximum and sum need no other thread.
             x = tl.reshape(x, (BLOCK // THREADS, THREADS), can_reorder=True)
             larger = tl.maximum(largest, tl.max(x, axis=0) * LOG2_E)
             total = total * _exp2(largest - larger) + tl.sum(_exp2(tl.fma(x, LOG2_E, -larger)), axis=0)

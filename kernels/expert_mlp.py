@@ -112,7 +112,7 @@ def _load_h(h_ptr, rows, fs, inside, F: tl.constexpr):
 
 @triton.jit
 def _prefetch_h(h_ptr, rows, f, F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Prefetch a tile of a 16-bit h, gate and up, into L2, by lines of 128 bytes."""
+    """Prefetch a tile of a 16-bit h, gate and up, into L2, by lines of 128 bytes. The interpreter cannot run it."""
     fs = tl.minimum(f + tl.arange(0, BLOCK_N // 64) * 64, F - 1)
     ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
     asm: tl.constexpr = "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.b32 $0, 0;"
@@ -125,7 +125,7 @@ def _prefetch_h(h_ptr, rows, f, F: tl.constexpr, BLOCK_N: tl.constexpr):
 def _hidden_grad_epilogue(r, rows, f, inside, scale, h_ptr, dh_ptr, act_ptr, F: tl.constexpr, PART: tl.constexpr):
     """Store dh and the weighted act of a tile r = w2[e].T @ dy; returns the row sums of r * act.
 
-    PART columns at a time: a thread has no registers for all that comes of the tile at once. Each part loads the next
+    PART columns at a time, as the whole tile's intermediates do not fit in registers. Each part loads the next
     one's h before it computes. Only r changes its layout, through shared memory.
     """
     dtype: tl.constexpr = dh_ptr.dtype.element_ty

@@ -139,7 +139,8 @@ def _weight_grad_kernel(
             rows = row + tl.arange(0, BLOCK_K)
             inside = (rows < end)[:, None]
             if GATHER != "":
-                # Past the end the last row once more, whose factors are zeros: that takes no mask.
+                # Past the end, repeat the last row: the other operand is zero there, so no mask is needed. An infinite
+                # value in that row gives NaN.
                 tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
             if GATHER == "a":
                 a_tile = row_tile(a, tokens, m, M, BLOCK_M)

@@ -11,8 +11,6 @@ from torch import Tensor
 from .grouped_gemm import dot, row_tile
 from .launch import FLOATS, check, device_of
 
-# Experts of a tile: enough for the models we train; more are taken tile by tile.
-MAX_BLOCK_E = 32
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512
 
@@ -111,11 +109,12 @@ def _router_grad_kernel(
 def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
     """Tiles over T, E and D, and the keyword arguments of the kernels that read x.
 
-    The tiles are as wide as registers allow: an fp16 x is two operands, and an fp32 x does not use tensor cores.
+    The tiles are as large as registers and shared memory allow from sm_80 on. An fp16 x is two operands. An fp32 x does
+    not use tensor cores.
     """
     (T, D), half = x_TD.shape, x_TD.element_size() == 2
-    block_t, block_d = 64 if half else 32, 128 if x_TD.dtype == torch.bfloat16 else 64
-    block_e = min(MAX_BLOCK_E, max(4, triton.next_power_of_2(E)))
+    block_t, block_d = 64 if half else 32, 128 if x_TD.dtype == torch.bfloat16 and E <= 16 else 64
+    block_e = min(16 if x_TD.dtype == torch.float16 else 32, max(4, triton.next_power_of_2(E)))
     arguments = dict(
         D=D, E=E, PARTS=4 if half else 1, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d,
         num_warps=4, num_stages=3,

@@ -85,9 +85,9 @@ def test_bounds_and_predictions_of_made_up_launches():
     assert roofline.predicted(gemm, "tiny", 687e12) == pytest.approx(798 / 687 * 1e-3)
     assert predicted(copy) == pytest.approx(1e-3)
     assert predicted(Launch("tiny", 0, 8)) == 3e-6
-    up = Launch("_up_kernel", 430e9, 0, waves=1.5)  # a wave and a half take as long as two
+    up = Launch("_up_kernel", 447e9, 0, waves=1.5)  # a wave and a half take as long as two
     assert predicted(up) == pytest.approx(1e-3 / 0.75)
-    assert predicted(up, "large") == pytest.approx(430 / 530 * 1e-3 / 0.75)
+    assert predicted(up, "large") == pytest.approx(447 / 539 * 1e-3 / 0.75)
     three_quarters = Launch("attention", 450e9, 0, head_dim=96)  # of a tile of 128
     assert predicted(three_quarters) == pytest.approx(4 / 3 * 1e-3)
     assert predicted(Launch("attention backward", 250e9, 0, head_dim=32)) == pytest.approx(2e-3)
@@ -99,10 +99,10 @@ def test_bounds_and_predictions_of_made_up_launches():
 
 def test_the_limiting_kernel_is_the_moes_own():
     slow = Launch("mm", 798e12, 0)  # 1 s, predicted 1.37, in both
-    rows, up = Launch("_rows_kernel", 520e9, 0, waves=1), Launch("_up_kernel", 430e9, 0, waves=1)
+    rows, up = Launch("_rows_kernel", 520e9, 0, waves=1), Launch("_up_kernel", 447e9, 0, waves=1)
     step = Step([slow, rows, up, up], 0, 1, 1)
     name, seconds = roofline.limiting_kernel(step, Step([slow], 0, 1, 1), "tiny")
-    assert (name, seconds) == ("_up_kernel", pytest.approx(2e-3 * (1 - 430 / 798)))
+    assert (name, seconds) == ("_up_kernel", pytest.approx(2e-3 * (1 - 447 / 798)))
 
 
 def test_totals_compare_the_models_at_two_rates_of_cublas(steps):

@@ -124,9 +124,9 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     ("dtype", "config"),
     [
-        (torch.float16, Config(16, 64, 32, 4, 1, flatten=True)),  # two parts in the hidden gradient's epilogue
-        (torch.float32, Config(64, 16, 16, 4, 2, programs=2, split=3)),
-        (torch.float16, Config(32, 128, 64, 4, 1, split=2)),  # four parts, one and a half of them past the width
+        (torch.float16, Config(16, 64, 32, 4, 1, flatten=True, part=32)),  # two parts in the hidden gradient's epilogue
+        (torch.float32, Config(64, 16, 16, 4, 2, programs=2, split=3)),  # one part
+        (torch.float16, Config(32, 128, 64, 4, 1, split=2, part=32)),  # four, one and a half of them past the width
     ],
     ids=str,
 )

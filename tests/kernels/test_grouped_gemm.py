@@ -320,10 +320,22 @@ def test_an_empty_table_leaves_the_rule(write_table):
         *("{", "[]", "3", '{"arch": "sm_90"}', ""),
         *(
             json.dumps(ENTRY | change)
-            for change in (dict(sizes=3), dict(block_m="128"), dict(block_n=100), dict(split=0), dict(part=12))
+            for change in (
+                dict(sizes=3),
+                dict(block_m="128"),
+                dict(block_n=100),
+                dict(split=0),
+                dict(part=12),
+                dict(prefetch=1),
+            )
         ),
+        json.dumps(ENTRY | dict(op="hidden_grad", part=128)),
+        json.dumps(ENTRY | dict(op="hidden_grad", block_n=32, prefetch=True)),
     ],
-    ids=["broken", "list", "number", "short", "blank", "sizes", "text", "100", "0", "12"],
+    ids=[
+        *("broken", "list", "number", "short", "blank", "sizes", "text", "100", "0", "12", "1"),
+        *("part above block_n", "less than a line"),
+    ],
 )
 def test_a_broken_line_is_named(line, write_table):
     write_table(json.dumps(ENTRY), line)
