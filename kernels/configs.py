@@ -162,12 +162,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     if op == "up":  # fp16: at twice the width Triton 3.7.1 serialises it without h
         return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4, flatten=hopper)
     wide = sizes[2] > 128
-    if (
-        op == "hidden_grad" and hopper
-    ):  # wide tiles for L2; a fourth stage would take the registers of the flattened loop
-        return Config(128, 256 if wide else 128, 64, 8, 3, flatten=True, prefetch=True)
     if op == "hidden_grad":
-        return Config(128, 128, 64, 8, 4)
+        return Config(128, 256 if wide and hopper else 128, 64, 8, 4, flatten=hopper, prefetch=hopper)
     if op == "rows":
         return Config(128, 256 if wide else 128, 64, 8, 4, flatten=hopper)
     # A gathered operand is loaded two stages after its indices are: five stages give three buffers.
