@@ -1,4 +1,4 @@
-"""The six grouped GEMMs of a training step, each a launch on its own, beside plain PyTorch on the same tensors."""
+"""The six grouped GEMMs of a training step, each beside plain PyTorch on the same tensors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,13 +32,13 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
 
     routing = reference.route_top2(torch.randn(T, E, generator=generator, device=device))
     order, _, offsets = plan = reference.dispatch_plan(routing.experts_TK, E)
-    token_N, scores_TK = order // 2, routing.weights_TK
+    scores_TK = routing.weights_TK
     scores_N1 = scores_TK.flatten()[order][:, None]
-    x_TD, dy_TD, h_N2F, act_NF = randn(T, D), randn(T, D), randn(2 * T, 2 * F), randn(2 * T, F)
+    x_TD, dy_ND, h_N2F, act_NF = randn(T, D), randn(2 * T, D), randn(2 * T, 2 * F), randn(2 * T, F)
     w13, w2 = randn(E, 2 * F, D, scale=D**-0.5), randn(E, D, F, scale=F**-0.5)
 
     def plain_up(x, w):
-        h = grouped_gemm(x[token_N], w, plan)
+        h = grouped_gemm(x[order // 2], w, plan)
         return h, reference.swiglu(h)
 
     def plain_transposed(x, w):
@@ -48,14 +48,14 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
         with torch.enable_grad():
             h = h.detach().requires_grad_()
             act = reference.swiglu(h)
-        r = plain_transposed(dy[token_N], w)
+        r = plain_transposed(dy, w)
         (dh,) = torch.autograd.grad(act, h, (r * scores_N1).to(h.dtype))
         act = act.detach()
         dscores = scores_TK.new_empty(2 * T).index_copy_(0, order.long(), (r * act).float().sum(dim=-1))
         return dh, (act * scores_N1).to(h.dtype), dscores.view(T, 2)
 
-    def weight_grad(a, b, gather: str) -> Tensor:  # in fp32, as parameters are
-        return grouped_weight_grad(a, b, offsets, order, gather, torch.float32)
+    def weight_grad(a, b, order: Tensor | None = None) -> Tensor:  # in fp32, as parameters are
+        return grouped_weight_grad(a, b, offsets, order, torch.float32)
 
     def plain_weight_grad(a, b) -> Tensor:
         return reference._grouped_weight_grad(a, b, offsets)
@@ -63,8 +63,8 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
     return [
         Gemm(lambda x, w: expert_up(x, w, order, offsets, True), plain_up, (x_TD, w13)),
         Gemm(lambda x, w: grouped_rows(x, w, offsets, True), lambda x, w: grouped_gemm(x, w, plan), (act_NF, w2)),
-        Gemm(lambda *x: hidden_grad(*x, scores_TK, order, offsets), plain_hidden_grad, (dy_TD, w2, h_N2F)),
+        Gemm(lambda *x: hidden_grad(*x, scores_TK, order, offsets), plain_hidden_grad, (dy_ND, w2, h_N2F)),
         Gemm(lambda x, w: grouped_rows(x, w, offsets, False), plain_transposed, (h_N2F, w13)),
-        Gemm(partial(weight_grad, gather="b"), lambda a, b: plain_weight_grad(a, b[token_N]), (h_N2F, x_TD)),
-        Gemm(partial(weight_grad, gather="a"), lambda a, b: plain_weight_grad(a[token_N], b), (dy_TD, act_NF)),
+        Gemm(partial(weight_grad, order=order), lambda a, b: plain_weight_grad(a, b[order // 2]), (h_N2F, x_TD)),
+        Gemm(weight_grad, plain_weight_grad, (dy_ND, act_NF)),
     ]

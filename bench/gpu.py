@@ -1,7 +1,8 @@
 """bench/gpu.sh: what to measure on one GPU in a few minutes, the most important first.
 
 bench/gpu.sh --stage first --output DIR            within 230 s: does everything work, and where does the time go?
-bench/gpu.sh --stage full --output DIR             within 400 s: throughput of all sizes, tuning, ops, memory
+bench/gpu.sh --stage full --output DIR             within 300 s: throughput of all sizes, ops, memory
+bench/gpu.sh --stage tune --output DIR             within 200 s: the GEMMs' configurations, and throughput with them
 bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU, at small shapes, kernels interpreted
 
 Each part is a process group with a time limit. A part may use all the time that the parts after it do not need; parts
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20
-SECONDS = {"first": 230.0, "full": 400.0}
+SECONDS = {"first": 230.0, "full": 300.0, "tune": 200.0}
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 
@@ -47,17 +48,16 @@ GPU = {
     "one": "--size tiny",
     "two": "--size tiny small",
     "all": "--size tiny small medium large",
-    "rest": "--size small medium large tiny",
     "published": "sonicmoe-768",
     "checks": "--tokens 65536 --limit 15",
     "attention": "--tokens 16384 --rounds 5 --limit 40",
     "ops": "--rounds 5 --limit 40",
-    "train": "--mode compiled --rounds 3 --seconds 1 --limit 100",
+    "train": "--mode compiled --rounds 2 --seconds 1 --limit 100",
     "tune": "--seconds 100 --limit 12",
     "memory": "",
     "deterministic": "tests/training/test_cuda_training.py",
 }
-SMOKE = dict.fromkeys(("one", "two", "all", "rest"), "--size nano") | {
+SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
     "published": "",
     "checks": "--tokens 48 --dtype fp16 --limit 600",
     "attention": "--tokens 48 --dtype fp32 --rounds 2",
@@ -94,21 +94,25 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("attention", 35, bench("ops --op attention {all} {attention}")),
             report,
         ]
+    tuned = {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}
+    if stage == "tune":
+        return [
+            # Bounded by its own budget, which leaves 15 s to start. A candidate takes some 2 s to compile, on 15 cores.
+            Part("tune", 115, bench("tune {all} {tune}"), interpreted),
+            Part("throughput, tuned", 75, bench("throughput {two} {train}"), tuned),
+            report,
+        ]
     return [
-        Part("compile", 20, [*compiled, *arguments["all"].split()]),
-        # All processes start together; then some 40 s per size. tiny, which the first stage has measured, comes last.
-        Part("throughput", 150, bench("throughput {rest} {train}")),
-        # Bounded by its own budget, which leaves 15 s to start. 208 candidates take some 2 s each to compile, on 15
-        # cores.
-        Part("tune", 115, bench("tune {all} {tune}"), interpreted),
-        Part("throughput, tuned", 30, bench("throughput {two} {train}"), {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}),
-        Part("predecessor's command", 20, bench("throughput {one} {train} --mode predecessor")),
+        Part("compile", 25, [*compiled, *arguments["all"].split()]),
+        # 45 s until all processes have checked their models; then 15 (tiny) to 50 s (large) per size.
+        Part("throughput", 165, bench("throughput {all} {train} --profile")),
         # 3 s per op and pass, the most expensive ops first; rows are written one by one.
         Part("ops", 25, bench("ops {ops} {one} {published} --provider", *PEERS)),
         # Runs of nano, eager and compiled.
         Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
         # transformers is imported too.
         Part("memory", 15, bench("memory {one} {memory}")),
+        Part("predecessor's command", 30, bench("throughput {one} {train} --mode predecessor")),
         report,
     ]
 
@@ -249,7 +253,7 @@ def main():
         prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=SECONDS, required=True)
-    parser.add_argument("--seconds", type=float, help="for all parts; default 230 for first, 400 for full")
+    parser.add_argument("--seconds", type=float, help="for all parts; default 230, 300 and 200")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True)
     parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
     arguments = parser.parse_args()
@@ -271,7 +275,7 @@ def main():
     except OSError as error:
         parser.error(f"--output {output}: cannot be written ({error.strerror})")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part in progress ends too
-    # The first stage finds out anew what to avoid; the full one starts from what it found.
+    # The first stage finds out anew what to avoid; the others start from what it found.
     known = len(rows_of(output)) if arguments.stage == "first" else 0
     failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log, known)
     for line in (output / "summary.txt").read_text().splitlines():

@@ -138,7 +138,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
 
 
 OPS = [case.op for case in cases("", ModelConfig.preset("tiny"), 1, torch.float32)]
-# The grouped GEMMs, in the order of gemm_cases, by their results. The name up to the hyphen is the kernel's.
+# The grouped GEMMs, in the order of gemm_cases, by their results; hidden_grad has an elementwise kernel too.
 GEMMS = {
     "up": ("h", "act"), "rows-down": ("y",), "hidden_grad": ("dh", "act", "dscores"), "rows-dx": ("rows",),
     "weight_grad-w13": ("dw13",), "weight_grad-w2": ("dw2",),
@@ -147,7 +147,7 @@ GEMMS = {
 
 def gemm_kernel(op: str) -> str:
     """The GEMM kernel that a case of GEMMS launches, as ACCELERON_NO_TMA names it."""
-    return op.partition("-")[0]
+    return "rows" if op == "hidden_grad" else op.partition("-")[0]
 
 
 def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:

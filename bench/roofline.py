@@ -29,7 +29,6 @@ GEMM_RATES = (584e12, 687e12)
 # Estimated from the SASS, within 15 %, for launches that fill all SMs (bench/LOG.md, 2026-11-26).
 GROUPED_RATES = {
     "_up_kernel": dict(zip(SIZES, (447e12, 489e12, 513e12, 539e12), strict=True)),
-    "_hidden_grad_kernel": dict(zip(SIZES, (239e12, 305e12, 386e12, 460e12), strict=True)),
     "_rows_kernel": dict.fromkeys(SIZES, 520e12),
     "_weight_grad_kernel": dict.fromkeys(SIZES, 505e12),
 }

@@ -7,8 +7,8 @@ its mode, against the fp32 reference (acceleron/self_check.py).
 Modes: compiled (all activations kept), eager, checkpointed (compiled), balanced (--debug_force_load_balance),
 deterministic, and predecessor (batch 32, accumulation 4, compiled, checkpointed: the predecessor's own command). The
 text is the source of Python's library. MFU counts the FLOPs of the active parameters, recomputation excluded.
---seconds: of training per round; --limit: most seconds of a start; --profile: add each kernel's time to the rows. The
-exit status is 1 if anything failed.
+--seconds: of training per round; --limit: most seconds of a start; --profile: add each kernel's time to the MoE's rows.
+The exit status is 1 if anything failed.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from operator import attrgetter
 from unittest import mock
 
@@ -72,11 +73,13 @@ def serve(connection, options: TrainOptions):
     config, dtype = model_config(options, None), devices.resolve_dtype(options.dtype, device)
     shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
     mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
-    answer = {"check": check_gradients(config, device, dtype, options.kernels, **shape, **mode)}
+    check = check_gradients(config, device, dtype, options.kernels, **shape, **mode)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     devices.reset_peak_memory(device)
-    began = time.perf_counter()
+    connection.send(check)
+    connection.recv()
+    answer, began = {}, time.perf_counter()
 
     def build(*args, **kwargs) -> Acceleron:
         with device:  # billions of weights take a GPU no time
@@ -163,13 +166,17 @@ class Contender:
             self.row.failed = str(failure)
             return None
 
+    def check(self):
+        """Check the model's loss and gradients, which compiles its kernels."""
+        if checked := self.ask("check", self.limit):
+            name, self.row.error, self.row.allowed = checked
+            self.row.check = f"{name} against the fp32 reference"
+
     def begin(self, with_profile: bool):
-        """Check, build, compile, train two steps, and profile a third."""
+        """Build, train two steps, and profile a third."""
         row = self.row
         if started := self.ask("begin", self.limit):
-            name, row.error, row.allowed = started["check"]
-            row.check = f"{name} against the fp32 reference"
-            row.details["start_seconds"] = started["seconds"]  # the check has compiled the kernels
+            row.details["start_seconds"] = started["seconds"]
         if one := self.ask(1, self.limit):
             self.step_seconds = one["seconds"]
         if with_profile and not row.failed:
@@ -216,7 +223,7 @@ def contenders(
 def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool):
     """Fill the rows of contenders that are trained in interleaved rounds, one at a time on the device."""
     for contender in found:
-        contender.begin(with_profile)
+        contender.begin(with_profile and not contender.options.dense)
     for count in range(rounds):
         for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
             contender.round(seconds)
@@ -249,9 +256,15 @@ def main():
         if on_gpu:
             groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
+        if on_gpu:  # their checks, which compile, are made four at a time: 16 GB each at most
+            with ThreadPoolExecutor(4) as threads:
+                wait([threads.submit(contender.check) for contender in chain(*groups)])
         for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
             rows = [contender.row for contender in found]
             try:
+                if not on_gpu:
+                    for contender in found:
+                        contender.check()
                 compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
             finally:  # what was measured before a signal counts
                 for row in rows:

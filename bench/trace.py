@@ -65,14 +65,12 @@ def nbytes(value) -> int:
 
 def grouped_gemm(name: str, a: dict, programs: int) -> tuple[float, float]:
     """FLOPs and waves of a grouped GEMM's kernel. a: its arguments."""
+    x = a["a" if name == "_weight_grad_kernel" else "x"]
+    rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
     if name == "_weight_grad_kernel":
         tiles = a["E"] * a["split"] * cdiv(a["M"], a["BLOCK_M"]) * cdiv(a["N"], a["BLOCK_N"])
-        return 2 * a["order_ptr"].numel() * a["M"] * a["N"], tiles / programs
-    if name == "_rows_kernel":
-        rows, inner, columns = a["y_ptr"].shape[0], a["I"], a["O"]
-    else:
-        rows, inner, columns = a["order_ptr"].numel(), a["D"], a["F"]
-    matrices = 2 if name == "_up_kernel" else 1
+        return 2 * rows * a["M"] * a["N"], tiles / programs
+    matrices, inner, columns = (2, a["D"], a["F"]) if name == "_up_kernel" else (1, a["I"], a["O"])
     tiles = (rows / a["BLOCK_M"] + a["E"] / 2) * cdiv(columns, a["BLOCK_N"])
     return 2 * matrices * rows * inner * columns, tiles / programs
 
@@ -81,9 +79,10 @@ def triton_launch(function: JITFunction, *args, grid: tuple, warmup: bool, **kwa
     """A launch of one of our kernels: each argument is read or written once, with these exceptions."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
-    gathered = a.get({"_up_kernel": "x", "_hidden_grad_kernel": "dy"}.get(name, a.get("GATHER")))
-    if gathered is not None:
-        moved += (a["order_ptr"].numel() / gathered.shape[0] - 1) * nbytes(gathered)
+    if name == "_gather_kernel":
+        moved += nbytes(a["out_ptr"]) - nbytes(a["x_ptr"])
+    if name == "_hidden_grad_kernel":
+        moved += nbytes(a["act_ptr"])  # read, and overwritten
     if name == "_cross_entropy_kernel":
         moved += nbytes(a["logits_ptr"])  # read, and overwritten; its second reading is from L2
     if name in GEMMS:

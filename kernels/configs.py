@@ -5,14 +5,14 @@ training. Environment variables:
   ACCELERON_TUNED   the table's file (default: tuned.jsonl beside this module, if there is one), as `python -m bench
                     tune` writes it. A line has arch, device (its name, or "any" of that architecture), op, dtype,
                     sizes (see below), the fields of `Config` and the median time. It holds where TMA is used.
-  ACCELERON_NO_TMA  the ops, separated by commas, that load by pointers instead of TMA: up, rows, hidden_grad,
-                    weight_grad or all
+  ACCELERON_NO_TMA  the ops, separated by commas, that load by pointers instead of TMA: up, rows, weight_grad or
+                    all
 
 | op | sizes |
 | --- | --- |
-| up, hidden_grad | E, D, F |
+| up | E, D, F |
 | rows | E, input width, output width, 1 if the weight is [E, output, input] else 0 |
-| weight_grad | E, output rows, output columns, and which operand is gathered: 0 none, 1 the left one, 2 the right one |
+| weight_grad | E, output rows, output columns |
 """
 
 import json
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import Device
 
-OPS = ("up", "hidden_grad", "rows", "weight_grad")
+OPS = ("up", "rows", "weight_grad")
 KEY = ("arch", "device", "op", "dtype", "sizes")
 
 
@@ -34,9 +34,7 @@ class Config(NamedTuple):
     """A tile of block_m x block_n outputs and block_k of the inner width; `up` has block_n gate and as many up columns.
 
     programs: persistent programs a processor. flatten: one pipelined loop over tiles and inner width, so that a tile's
-    first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart. part:
-    columns that hidden_grad's epilogue works on at a time. prefetch: hidden_grad prefetches h into L2 (16-bit,
-    NVIDIA).
+    first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart.
     """
 
     block_m: int
@@ -47,8 +45,6 @@ class Config(NamedTuple):
     programs: int = 1
     flatten: bool = False
     split: int = 1
-    part: int = 16
-    prefetch: bool = False
 
     def blocks(self) -> dict:
         """The keyword arguments that every GEMM kernel takes."""
@@ -83,10 +79,8 @@ def read_table() -> dict[tuple, Config]:
                 value = entry[name]
                 if type(value) is not kind or (kind is int and value < 1):
                     raise ValueError(f"{name} is {value!r}")
-                if name in ("block_m", "block_n", "block_k", "warps", "part") and value & (value - 1):
+                if name in ("block_m", "block_n", "block_k", "warps") and value & (value - 1):
                     raise ValueError(f"{name} is {value}, which is not a power of two")
-            if entry["op"] == "hidden_grad" and entry["block_n"] < max(entry["part"], 64 * entry["prefetch"]):
-                raise ValueError(f"block_n is {entry['block_n']}, less than part, or than prefetch's 64 columns")
             key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             entries[key] = Config(*(entry[name] for name in Config._fields))
         except (ValueError, TypeError, KeyError) as error:
@@ -146,29 +140,29 @@ def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operand
 def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
     """The configuration for sizes without an entry in the table: one that compiles without spills and fits."""
     if device.arch == "interpreter":
-        return Config(32, 32, 32, 4, 1, split=2, part=8)  # small: small tests have several tiles, shares and parts
+        return Config(32, 32, 32, 4, 1, split=2)  # small: small tests have several tiles and shares
     if dtype == torch.float32:
         # Without tensor cores. With the other number of warps a few bytes spill.
-        warps = 8 if op in ("rows", "hidden_grad") else 4
-        return Config(64, 32 if op in ("up", "hidden_grad") else 64, 32, warps, 2)
+        return Config(64, 32 if op == "up" else 64, 32, 8 if op == "rows" else 4, 2)
     if device.arch.startswith("gfx"):
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
-    # Addresses and masks take the registers of a larger tile, and those of hidden_grad's epilogue of four warps.
+    # Addresses and masks take the registers of a larger tile.
     if not tma or any(size % 64 for size in sizes[1:3]):
-        return Config(64, 32 if op == "up" else 64, 32, 8 if op == "hidden_grad" else 4, 3)
-    hopper = device.arch == "sm_90"
-    if op == "up":  # fp16: at twice the width Triton 3.7.1 serialises it without h
-        return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4, flatten=hopper)
+        return Config(64, 32 if op == "up" else 64, 32, 4, 3)
     wide = sizes[2] > 128
-    if op == "hidden_grad":
-        return Config(128, 256 if wide and hopper else 128, 64, 8, 4, flatten=hopper, prefetch=hopper)
-    if op == "rows":
-        return Config(128, 256 if wide else 128, 64, 8, 4, flatten=hopper)
-    # A gathered operand is loaded two stages after its indices are: five stages give three buffers.
-    config = Config(128, 256 if wide else 128, 64, 8, 5 if sizes[3] else 3)
-    return config._replace(split=_even_split(config, device, *sizes[:3]))
+    if op == "weight_grad":
+        config = Config(128, 256 if wide else 128, 64, 8, 3)
+        return config._replace(split=_even_split(config, device, *sizes[:3]))
+    if device.arch != "sm_90":
+        if op == "up":
+            return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4)
+        return Config(128, 256 if wide else 128, 64, 8, 4)
+    # Two programs per processor: one's epilogue overlaps the other's GEMM, a gain where the inner width is small.
+    if op == "rows" and min(sizes[1:3]) > 1024:
+        return Config(128, 256, 64, 8, 4, flatten=True)
+    return Config(128, 64 if op == "up" else 128, 64, 4, 3, programs=2, flatten=True)
 
 
 def _even_split(config: Config, device: Device, E: int, M: int, N: int) -> int:

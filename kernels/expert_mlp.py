@@ -2,10 +2,10 @@
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
-Forward, three launches: h_N2F and act_NF from gathered rows of x; rows_ND from act; y_TD as each token's weighted sum
-of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward: dH with the SwiGLU's derivative and the
-routing weights' gradient in the epilogue, from gathered rows of dy; dW2 and dW13; dX's rows; the sum of each token's
-two. The gathered x, act, and the down-projection's output are never kept.
+Forward, four launches: x's rows, sorted by expert; h_N2F and act_NF from them; rows_ND from act; y_TD as each token's
+weighted sum of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward: dy's rows; w2.T dy; from
+it and h, in one elementwise kernel, dH, the weighted act and the routing weights' gradient; dW2; x's rows, dW13; dX's
+rows; the sum of each token's two. The sorted x, act, and the down-projection's output are never kept.
 """
 
 import torch
@@ -19,13 +19,12 @@ from .grouped_gemm import (
     check_plan,
     dot,
     expert_rows,
+    gather_rows,
     grouped_rows,
     grouped_weight_grad,
     locate,
     persistent_grid,
     row_tile,
-    weight_operand,
-    weight_tile,
 )
 from .launch import check, device_of
 from .reference import TOP_K, Plan
@@ -53,12 +52,11 @@ def _gate_up_tile(
 
 @triton.jit
 def _up_kernel(
-    x, order_ptr, offsets_ptr, w, h_ptr, act_ptr,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
-    E_PAD: tl.constexpr, WITH_H: tl.constexpr,
+    x, offsets_ptr, w, h_ptr, act_ptr,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h[n] = w13[e] @ x[token of n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns.
+    """h[n] = w13[e] @ x[n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns.
 
     One accumulator holds both: with two, ptxas serialises the wgmmas of the flattened loop (its warning C7515).
     """
@@ -69,12 +67,11 @@ def _up_kernel(
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         f = (tile % column_tiles) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_M)
-        tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
+        safe = tl.minimum(rows, end - 1)
         acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
         for d in range(0, D, BLOCK_K):
-            acc = dot(
-                row_tile(x, tokens, d, D, BLOCK_K), _gate_up_tile(w, expert, f, d, D, F, TMA, BLOCK_N, BLOCK_K), acc
-            )
+            a = x.load([row, d]) if TMA else row_tile(x, safe, d, D, BLOCK_K)
+            acc = dot(a, _gate_up_tile(w, expert, f, d, D, F, TMA, BLOCK_N, BLOCK_K), acc)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         fs = f + tl.arange(0, BLOCK_N)
         mask = (rows < end)[:, None] & (fs < F)[None, :]
@@ -92,97 +89,37 @@ def _up_kernel(
 
 
 @triton.jit
-def _split_columns(x, PART: tl.constexpr):
-    """The columns of x as a tuple of [rows, PART]."""
-    if x.shape[1] > PART:
-        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-        parts = _split_columns(left, PART) + _split_columns(right, PART)
-    else:
-        parts = (x,)
-    return parts
+def _hidden_grad_kernel(
+    act_ptr, h_ptr, dh_ptr, order_ptr, weights_ptr, dweights_ptr, N,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """dh, and the weighted act (dW2's operand) in place of r = w2[e].T @ dy; dweights, the row sums of r * act.
 
-
-@triton.jit
-def _load_h(h_ptr, rows, fs, inside, F: tl.constexpr):
-    """Gate and up of these rows and columns; zeros where a row is not inside, or a column is past F."""
-    ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
-    mask = inside[:, None] & (fs < F)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + F, mask=mask, other=0.0)
-
-
-@triton.jit
-def _prefetch_h(h_ptr, rows, f, F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Prefetch a tile of a 16-bit h, gate and up, into L2, by lines of 128 bytes. The interpreter cannot run it."""
-    fs = tl.minimum(f + tl.arange(0, BLOCK_N // 64) * 64, F - 1)
-    ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(
-        asm, "=r,l,l", [ptrs.to(tl.int64), (ptrs + F).to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _hidden_grad_epilogue(r, rows, f, inside, scale, h_ptr, dh_ptr, act_ptr, F: tl.constexpr, PART: tl.constexpr):
-    """Store dh and the weighted act of a tile r = w2[e].T @ dy; returns the row sums of r * act.
-
-    PART columns at a time, as the whole tile's intermediates do not fit in registers. Each part loads the next
-    one's h before it computes. Only r changes its layout, through shared memory.
+    With s the routing weight: dact = s r, and the gradient of s is r . act.
     """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    assignments = tl.load(order_ptr + rows, mask=inside, other=0)
+    scale = tl.load(weights_ptr + assignments, mask=inside, other=0.0)[:, None]
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
-    parts = _split_columns(r, PART)
-    sums = tl.zeros((r.shape[0],), dtype=tl.float32)
-    fs = f + tl.arange(0, PART)
-    h = _load_h(h_ptr, rows, fs, inside, F)
-    for i in tl.static_range(len(parts)):
-        gate, up = h
-        if i + 1 < len(parts):
-            h = _load_h(h_ptr, rows, fs + PART, inside, F)
-        gate = gate.to(tl.float32)
-        up = up.to(tl.float32)
+    sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for f in range(0, F, BLOCK_F):
+        fs = f + tl.arange(0, BLOCK_F)
+        mask = inside[:, None] & (fs < F)[None, :]
+        wide = rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+        act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
+        r = tl.load(act_ptrs, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(h_ptr + wide, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + wide + F, mask=mask, other=0.0).to(tl.float32)
         s = sigmoid(gate)
         silu = gate * s
         act = silu * up
-        sums += tl.sum(parts[i] * act, axis=1)
-        dact = parts[i] * scale
-        mask = inside[:, None] & (fs < F)[None, :]
-        dh_ptrs = dh_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
-        tl.store(act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :], (act * scale).to(dtype), mask=mask)
-        tl.store(dh_ptrs + F, (dact * silu).to(dtype), mask=mask)
-        tl.store(dh_ptrs, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
-        fs += PART
-    return sums
-
-
-@triton.jit
-def _hidden_grad_kernel(
-    dy, order_ptr, offsets_ptr, w, weights_ptr, h_ptr, dh_ptr, act_ptr, dots_ptr,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
-    PART: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """dh, the weighted act (dW2's operand), and for each column tile the row sums of r * act.
-
-    With r = w2[e].T @ dy[token] and s the routing weight: dact = s r, and the gradient of s is r . act, whose share of
-    each column tile is kept apart (dots [T * K, column tiles]), to be summed in a fixed order.
-    """
-    begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
-    column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    tiles = tl.max(last_E, axis=0) * column_tiles
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
-        f = (tile % column_tiles) * BLOCK_N
-        rows = row + tl.arange(0, BLOCK_M)
-        assignments = tl.load(order_ptr + tl.minimum(rows, end - 1))
-        scale = tl.load(weights_ptr + assignments)[:, None]
-        if PREFETCH:
-            _prefetch_h(h_ptr, tl.minimum(rows, end - 1), f, F, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for d in range(0, D, BLOCK_K):
-            a = row_tile(dy, assignments // TOP_K, d, D, BLOCK_K)
-            acc = dot(a, weight_tile(w, expert, f, d, F, D, False, TMA, BLOCK_N, BLOCK_K), acc)
-        sums = _hidden_grad_epilogue(acc, rows, f, rows < end, scale, h_ptr, dh_ptr, act_ptr, F, PART)
-        tl.store(dots_ptr + assignments.to(tl.int64) * column_tiles + tile % column_tiles, sums, mask=rows < end)
+        dact = r * scale
+        sums += tl.sum(r * act, axis=1)
+        tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
+        tl.store(dh_ptr + wide, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
+        tl.store(dh_ptr + wide + F, (dact * silu).to(dtype), mask=mask)
+    tl.store(dweights_ptr + assignments, sums, mask=inside)
 
 
 @triton.jit
@@ -256,15 +193,16 @@ def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor, wi
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
     if N == 0:
         return h_N2F, act_NF
-    device = device_of(x_TD)
-    config, tma = choose("up", device, (E, D, F), D, x_TD, w13_E2FD)
-    w = w13_E2FD
+    device, x_ND = device_of(x_TD), gather_rows(x_TD, order)
+    config, tma = choose("up", device, (E, D, F), D, x_ND, w13_E2FD)
+    x, w = x_ND, w13_E2FD
     if tma:
+        x = TensorDescriptor.from_tensor(x_ND, [config.block_m, config.block_k])
         w = TensorDescriptor.from_tensor(w13_E2FD.view(2 * E, F, D), [2, config.block_n, config.block_k])
-    with torch.cuda.device_of(x_TD):
+    with torch.cuda.device_of(x_ND):
         _up_kernel[persistent_grid(device, config, N, E, F)](
-            x_TD, order, offsets, w, h_N2F, act_NF,
-            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, **config.blocks(),
+            x, offsets, w, h_N2F, act_NF,
+            E=E, D=D, F=F, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, **config.blocks(),
         )  # fmt: skip
     return h_N2F, act_NF
 
@@ -307,29 +245,30 @@ def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD, residual_TD):
 
 @torch.library.custom_op("acceleron_triton::hidden_grad", mutates_args=())
 def hidden_grad(
-    dy_TD: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
+    dy_ND: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F; act_NF times its row's routing weight; and dweights_TK, the gradient of the routing weights."""
-    (E, D, F), N = w2_EDF.shape, order.numel()
-    dh_N2F, act_NF = torch.empty_like(h_N2F), h_N2F.new_empty(N, F)
-    if N == 0:
-        return dh_N2F, act_NF, torch.zeros_like(weights_TK)
-    device = device_of(dy_TD)
-    config, tma = choose("hidden_grad", device, (E, D, F), D, dy_TD, w2_EDF, h_N2F)
-    dots = weights_TK.new_empty(N, triton.cdiv(F, config.block_n))
-    with torch.cuda.device_of(dy_TD):
-        _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
-            dy_TD, order, offsets, weight_operand(w2_EDF, tma, config.block_k, config.block_n),
-            weights_TK, h_N2F, dh_N2F, act_NF, dots,
-            E=E, D=D, F=F, TOP_K=TOP_K, TMA=tma, E_PAD=triton.next_power_of_2(E),
-            PART=config.part, PREFETCH=config.prefetch, **config.blocks(),
-        )  # fmt: skip
-    return dh_N2F, act_NF, dots.sum(dim=1).view_as(weights_TK)
+    """dh_N2F; act_NF times its row's routing weight; and dweights_TK, the gradient of the routing weights.
+
+    A GEMM and an elementwise kernel, as the latter, with few registers, runs at the memory's rate. In the GEMM's
+    epilogue, with the GEMM's registers, eight warps wait for h (bench/LOG.md, 2026-11-26).
+    """
+    act_NF, dh_N2F = grouped_rows(dy_ND, w2_EDF, offsets, False), torch.empty_like(h_N2F)
+    dweights_TK = torch.empty_like(weights_TK)
+    N, F = act_NF.shape
+    if N:
+        block_f = min(256, triton.next_power_of_2(F))
+        block_n = 2048 // block_f
+        with torch.cuda.device_of(h_N2F):
+            _hidden_grad_kernel[(triton.cdiv(N, block_n),)](
+                act_NF, h_N2F, dh_N2F, order, weights_TK, dweights_TK, N,
+                F=F, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=8,
+            )  # fmt: skip
+    return dh_N2F, act_NF, dweights_TK
 
 
 @hidden_grad.register_fake
-def _(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets):
-    return torch.empty_like(h_N2F), h_N2F.new_empty(order.shape[0], w2_EDF.shape[2]), torch.empty_like(weights_TK)
+def _(dy_ND, w2_EDF, h_N2F, weights_TK, order, offsets):
+    return torch.empty_like(h_N2F), h_N2F.new_empty(dy_ND.shape[0], w2_EDF.shape[2]), torch.empty_like(weights_TK)
 
 
 @torch.library.custom_op("acceleron_triton::token_grad", mutates_args=())
@@ -373,11 +312,12 @@ def expert_grads(
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """dX's expert-sorted rows, and the gradients of weights_TK and, in these dtypes if any, of w13 and w2."""
-    dh_N2F, act_NF, dweights_TK = hidden_grad(dy_TD, w2_EDF, h_N2F, weights_TK, order, offsets)
-    dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_TD, act_NF, offsets, order, "a", dtype2)
-    del act_NF
+    dy_ND = gather_rows(dy_TD, order)
+    dh_N2F, act_NF, dweights_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, weights_TK, order, offsets)
+    dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
+    del act_NF, dy_ND
+    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, order, dtype13)
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
-    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, order, "b", dtype13)
     return rows_ND, dweights_TK, dw13_E2FD, dw2_EDF
 
 

@@ -111,14 +111,13 @@ def _rows_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    a, b, out_ptr, offsets_ptr, order_ptr, split,
-    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr,
+    a, b, out_ptr, offsets_ptr, split,
+    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
 
-    GATHER says which operand is indexed by token instead of by row: "a", "b" or neither. The other one comes through a
-    ragged TMA descriptor, which reads zeros past the expert's last row, or is masked without TMA.
+    Ragged TMA descriptors read zeros past the expert's last row; without TMA such rows are masked.
     """
     row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -136,29 +135,57 @@ def _weight_grad_kernel(
         end = tl.minimum(begin + share, end)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for row in range(begin, end, BLOCK_K):
-            rows = row + tl.arange(0, BLOCK_K)
-            inside = (rows < end)[:, None]
-            if GATHER != "":
-                # Past the end, repeat the last row: the other operand is zero there, so no mask is needed. An infinite
-                # value in that row gives NaN.
-                tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
-            if GATHER == "a":
-                a_tile = row_tile(a, tokens, m, M, BLOCK_M)
-            elif TMA:
+            if TMA:
                 a_tile = load_ragged(a, begin, end - begin, [row - begin, m])
-            else:
-                a_tile = tl.load(a + rows.to(tl.int64)[:, None] * M + ms, mask=inside & (ms < M)[None, :], other=0.0)
-            if GATHER == "b":
-                b_tile = row_tile(b, tokens, n, N, BLOCK_N)
-            elif TMA:
                 b_tile = load_ragged(b, begin, end - begin, [row - begin, n])
             else:
-                b_tile = tl.load(b + rows.to(tl.int64)[:, None] * N + ns, mask=inside & (ns < N)[None, :], other=0.0)
+                rows = row + tl.arange(0, BLOCK_K).to(tl.int64)[:, None]
+                a_tile = tl.load(a + rows * M + ms, mask=(rows < end) & (ms < M)[None, :], other=0.0)
+                b_tile = tl.load(b + rows * N + ns, mask=(rows < end) & (ns < N)[None, :], other=0.0)
             acc = dot(a_tile.T, b_tile, acc)
         # The shares of one expert are E * M * N apart, so that their sum is one over the leading axis.
         out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (M * N)
         out_ptrs = out + ms.to(tl.int64)[:, None] * N + ns[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr, order_ptr, out_ptr, N,
+    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[n] = x[token of n]."""
+    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    rows = tl.program_id(0) // column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (rows < N)[:, None] & (ds < D)[None, :]
+    tokens = (tl.load(order_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
+    x = tl.load(x_ptr + tokens[:, None] * D + ds[None, :], mask=mask)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + ds[None, :], x, mask=mask)
+
+
+@torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
+def gather_rows(x_TD: Tensor, order: Tensor) -> Tensor:
+    """x_ND: the token's row of x for each expert-sorted row.
+
+    A copy, from which the GEMMs load their tiles by TMA. GEMMs that gather by themselves, by cp.async, save the copy
+    but take up to 1.4 times as long (bench/LOG.md, 2026-11-26).
+    """
+    (_, D), N = x_TD.shape, order.numel()
+    x_ND = x_TD.new_empty(N, D)
+    if N:
+        block_d = min(256, triton.next_power_of_2(D))
+        block_n = 1024 // block_d
+        with torch.cuda.device_of(x_TD):
+            _gather_kernel[(triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
+                x_TD, order, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_N=block_n, BLOCK_D=block_d
+            )
+    return x_ND
+
+
+@gather_rows.register_fake
+def _(x_TD, order):
+    return x_TD.new_empty(order.shape[0], x_TD.shape[1])
 
 
 def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -196,54 +223,51 @@ def _(x_NI, w, offsets, out_first):
     return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
 
 
-GATHERS = ("", "a", "b")
-
-
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
 def grouped_weight_grad(
-    a: Tensor, b: Tensor, offsets: Tensor, order: Tensor, gather: str, dtype: torch.dtype
+    a_NM: Tensor, b_NI: Tensor, offsets: Tensor, order: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """out_EMN[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
+    """out_EMI[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
 
-    a [N, M], b [N, N']; the one that `gather` names ("a", "b" or "") has a row for each token, found through `order`.
+    With `order`, b is [T, I], and its rows are gathered. Here, as torch.compile would find that backward needs what
+    forward has gathered already, and keep it.
     """
-    (M, N), E = (a.shape[1], b.shape[1]), offsets.numel() - 1
-    if order.numel() == 0:
-        return a.new_zeros((E, M, N), dtype=dtype)
-    device = device_of(a)
-    config, tma = choose("weight_grad", device, (E, M, N, GATHERS.index(gather)), 0, a, b)
-
-    def operand(x: Tensor, name: str, width: int):
-        return create_ragged_descriptor(x, [config.block_k, width]) if tma and name != gather else x
-
-    split = config.split
-    out = a.new_empty((split, E, M, N), dtype=dtype if split == 1 else torch.float32)
-    tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    with torch.cuda.device_of(a):
+    (N, M), I, E = a_NM.shape, b_NI.shape[1], offsets.numel() - 1
+    if N == 0:
+        return a_NM.new_zeros((E, M, I), dtype=dtype)
+    b_NI = b_NI if order is None else gather_rows(b_NI, order)
+    device = device_of(a_NM)
+    config, tma = choose("weight_grad", device, (E, M, I), 0, a_NM, b_NI)
+    a, b, split = a_NM, b_NI, config.split
+    if tma:
+        a = create_ragged_descriptor(a_NM, [config.block_k, config.block_m])
+        b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
+    out = a_NM.new_empty((split, E, M, I), dtype=dtype if split == 1 else torch.float32)
+    tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(I, config.block_n)
+    with torch.cuda.device_of(a_NM):
         _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            operand(a, "a", config.block_m), operand(b, "b", config.block_n), out, offsets, order, split,
-            E=E, M=M, N=N, TOP_K=TOP_K, GATHER=gather, TMA=tma, **config.blocks(),
-        )  # fmt: skip
+            a, b, out, offsets, split, E=E, M=M, N=I, TMA=tma, **config.blocks()
+        )
     return out[0] if split == 1 else out.sum(dim=0).to(dtype)
 
 
 @grouped_weight_grad.register_fake
-def _(a, b, offsets, order, gather, dtype):
-    return a.new_empty((offsets.numel() - 1, a.shape[1], b.shape[1]), dtype=dtype)
+def _(a_NM, b_NI, offsets, order, dtype):
+    return a_NM.new_empty((offsets.numel() - 1, a_NM.shape[1], b_NI.shape[1]), dtype=dtype)
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, w_EFD, order, offsets):
-        ctx.save_for_backward(x_ND, w_EFD, order, offsets)
+    def forward(ctx, x_ND, w_EFD, offsets):
+        ctx.save_for_backward(x_ND, w_EFD, offsets)
         return grouped_rows(x_ND, w_EFD, offsets, True)
 
     @staticmethod
     def backward(ctx, grad_NF):
-        x_ND, w_EFD, order, offsets = ctx.saved_tensors
+        x_ND, w_EFD, offsets = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x_ND = grouped_rows(grad_NF, w_EFD, offsets, False)
-        return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, order, "", w_EFD.dtype), None, None
+        return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, None, w_EFD.dtype), None
 
 
 def check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
@@ -263,4 +287,4 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     check("grouped_gemm: x_ND", x_ND, (plan.order.numel(), None))
     check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
     check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
-    return _GroupedGemm.apply(x_ND, w_EFD, plan.order, plan.offsets)
+    return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)

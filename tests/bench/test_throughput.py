@@ -37,6 +37,8 @@ def contender(options: TrainOptions, save_dir, **changes) -> Contender:
 
 def trained(found: list[Contender], rounds: int, with_profile: bool = False) -> list[throughput.Row]:
     try:
+        for each in found:
+            each.check()
         compete(found, rounds, 1e-9, 1e12, with_profile)
     finally:
         for each in found:

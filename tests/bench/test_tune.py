@@ -72,8 +72,8 @@ def test_the_committed_candidates_have_no_duplicates_and_not_the_rule():
         candidates = [Config(*values) for values in lists]
         E, D, F = PRESETS[size].num_experts, PRESETS[size].d_model, PRESETS[size].d_ff
         sizes = {
-            "up": (E, D, F), "hidden_grad": (E, D, F), "rows-down": (E, F, D, 1), "rows-dx": (E, 2 * F, D, 0),
-            "weight_grad-w13": (E, 2 * F, D, 2), "weight_grad-w2": (E, D, F, 1),
+            "up": (E, D, F), "rows-down": (E, F, D, 1), "hidden_grad": (E, D, F, 0), "rows-dx": (E, 2 * F, D, 0),
+            "weight_grad-w13": (E, 2 * F, D), "weight_grad-w2": (E, D, F),
         }[op]  # fmt: skip
         rule = configs.rule(op_cases.gemm_kernel(op), h100, torch.bfloat16, sizes, True)
         assert len({rule, *candidates}) == len(candidates) + 1 <= 13, (size, op)
