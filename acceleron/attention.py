@@ -19,14 +19,25 @@ FLASH_PACKAGES = (
 
 
 def find_flash_packages() -> list[tuple[str, Callable, tuple[int, ...]]]:
-    """The installed flash-attn packages, best first: name, function, compute capabilities."""
+    """The installed flash-attn packages that have a backward pass, best first: name, function, compute capabilities."""
     found = []
     for name, module, capabilities in FLASH_PACKAGES:
         try:
-            found.append((name, importlib.import_module(module).flash_attn_func, capabilities))
+            function = importlib.import_module(module).flash_attn_func
         except (ImportError, AttributeError):
             continue
+        if name == "FlashAttention-2" or not _forward_only():
+            found.append((name, function, capabilities))
     return found
+
+
+def _forward_only() -> bool:
+    """Whether FlashAttention-3 is a build for inference, whose backward pass raises."""
+    try:
+        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except (ImportError, AttributeError, KeyError):
+        return False
+    return bool(flags.get("FLASHATTENTION_DISABLE_BACKWARD"))
 
 
 _installed_flash = find_flash_packages()

@@ -56,7 +56,7 @@ ODD = ModelConfig(
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 # The parts of a size that compile in parallel, longest first: each kernel of a GEMM, and the other kernels of a module.
 GEMMS = ("_up_kernel", "_rows_kernel", "_weight_grad_kernel")
-MODULES = ("router", "routing", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
+MODULES = ("router", "routing", "grouped_gemm", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The flag of an ELF section with code, and opcodes of NVIDIA's instructions.
 EXECUTABLE, NOP, BAR = 4, 0x918, 0xB1D

@@ -45,30 +45,30 @@ class Part(NamedTuple):
 
 # The arguments of the parts: on a GPU, and on a CPU, whose interpreter truncates to bf16 where a GPU rounds.
 GPU = {
-    "one": "--size tiny",
-    "two": "--size tiny small",
-    "all": "--size tiny small medium large",
-    "published": "sonicmoe-768",
+    "one": "tiny",
+    "two": "tiny small",
+    "all": "tiny small medium large",
+    "published": "sonicmoe-768 sonicmoe-1536",
     "checks": "--tokens 65536 --limit 15",
     "attention": "--tokens 16384 --rounds 5 --limit 40",
-    "ops": "--rounds 5 --limit 40",
+    "ops": "--op expert_mlp --rounds 5 --limit 15",
     "train": "--mode compiled --rounds 2 --seconds 1 --limit 100",
     "tune": "--seconds 100 --limit 12",
     "memory": "",
     "deterministic": "tests/training/test_cuda_training.py",
 }
-SMOKE = dict.fromkeys(("one", "two", "all"), "--size nano") | {
+SMOKE = dict.fromkeys(("one", "two", "all"), "nano") | {
     "published": "",
     "checks": "--tokens 48 --dtype fp16 --limit 600",
     "attention": "--tokens 48 --dtype fp32 --rounds 2",
-    "ops": "--tokens 48 --rounds 5 --limit 600",
+    "ops": "--op expert_mlp --tokens 48 --rounds 5 --limit 600",
     "train": "--mode eager --rounds 1 --seconds 0.01 --batch_size 1 --seq_len 32 --dtype fp32",
     "tune": "--tokens 48 --dtype fp16 --seconds 600 --limit 600",
     "memory": "--tokens 32 --dtype fp32",
     "deterministic": "tests/training/test_resume.py",
 }
 # Without torch.compile, which takes seconds per op.
-PEERS = ("triton", "reference", "liger-kernel", "moe-ops", "cut-cross-entropy", "acceleron", "SDPA cuDNN")
+PROVIDERS = ("triton", "reference", "liger-kernel", "moe-ops")
 
 
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
@@ -85,34 +85,34 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
             # 7 s of two cores per size, 16 cores.
-            Part("compile", 25, [*compiled, *arguments["two"].split()]),
+            Part("compile", 25, [*compiled, "--size", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
-            Part("kernels", 45, bench("ops --check_only --provider triton {two} {checks}"), interpreted),
+            Part("kernels", 45, bench("ops --check_only --provider triton --size {two} {checks}"), interpreted),
             # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 3 rounds of 2 s.
-            Part("throughput and profile", 90, bench("throughput {one} {train} --profile")),
+            Part("throughput and profile", 90, bench("throughput --size {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
-            Part("attention", 35, bench("ops --op attention {all} {attention}")),
+            Part("attention", 35, bench("ops --op attention --size {all} {attention}")),
             report,
         ]
     tuned = {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}
     if stage == "tune":
         return [
             # Bounded by its own budget, which leaves 15 s to start. A candidate takes some 2 s to compile, on 15 cores.
-            Part("tune", 115, bench("tune {all} {tune}"), interpreted),
-            Part("throughput, tuned", 75, bench("throughput {two} {train}"), tuned),
+            Part("tune", 115, bench("tune --size {all} {tune}"), interpreted),
+            Part("throughput, tuned", 75, bench("throughput --size {two} {train}"), tuned),
             report,
         ]
     return [
-        Part("compile", 25, [*compiled, *arguments["all"].split()]),
+        Part("compile", 20, [*compiled, "--size", *arguments["all"].split()]),
         # 45 s until all processes have checked their models; then 15 (tiny) to 50 s (large) per size.
-        Part("throughput", 165, bench("throughput {all} {train} --profile")),
-        # 3 s per op and pass, the most expensive ops first; rows are written one by one.
-        Part("ops", 25, bench("ops {ops} {one} {published} --provider", *PEERS)),
+        Part("throughput", 160, bench("throughput --size {all} {train} --profile")),
+        # The experts beside their peers, 6 s per shape.
+        Part("ops", 35, bench("ops {ops} --size {published} {all} --provider", *PROVIDERS)),
         # Runs of nano, eager and compiled.
         Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
         # transformers is imported too.
-        Part("memory", 15, bench("memory {one} {memory}")),
-        Part("predecessor's command", 30, bench("throughput {one} {train} --mode predecessor")),
+        Part("memory", 15, bench("memory --size {one} {memory}")),
+        Part("predecessor's command", 30, bench("throughput --size {one} {train} --mode predecessor")),
         report,
     ]
 

@@ -72,6 +72,17 @@ def test_flash_attention_3_comes_first_on_hopper(gpu, head_dim):
     assert attention.attention_name(CUDA, torch.bfloat16, head_dim) == "FlashAttention-3"
 
 
+def test_a_flash_attention_3_without_backward_is_passed_over(gpu, monkeypatch):
+    """Builds for inference, as some wheels are."""
+    flags = {"FLASHATTENTION_DISABLE_BACKWARD": True}
+    monkeypatch.setitem(sys.modules, "flash_attn_config", types.SimpleNamespace(CONFIG={"build_flags": flags}))
+    gpu(9, "flash_attn_interface", "flash_attn")
+    assert attention.attention_name(CUDA, torch.bfloat16, 64) == "FlashAttention-2"
+    flags["FLASHATTENTION_DISABLE_BACKWARD"] = False
+    gpu(9, "flash_attn_interface", "flash_attn")
+    assert attention.attention_name(CUDA, torch.bfloat16, 64) == "FlashAttention-3"
+
+
 @pytest.mark.parametrize("major", [8, 10])
 def test_flash_attention_2_elsewhere(gpu, major):
     gpu(major, "flash_attn_interface", "flash_attn")
