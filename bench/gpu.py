@@ -1,7 +1,8 @@
 """bench/gpu.sh: what to measure on one GPU in a few minutes, the most important first.
 
 bench/gpu.sh --stage first --output DIR            within 230 s: does everything work, and where does the time go?
-bench/gpu.sh --stage full --output DIR             within 300 s: throughput of all sizes, ops, memory
+bench/gpu.sh --stage full --output DIR             within 260 s: throughput and a profile of all sizes
+bench/gpu.sh --stage rest --output DIR             within 260 s: resume, peers, memory, other modes
 bench/gpu.sh --stage tune --output DIR             within 200 s: the GEMMs' configurations, and throughput with them
 bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU, at small shapes, kernels interpreted
 
@@ -30,7 +31,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20
-SECONDS = {"first": 230.0, "full": 300.0, "tune": 200.0}
+SECONDS = {"first": 230.0, "full": 260.0, "rest": 260.0, "tune": 200.0}
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 
@@ -55,7 +56,7 @@ GPU = {
     "train": "--mode compiled --rounds 2 --seconds 1 --limit 100",
     "tune": "--seconds 100 --limit 12",
     "memory": "",
-    "deterministic": "tests/training/test_cuda_training.py",
+    "resume": "tests/training/test_cuda_training.py",
 }
 SMOKE = dict.fromkeys(("one", "two", "all"), "nano") | {
     "published": "",
@@ -65,7 +66,7 @@ SMOKE = dict.fromkeys(("one", "two", "all"), "nano") | {
     "train": "--mode eager --rounds 1 --seconds 0.01 --batch_size 1 --seq_len 32 --dtype fp32",
     "tune": "--tokens 48 --dtype fp16 --seconds 600 --limit 600",
     "memory": "--tokens 32 --dtype fp32",
-    "deterministic": "tests/training/test_resume.py",
+    "resume": "tests/training/test_resume.py",
 }
 # Without torch.compile, which takes seconds per op.
 PROVIDERS = ("triton", "reference", "liger-kernel", "moe-ops")
@@ -102,17 +103,22 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("throughput, tuned", 75, bench("throughput --size {two} {train}"), tuned),
             report,
         ]
+    if stage == "full":
+        return [
+            Part("compile", 35, [*compiled, "--size", *arguments["all"].split()]),
+            # 30 s until all processes have checked their models; then 18 (tiny), 20, 36 and 70 s (large).
+            Part("throughput", 205, bench("throughput --size {all} {train} --profile")),
+            report,
+        ]
     return [
-        Part("compile", 20, [*compiled, "--size", *arguments["all"].split()]),
-        # 45 s until all processes have checked their models; then 15 (tiny) to 50 s (large) per size.
-        Part("throughput", 160, bench("throughput --size {all} {train} --profile")),
-        # The experts beside their peers, 6 s per shape.
-        Part("ops", 35, bench("ops {ops} --size {published} {all} --provider", *PROVIDERS)),
         # Runs of nano, eager and compiled.
-        Part("deterministic", 15, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["deterministic"]]),
+        Part("resume", 40, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["resume"]]),
+        # The experts beside their peers.
+        Part("ops", 80, bench("ops {ops} --size {published} {all} --provider", *PROVIDERS)),
         # transformers is imported too.
-        Part("memory", 15, bench("memory --size {one} {memory}")),
-        Part("predecessor's command", 30, bench("throughput --size {one} {train} --mode predecessor")),
+        Part("memory", 30, bench("memory --size {one} {memory}")),
+        Part("predecessor's command", 40, bench("throughput --size {one} {train} --mode predecessor")),
+        Part("deterministic", 45, bench("throughput --size {one} {train} --mode deterministic")),
         report,
     ]
 
@@ -253,7 +259,7 @@ def main():
         prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=SECONDS, required=True)
-    parser.add_argument("--seconds", type=float, help="for all parts; default 230, 300 and 200")
+    parser.add_argument("--seconds", type=float, help="for all parts; default 200 to 260")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True)
     parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
     arguments = parser.parse_args()

@@ -131,7 +131,6 @@ ATTENTION_FACTOR = 3
 SDPA = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
 ON_CPU = ("SDPA flash", "SDPA math")

@@ -268,6 +268,8 @@ def main():
                 compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
             finally:  # what was measured before a signal counts
                 for row in rows:
+                    if not row.values:
+                        row.failed = row.failed or "ended before its first round"
                     failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             say(f"{rows[0].group}: {json.dumps(rows[0].case)}")

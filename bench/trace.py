@@ -21,7 +21,6 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import get_fused_kernel_name
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
-from triton import cdiv
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -36,16 +35,12 @@ from .compile import GEMMS, Launching, offline
 
 
 class Launch(NamedTuple):
-    """One kernel. moved: the bytes that it reads and writes, a gathered row as often as it is gathered.
-
-    waves: of a grouped GEMM, its tiles (half a tile more per expert than its rows fill) / programs that run at a time.
-    """
+    """One kernel. moved: the bytes that it reads and writes, a gathered row as often as it is gathered."""
 
     name: str
     flops: float
     moved: float
     head_dim: int = 0
-    waves: float = 0
 
 
 class Step(NamedTuple):
@@ -63,19 +58,16 @@ def nbytes(value) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def grouped_gemm(name: str, a: dict, programs: int) -> tuple[float, float]:
-    """FLOPs and waves of a grouped GEMM's kernel. a: its arguments."""
+def grouped_flops(name: str, a: dict) -> float:
+    """The FLOPs of a grouped GEMM's kernel. a: its arguments."""
     x = a["a" if name == "_weight_grad_kernel" else "x"]
     rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
     if name == "_weight_grad_kernel":
-        tiles = a["E"] * a["split"] * cdiv(a["M"], a["BLOCK_M"]) * cdiv(a["N"], a["BLOCK_N"])
-        return 2 * rows * a["M"] * a["N"], tiles / programs
-    matrices, inner, columns = (2, a["D"], a["F"]) if name == "_up_kernel" else (1, a["I"], a["O"])
-    tiles = (rows / a["BLOCK_M"] + a["E"] / 2) * cdiv(columns, a["BLOCK_N"])
-    return 2 * matrices * rows * inner * columns, tiles / programs
+        return 2 * rows * a["M"] * a["N"]
+    return 4 * rows * a["D"] * a["F"] if name == "_up_kernel" else 2 * rows * a["I"] * a["O"]
 
 
-def triton_launch(function: JITFunction, *args, grid: tuple, warmup: bool, **kwargs) -> Launch:
+def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) -> Launch:
     """A launch of one of our kernels: each argument is read or written once, with these exceptions."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
@@ -86,8 +78,7 @@ def triton_launch(function: JITFunction, *args, grid: tuple, warmup: bool, **kwa
     if name == "_cross_entropy_kernel":
         moved += nbytes(a["logits_ptr"])  # read, and overwritten; its second reading is from L2
     if name in GEMMS:
-        flops, waves = grouped_gemm(name, a, grid[0])
-        return Launch(name, flops, moved, waves=waves)
+        return Launch(name, grouped_flops(name, a), moved)
     logits = a.get("logits_ptr" if name == "_logits_kernel" else "dlogits_ptr")
     return Launch(name, nbytes(logits) // 4 * 2 * a.get("D", 0), moved)  # FLOPs of a router's GEMM, if it is one
 
