@@ -79,7 +79,8 @@ class Block(nn.Module):
 
 
 class Acceleron(nn.Module):
-    """The language model. Parameters are fp32; activations and GEMMs are in `compute_dtype`.
+    """The language model. Parameters are fp32; activations and GEMMs are in `compute_dtype`, or in autocast's dtype
+    under `torch.autocast`. The router, norms' statistics and the losses are fp32 either way.
 
     `gradient_checkpointing` (off until set) recomputes each block in the backward pass, its routing excepted.
     """
@@ -125,9 +126,14 @@ class Acceleron(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """input_ids: int64 (B, S), S <= max_seq_len. labels: the same shape, usually input_ids itself.
 
-        Labels are shifted inside: position s is scored on labels[:, s + 1]; -100 is ignored. Raises ValueError for
-        a sequence longer than the model's.
+        Labels are shifted inside: position s is scored on labels[:, s + 1], so labels that are shifted already would
+        train the model to skip a token; -100 is ignored. Raises ValueError for other shapes and for a sequence longer
+        than the model's.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, but got {tuple(labels.shape)}"
+            )
         x, layers = self.hidden_states(input_ids)
         z_loss, balance_loss, counts_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
@@ -145,23 +151,27 @@ class Acceleron(nn.Module):
 
         With a cache, input_ids are the positions after those in it; it is extended by them.
         """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: expected shape (batch, sequence), but got {tuple(input_ids.shape)}")
         start = cache.length if cache else 0
         end = start + input_ids.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.max_seq_len}")
         cos_SC, sin_SC = self.cos_SC[start:end], self.sin_SC[start:end]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        x = F.embedding(input_ids, self.embedding).to(self.compute_dtype)
-        layers = []
-        for index, block in enumerate(self.blocks):
-            if cache:
-                x, stats = block.layer(x, cos_SC, sin_SC, cache, index)
-            else:
-                x, stats = block(x, cos_SC, sin_SC, recompute)
-            layers.append(stats)
+        dtype, layers = kernels.autocast_dtype(input_ids.device) or self.compute_dtype, []
+        with kernels.no_autocast(input_ids.device):
+            x = F.embedding(input_ids, self.embedding).to(dtype)
+            for index, block in enumerate(self.blocks):
+                if cache:
+                    x, stats = block.layer(x, cos_SC, sin_SC, cache, index)
+                else:
+                    x, stats = block(x, cos_SC, sin_SC, recompute)
+                layers.append(stats)
+            x, _ = self.norm(x)
         if cache:
             cache.length = end
-        return self.norm(x)[0], layers
+        return x, layers
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""

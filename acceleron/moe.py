@@ -50,7 +50,15 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """A residual of x's shape is added to y. The steps are those of `kernels.reference.moe`."""
+        """A residual of x's shape is added to y. The steps are those of `kernels.reference.moe`.
+
+        Under torch.autocast y is in its dtype, as F.linear's result is, and the router computes in fp32 from x as it
+        is. Raises ValueError for an x of another width, and for a residual of another shape.
+        """
+        if x.shape[-1:] != self.router.shape[1:]:
+            raise ValueError(f"MoE: expected x of width {self.router.shape[1]}, but got shape {tuple(x.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"MoE: expected a residual of shape {tuple(x.shape)}, but got {tuple(residual.shape)}")
         x_TD, residual_TD = (v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (x, residual))
         shared = self.shared
         weights = (self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2)

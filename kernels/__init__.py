@@ -26,9 +26,10 @@ else:
     from inspect import signature
 
     import torch
+    import torch.nn.functional as F
 
     from . import reference
-    from .reference import MoEOutput, Plan, Routing, expert_mlp_token
+    from .reference import MoEOutput, Plan, Routing, autocast_dtype, expert_mlp_token, no_autocast
 
     try:
         from triton.tools.ragged_tma import load_ragged  # noqa: F401 - older ones lack it
@@ -61,15 +62,53 @@ else:
         # The import binds the module's name in this package; the function of that name then replaces it.
         fused = _triton[name] = plain if _missing else getattr(import_module(f".{module}", __name__), name)
 
-        first = next(iter(signature(plain).parameters))
+        parameters = signature(plain)
+        first = next(iter(parameters.parameters))
 
         @wraps(plain)
         def op(*args, **kwargs):
             x = args[0] if args else kwargs[first]
+            if dtype := autocast_dtype(x.device):
+                arguments = parameters.bind(*args, **kwargs).arguments
+                with no_autocast(x.device):
+                    return _autocast(op, name, dtype, arguments)
             use_triton = uses_triton(x.device, x.dtype) and name not in _reference_ops
             return (fused if use_triton else plain)(*args, **kwargs)
 
         return op
+
+    # Under torch.autocast these arguments are cast to its dtype, as those of F.linear are. The router computes in fp32,
+    # the other ops in the dtype of their arguments, and nothing within an op is cast.
+    _AUTOCAST = {"expert_mlp": ("x_TD",), "grouped_gemm": ("x_ND", "w_EFD"), "linear_cross_entropy": ("x_TD",)}
+
+    def _autocast(op, name: str, dtype: torch.dtype, arguments: dict):
+        """The op under autocast of this dtype; float64 stays."""
+        if name == "moe" and arguments["x_TD"].dtype not in (dtype, torch.float64):
+            return _moe_in(dtype, *arguments.values())
+        for argument in _AUTOCAST.get(name, ()):
+            if arguments[argument].dtype != torch.float64:
+                arguments[argument] = arguments[argument].to(dtype)
+        return op(**arguments)
+
+    def _moe_in(
+        dtype,
+        x_TD,
+        router_ED,
+        w13_E2FD,
+        w2_EDF,
+        shared_w13_2WD,
+        shared_w2_DW,
+        residual_TD=None,
+        force_load_balance=False,
+    ) -> MoEOutput:
+        """`moe` whose GEMMs are in this dtype, but whose router reads x as it is."""
+        routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+        x_TD, shared_w13, shared_w2 = x_TD.to(dtype), shared_w13_2WD.to(dtype), shared_w2_DW.to(dtype)
+        plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
+        y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
+        y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
+        y_TD = y_TD if residual_TD is None else y_TD + residual_TD.to(dtype)
+        return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.counts_E)
 
     dispatch_plan = _op("dispatch_plan", "routing")
     expert_mlp = _op("expert_mlp", "expert_mlp")
@@ -142,12 +181,14 @@ __all__ = [
     "MoEOutput",
     "Plan",
     "Routing",
+    "autocast_dtype",
     "dispatch_plan",
     "expert_mlp",
     "expert_mlp_token",
     "grouped_gemm",
     "linear_cross_entropy",
     "moe",
+    "no_autocast",
     "rms_norm",
     "rope",
     "route_top2",

@@ -143,7 +143,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(32, 32, 32, 4, 1, split=2)  # small: small tests have several tiles and shares
     if dtype == torch.float32:
         # Without tensor cores. With the other number of warps a few bytes spill.
-        return Config(64, 32 if op == "up" else 64, 32, 8 if op == "rows" else 4, 2)
+        return Config(64, 32, 16, 4, 2) if op == "up" else Config(64, 64, 32, 8 if op == "rows" else 4, 2)
     if device.arch.startswith("gfx"):
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.language.extra import libdevice
 
 from .launch import INTERPRETED, check, device_of
+from .reference import first_order
 
 # Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad_loss):
         grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None

@@ -27,7 +27,7 @@ from .grouped_gemm import (
     row_tile,
 )
 from .launch import check, device_of
-from .reference import TOP_K, Plan
+from .reference import TOP_K, Plan, first_order
 from .swiglu import sigmoid
 
 
@@ -332,6 +332,7 @@ class _ExpertMLP(torch.autograd.Function):
         return expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, None, None)
 
     @staticmethod
+    @first_order("expert_mlp")
     def backward(ctx, dy_TD):
         inverse_TK, *saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config, choose
 from .launch import INTERPRETED, Device, check, device_of
-from .reference import MAX_EXPERTS, TOP_K, Plan
+from .reference import MAX_EXPERTS, TOP_K, Plan, first_order
 
 # The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
 _WIDEN = tl.constexpr(INTERPRETED)
@@ -263,6 +263,7 @@ class _GroupedGemm(torch.autograd.Function):
         return grouped_rows(x_ND, w_EFD, offsets, True)
 
     @staticmethod
+    @first_order("grouped_gemm")
     def backward(ctx, grad_NF):
         x_ND, w_EFD, offsets = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()

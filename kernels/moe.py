@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
 from .launch import FLOATS, check
-from .reference import MAX_EXPERTS, TOP_K, MoEOutput
+from .reference import MAX_EXPERTS, TOP_K, MoEOutput, first_order
 from .router import router_logits_forward, router_weight_grad
 from .routing import plan, route, route_backward
 from .swiglu import swiglu_backward, swiglu_forward
@@ -41,6 +41,7 @@ class _MoE(torch.autograd.Function):
         return y_TD, z_loss, balance_loss, counts_E
 
     @staticmethod
+    @first_order("moe")
     def backward(ctx, dy_TD, dz, dbalance, _counts):
         x_TD, router_ED, *routing, h_N2F, w13, w2, gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = ctx.saved_tensors
         logits_TE, weights_TK, experts_TK, counts_E, order, inverse_TK, offsets = routing

@@ -7,13 +7,15 @@ All ops are differentiable in float32, float64, bfloat16 and float16, pad nothin
 deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 TOP_K = 2
 MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
@@ -21,6 +23,37 @@ MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
 # bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of torch.autocast on this device, None where it is off."""
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast on this device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def first_order(op: str) -> Callable:
+    """Decorator of the backward of an autograd Function that has no second derivative.
+
+    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` does not: it looks at the gradients of
+    the outputs alone, and returns a constant. Autocast, which is on if `backward()` is called in its context, is off.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def run(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
+            with no_autocast(next(grad.device for grad in grads if grad is not None)):
+                return backward(ctx, *grads)
+
+        return run
+
+    return decorate
 
 
 class Routing(NamedTuple):
@@ -114,9 +147,24 @@ class _ChosenLogits(torch.autograd.Function):
         return first + second, None
 
 
+class _RouterLogits(torch.autograd.Function):
+    """F.linear whose backward autocast does not cast, as it would within its context."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED):
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD, weight_ED)
+
+    @staticmethod
+    def backward(ctx, grad_TE):
+        x_TD, weight_ED = ctx.saved_tensors
+        with no_autocast(grad_TE.device):
+            return grad_TE @ weight_ED, grad_TE.t() @ x_TD
+
+
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x @ weight.T in the weight's dtype, fp32 (or fp64), whatever x's: bf16 logits would tie."""
-    return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
+    return _RouterLogits.apply(x_TD.to(weight_ED.dtype), weight_ED)
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
@@ -262,6 +310,7 @@ class _GroupedGemm(torch.autograd.Function):
         return torch.ops.acceleron.grouped_rows(x_ND, w_EFD.transpose(1, 2), offsets)
 
     @staticmethod
+    @first_order("grouped_gemm")
     def backward(ctx, grad_NF):
         x_ND, w_EFD, offsets = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
@@ -341,6 +390,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu(gate_up_N2F)
 
     @staticmethod
+    @first_order("swiglu")
     def backward(ctx, grad_NF):
         (gate_up_N2F,) = ctx.saved_tensors
         gate, up = gate_up_N2F.chunk(2, dim=-1)
@@ -401,12 +451,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(x_TD.dtype)
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         keep_T = labels_T != ignore_index
-        target_T = labels_T.where(keep_T, 0)
+        target_T, count = labels_T.where(keep_T, 0), keep_T.sum()
         # An ignored token's row is multiplied by 0, every other by 1 / (tokens that count).
-        scale_T = keep_T.to(wide) / keep_T.sum()
+        scale_T = torch.where(keep_T, 1 / count.to(wide), 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
         # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
-        grad_weight = torch.empty_like(weight_VD, dtype=wide) if need_weight else None
+        grad_weight = None
+        if need_weight:  # the first chunk fills it
+            grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=wide)
         loss = torch.zeros((), dtype=wide, device=x_TD.device)
         # As many chunks as the limit asks for, all of about the same size.
         limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
@@ -419,7 +471,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + step)
             x, target = x_TD[chunk], target_T[chunk, None]
             narrow, logits = logits_buffer[: len(x)], wide_buffer[: len(x)]
-            torch.mm(x, weight.t(), out=narrow)
+            # 0 times the logits of an ignored row is 0 only where they are finite, so they are formed from zeros.
+            torch.mm(torch.where(keep_T[chunk, None], x, 0), weight.t(), out=narrow)
             if logits.dtype != narrow.dtype:
                 logits.copy_(narrow)
             target_logit = logits.gather(1, target)
@@ -437,15 +490,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x:
                 torch.mm(grad_logits, weight, out=grad_x[chunk])
             if need_weight and x.dtype == wide:
-                grad_weight.addmm_(grad_logits.t(), x, beta=float(start > 0))  # the first chunk fills it
+                grad_weight.addmm_(grad_logits.t(), x, beta=float(start > 0))
             elif need_weight:
                 part = grad_logits.t() @ x
                 grad_weight = grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
         ctx.save_for_backward(grad_x, grad_weight)
-        return loss
+        return loss.masked_fill(count == 0, torch.nan)
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad_loss):
         grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
         return grad_x, grad_weight, None, None
@@ -458,6 +511,10 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
     token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). Returns an
     fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time,
-    four times as many in 16 bits.
+    four times as many in 16 bits. Raises ValueError for labels of another shape.
     """
+    if labels_T.shape != x_TD.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: labels_T: expected shape {tuple(x_TD.shape[:1])}, but got {tuple(labels_T.shape)}"
+        )
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

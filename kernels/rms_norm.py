@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FLOATS, check, device_of
+from .reference import first_order
 
 # A row is one block, of at most this many bytes: 32768 values of bf16.
 MAX_ROW_BYTES = 65536
@@ -142,6 +143,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm, total
 
     @staticmethod
+    @first_order("rms_norm")
     def backward(ctx, grad, grad_total):
         grad_x, grad_weight = grad_total, None
         if grad is not None:

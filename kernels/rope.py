@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FLOATS, check
+from .reference import first_order
 
 # Of q in a program's tile: in bf16 8 positions at the tiny size, 2 at the large one. Twice as much of fp32 spills.
 TILE_BYTES, WARPS = 8192, 4
@@ -133,6 +134,7 @@ class _Rope(torch.autograd.Function):
         return _rope(q, k, cos, sin, False)
 
     @staticmethod
+    @first_order("rope")
     def backward(ctx, grad_q, grad_k):
         return *_rope(grad_q, grad_k, *ctx.saved_tensors, True), None, None
 
@@ -145,6 +147,7 @@ class _SplitRope(torch.autograd.Function):
         return *_rope(q, k, cos, sin, False), v
 
     @staticmethod
+    @first_order("split_rope")
     def backward(ctx, *grads):
         return _split_rope_backward(*grads, *ctx.saved_tensors), None, None, None, None
 

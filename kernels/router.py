@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .grouped_gemm import dot, row_tile
 from .launch import FLOATS, check, device_of
+from .reference import first_order
 
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512
@@ -186,6 +187,7 @@ class _RouterLogits(torch.autograd.Function):
         return router_logits_forward(x_TD, weight_ED)
 
     @staticmethod
+    @first_order("router_logits")
     def backward(ctx, dlogits_TE):
         (x_TD, weight_ED), dlogits_TE = ctx.saved_tensors, dlogits_TE.contiguous()
         return _input_grad(dlogits_TE, x_TD, weight_ED), router_weight_grad(dlogits_TE, x_TD).to(weight_ED.dtype)

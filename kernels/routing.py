@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTEGERS, check
-from .reference import MAX_EXPERTS, TOP_K, Plan, Routing
+from .reference import MAX_EXPERTS, TOP_K, Plan, Routing, first_order
 
 # At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
 MAX_PROGRAMS = 256
@@ -206,6 +206,7 @@ class _RouteTop2(torch.autograd.Function):
         return weights_TK, experts_TK, z_loss, balance_loss, counts_E
 
     @staticmethod
+    @first_order("route_top2")
     def backward(ctx, dweights_TK, _experts, dz, dbalance, _counts):
         return route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance), None
 

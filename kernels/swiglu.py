@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import check
+from .reference import first_order
 
 # 256 columns are a warp of 16-byte bf16 loads, and leave 0-8 % of the lanes idle at the widths of the named sizes where
 # a power of two over the whole width would leave up to half; 8 rows keep 8 KB a program in flight.
@@ -100,6 +101,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_forward(gate_up)
 
     @staticmethod
+    @first_order("swiglu")
     def backward(ctx, grad):
         return swiglu_backward(grad, *ctx.saved_tensors)
 

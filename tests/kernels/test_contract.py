@@ -1,0 +1,216 @@
+"""What holds of every op and both kernel backends: second derivatives, autocast, and ignored labels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import DEVICE, randn
+
+from acceleron import Acceleron, ModelConfig, kernels
+from acceleron.kernels import reference
+from acceleron.moe import MoE
+
+T, D, E, WIDTH, V = 12, 32, 4, 16, 40
+DEVICE_TYPE = torch.device(DEVICE).type
+BACKENDS = ("reference", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with kernels.selected(request.param, torch.device(DEVICE)):
+        yield request.param
+
+
+def calls(dtype=torch.float32) -> dict:
+    """For each op a function of x that returns a floating tensor, and x; other operands are constants of the dtype."""
+    routing = reference.route_top2(randn(T, E, seed=1))
+    plan = reference.dispatch_plan(routing.experts_TK, E)
+    w13, w2 = (randn(E, 2 * WIDTH, D, seed=2) / D**0.5).to(dtype), (randn(E, D, WIDTH, seed=3) / WIDTH**0.5).to(dtype)
+    router, angles = randn(E, D, seed=4, dtype=dtype), randn(5, 4, seed=5)
+    labels = torch.arange(T, device=DEVICE)
+
+    def x(*shape):
+        return randn(*shape, seed=6, dtype=dtype)
+
+    return {
+        "expert_mlp": (lambda x: kernels.expert_mlp(x, routing.weights_TK, plan, w13, w2), x(T, D)),
+        "grouped_gemm": (lambda x: kernels.grouped_gemm(x, w13, plan), x(2 * T, D)),
+        "linear_cross_entropy": (lambda x: kernels.linear_cross_entropy(x, w13.flatten(0, 1), labels), x(T, D)),
+        "moe": (lambda x: kernels.moe(x, router, w13, w2, w13[0], w2[0]).y_TD, x(T, D)),
+        "rms_norm": (lambda x: kernels.rms_norm(x, router[0], 1e-6)[0], x(T, D)),
+        "rope": (lambda x: kernels.rope(x, x[:, :, :1].contiguous(), angles.cos(), angles.sin())[0], x(2, 5, 2, 4)),
+        "route_top2": (lambda x: kernels.route_top2(x).weights_TK, x(T, E)),
+        "router_logits": (lambda x: kernels.router_logits(x, router), x(T, D)),
+        "split_rope": (lambda x: kernels.split_rope(x, angles.cos(), angles.sin(), 2, 1)[0], x(2, 5, 4, 4)),
+        "swiglu": (kernels.swiglu, x(T, 2 * WIDTH)),
+    }
+
+
+OPS = sorted(set(kernels.OPS) - {"dispatch_plan"})  # which has no gradient
+
+
+def test_every_op_is_covered():
+    assert sorted(calls()) == OPS
+
+
+def second_derivative(op, x):
+    """Of sum(op(tanh(x)).square()) by x: the gradient of the gradient's squared norm."""
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(op(x.tanh()).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_second_derivatives_are_right_or_refused(name, backend):
+    if backend == "reference" and name in ("rms_norm", "rope", "route_top2", "router_logits", "split_rope"):
+        op, x = calls(torch.float64)[name]
+        step = 1e-5 * randn(*x.shape, seed=7, dtype=torch.float64)
+
+        def penalty(x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(op(x.tanh()).square().sum(), x)[0].square().sum()
+
+        numeric = (penalty(x + step) - penalty(x - step)) / 2
+        torch.testing.assert_close((second_derivative(op, x) * step).sum(), numeric, rtol=1e-5, atol=1e-12)
+    else:
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            second_derivative(*calls()[name])
+
+
+def gradient(op, x, inside):
+    """y and x's gradient under bf16 autocast, the backward pass in its context or after it."""
+    x = x.detach().requires_grad_()
+    with torch.autocast(DEVICE_TYPE, torch.bfloat16):
+        y = op(x)
+        if inside:
+            y.float().square().sum().backward()
+    if not inside:
+        y.float().square().sum().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", OPS)
+def test_autocast(name, backend, inside):
+    """Ops whose work is GEMMs of activations compute in autocast's dtype; the others in fp32, the router among them."""
+    op, x = calls()[name]
+    leaf = x.detach().requires_grad_()
+    if name == "grouped_gemm":  # whose weight must be of x's dtype
+        y = calls(torch.bfloat16)[name][0](leaf.bfloat16())
+    elif name in ("expert_mlp", "linear_cross_entropy", "moe"):
+        y = op(leaf.bfloat16())
+    else:
+        y = op(leaf)
+    y.float().square().sum().backward()
+    ours, grad = gradient(op, x, inside)
+    assert ours.dtype == y.dtype
+    if name == "moe":  # the parts of one op round in other places
+        torch.testing.assert_close(ours, y.detach(), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(grad, leaf.grad, rtol=0.05, atol=0.2)
+    else:
+        assert torch.equal(ours, y)
+        assert torch.equal(grad, leaf.grad)
+
+
+def test_autocast_changes_no_tokens_experts(backend):
+    """Not even of those near a tie: the router reads x before it is rounded."""
+    layer = MoE(ModelConfig.preset("nano", vocab_size=64)).to(DEVICE)
+    x = 1 + 1e-3 * randn(48, 128, seed=8)  # all but a few are 1 in bf16
+    with torch.no_grad():
+        layer.router.copy_(torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()])  # 64 of each in a row
+        _, expected = layer(x)
+        with torch.autocast(DEVICE_TYPE, torch.bfloat16):
+            y, stats = layer(x)
+        _, rounded = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(stats.counts_E, expected.counts_E)
+    assert not torch.equal(rounded.counts_E, expected.counts_E)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_under_autocast_is_one_of_that_compute_dtype(dense, compiled, backend):
+    config = ModelConfig(64, 32, 2, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=16, dense=dense)
+    ids, results = torch.arange(24, device=DEVICE).view(2, 12), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Acceleron(config, compute_dtype=dtype).to(DEVICE)
+        if compiled:
+            for block in model.blocks:
+                block.compile(fullgraph=True, backend="aot_eager")
+        with torch.autocast(DEVICE_TYPE, torch.bfloat16, enabled=dtype == torch.float32):
+            loss = model(ids, labels=ids).loss
+            if not compiled:  # a graph of aten ops would be cast here
+                loss.backward()
+        if compiled:
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert expected.any()
+        assert torch.equal(ours, expected)
+
+
+PATTERNS = {
+    "none": [],
+    "one": [3],
+    "first and last": [0, 10],
+    "all but one": [t for t in range(11) if t != 5],
+    "all": list(range(11)),
+}
+
+
+@pytest.mark.parametrize("wild", [None, torch.inf, torch.nan])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
+    """Also where an ignored row is not finite: the loss and dx do not see it (torch's dx of that row is NaN). dW is
+    0 times the row, NaN in torch too."""
+    x, weight, labels = randn(11, 16), randn(20, 16, seed=1), torch.arange(11, device=DEVICE)
+    labels[PATTERNS[pattern]] = -100
+    if wild is not None and PATTERNS[pattern]:
+        x[PATTERNS[pattern][0]] = wild
+    results = []
+    for function in (
+        lambda x, w: kernels.linear_cross_entropy(x, w, labels),
+        lambda x, w: F.cross_entropy((x @ w.t()).double(), labels).float(),
+    ):
+        leaves = [v.detach().requires_grad_() for v in (x, weight)]
+        loss = function(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    (loss, dx, dw), (torch_loss, torch_dx, torch_dw) = results
+    counted = labels >= 0
+    torch.testing.assert_close(loss, torch_loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(dx[counted], torch_dx[counted], rtol=1e-5, atol=1e-6)
+    assert not dx[~counted].any()
+    if wild is None:
+        torch.testing.assert_close(dw, torch_dw, rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
+    """As in torch. Uninitialised memory is NaN in these tests."""
+    x, weight = randn(0, 16).requires_grad_(), randn(20, 16, seed=1).requires_grad_()
+    loss = kernels.linear_cross_entropy(x, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad.shape == (0, 16)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_labels_of_another_shape_are_refused(backend):
+    x, weight = randn(6, 16), randn(20, 16, seed=1)
+    for shape in ((5,), (7,), (6, 1), (2, 3)):
+        with pytest.raises(ValueError, match=r"labels_T: expected shape \(6,?\), but got"):
+            kernels.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
+
+
+def test_a_models_wrong_shapes_are_refused(backend):
+    model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
+    ids = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
+    for labels in (ids[:, 1:], ids[:1], ids.flatten(), ids[..., None]):
+        with pytest.raises(ValueError, match=r"labels: expected the shape of input_ids, \(2, 8\), but got"):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"input_ids: expected shape \(batch, sequence\), but got \(2,\)"):
+        model(ids[:, 0])
+    with pytest.raises(ValueError, match="MoE: expected x of width 32, but got shape"):
+        model.blocks[0].moe(randn(3, 16))
+    with pytest.raises(ValueError, match=r"MoE: expected a residual of shape \(3, 32\), but got \(2, 32\)"):
+        model.blocks[0].moe(randn(3, 32), residual=randn(2, 32))
+    assert model(ids[:0], labels=ids[:0]).cross_entropy.isnan()
