@@ -206,23 +206,32 @@ MAX_CUTS_TRIED = 64
 def pieces(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """A long document in pieces of about `size` characters, whose tokens together are those of the whole.
 
-    Where the tokenizer has no such cut, as most have none that mark the start of a text and have no words, the rest is
-    one piece. Without a tokenizer the pieces are for one of train_tokenizer.
+    Where the tokenizer has no such cut, the rest is one piece. Without a tokenizer they are for one of train_tokenizer.
     """
     start = 0
     while len(document) - start > size:
-        cuts = (match.start() for match in islice(_CUT.finditer(document, start + size), MAX_CUTS_TRIED))
-        cut = next((cut for cut in cuts if tokenizer is None or _is_safe(tokenizer, document, cut)), None)
+        ends = (match.start() for match in islice(_CUT.finditer(document, start + size), MAX_CUTS_TRIED))
+        # A tokenizer that puts a space before every text restores the one that is left out between two pieces.
+        cuts = ((end, following) for end in ends for following in (end, end + 1))
+        cut = next((cut for cut in cuts if tokenizer is None or _is_safe(tokenizer, document, *cut)), None)
         if cut is None:
             break
-        yield document[start:cut]
-        start = cut
+        yield document[start : cut[0]]
+        start = cut[1]
     yield document[start:]
 
 
-def _is_safe(tokenizer: Tokenizer, document: str, cut: int) -> bool:
-    """Whether the text around has the same tokens with and without the cut, in different words of the pre-tokenizer."""
-    left, right = document[max(0, cut - CUT_CONTEXT) : cut], document[cut : cut + CUT_CONTEXT]
-    whole, before, after = _attempt(tokenizer.encode_batch, [left + right, left, right])
-    words, joint = whole.word_ids, len(before.ids)
-    return whole.ids == before.ids + after.ids and 0 < joint < len(words) and words[joint - 1] != words[joint]
+def _is_safe(tokenizer: Tokenizer, document: str, end: int, following: int) -> bool:
+    """Whether the text around has the same tokens with and without the cut, and none could span it anywhere else.
+
+    None can between two words of the pre-tokenizer, or two characters that no entry of the vocabulary joins.
+    """
+    left, right = document[max(0, end - CUT_CONTEXT) : end], document[end : end + CUT_CONTEXT]
+    whole, before, after = _attempt(tokenizer.encode_batch, [left + right, left, right[following - end :]])
+    joint = len(before.ids)
+    if whole.ids != before.ids + after.ids or not before.ids or not after.ids:
+        return False
+    if whole.word_ids[joint - 1] != whole.word_ids[joint]:
+        return True
+    joined = whole.tokens[joint - 1][-1] + whole.tokens[joint][0]
+    return not any(joined in token for token in tokenizer.get_vocab())

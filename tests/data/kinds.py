@@ -32,16 +32,16 @@ def byte_level(pre_tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def byte_fallback(prepend_scheme: str) -> Tokenizer:
-    """A BPE of ASCII words; newlines, tabs and all other characters are bytes."""
+def byte_fallback(prepend_scheme: str, split: bool = True) -> Tokenizer:
+    """A BPE of ASCII words; newlines, tabs and all other characters are bytes. Without `split`, tokens span words."""
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT, "<unk>"])
     text = "".join(character for character in some_text(0) if " " <= character <= "~")
-    document = _trained(models.BPE(), trainer, pre_tokenizers.Metaspace(), text)
+    document = _trained(models.BPE(), trainer, pre_tokenizers.Metaspace(split=split), text)
     vocab = document["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
     document["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
     tokenizer = Tokenizer.from_str(json.dumps(document))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=split)
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend_scheme), decoders.Fuse()]
     )
@@ -91,6 +91,7 @@ KINDS = {
     "Metaspace always": lambda: byte_fallback("always"),
     "Metaspace first": lambda: byte_fallback("first"),
     "Metaspace never": lambda: byte_fallback("never"),
+    "tokens of several words": lambda: byte_fallback("always", split=False),
     "Unigram": unigram,
     "WordPiece": word_piece,
 }
