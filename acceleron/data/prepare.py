@@ -2,12 +2,14 @@
 
 import codecs
 import json
+import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -88,7 +90,7 @@ class _Corpus:
         self.files: dict[Path, int] = {}  # and their sizes
         self.left_out: dict[Path, str] = {}
         self.hidden: list[Path] = []
-        self._find([Path(name) for name in reversed(inputs)], output.resolve())
+        self._find([Path(name) for name in reversed(inputs)], Path(os.path.realpath(output)))
         if self.hidden:
             say(f"left out: {len(self.hidden)} hidden files and directories, the first of them {self.hidden[0]}")
         if not self.files:
@@ -187,7 +189,9 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
 
     def write(ids: np.ndarray):
         nonlocal shards, rows
-        np.save(directory / f"shard_{shards:05d}.npy", ids.reshape(-1, ROW_LENGTH))
+        with (directory / f"shard_{shards:05d}.npy").open("wb") as file:
+            # Not as a file: numpy would write that itself, with an error that does not name the cause.
+            np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
         shards, rows = shards + 1, rows + len(ids) // ROW_LENGTH
 
     capacity = ROW_LENGTH * ROWS_PER_SHARD

@@ -17,7 +17,7 @@ from acceleron.data.prepare import prepare
 from acceleron.data.shards import ROW_LENGTH, Shards
 from acceleron.data.tokenizer import END_OF_TEXT, PAD, TextBytes, find_tokenizer, pieces
 from acceleron.data.tokenizer import train_tokenizer as train
-from acceleron.errors import InputError
+from acceleron.errors import InputError, RunFailed
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +334,18 @@ def test_a_failure_half_way_leaves_the_directory_as_it_was(tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"b\.jsonl"):
         prepare([str(tmp_path / "in")], str(tmp_path / "out"), tokenizer_path=str(tmp_path / "t.json"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.md"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "in.txt", LONG)
+    plain = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode: plain(Path("/dev/full") if path.suffix == ".npy" else path, mode)
+    )
+    with pytest.raises(RunFailed, match=f"--output {tmp_path / 'out'}: cannot be written .No space left on device"):
+        prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
+    assert not (tmp_path / "out").exists()
 
 
 class Killed(BaseException):
