@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,34 +219,19 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
     target = Path(output)
     if any(target.glob("shard_*.npy")):
         raise InputError(f"--output {target} already holds shards: remove them or name another directory")
-    staging = target / STAGING
-    if staging.exists():
-        raise InputError(
-            f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
-        )
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     corpus = _Corpus(inputs, target)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        try:
-            content = Path(tokenizer_path).read_bytes() if tokenizer_path else None
-            if tokenizer is None:
-                documents = corpus.documents("reading")
-                tokenizer = train_tokenizer(_sample(documents), vocab_size or DEFAULT_VOCAB_SIZE)
-                content = tokenizer.to_str(pretty=True).encode()
-            shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
-            if rows < 2:
-                raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
-            (staging / "tokenizer.json").write_bytes(content)
-            (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer)))
-            _move(staging, target)
-        finally:
-            shutil.rmtree(staging)
-            with suppress(OSError):  # keeps a directory that holds anything
-                target.rmdir()
-    except OSError as error:
-        raise file_error(f"--output {target}: cannot be written", error) from error
+    with _staged(target) as staging:
+        if tokenizer:
+            content = Path(tokenizer_path).read_bytes()
+        else:
+            tokenizer = train_tokenizer(_sample(corpus.documents("reading")), vocab_size or DEFAULT_VOCAB_SIZE)
+            content = tokenizer.to_str(pretty=True).encode()
+        shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        if rows < 2:
+            raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
+        (staging / "tokenizer.json").write_bytes(content)
+        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer)))
     if len(corpus.left_out) > LEFT_OUT_NAMED:
         say(f"left out: {len(corpus.left_out)} files in all")
     print(
@@ -255,14 +240,34 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
     )
 
 
-def _move(staging: Path, target: Path):
-    """All files or none. If the process is killed in between, `staging` is left, and Shards refuses the directory."""
-    moved = []
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A directory in `target`, the files of which come into `target` at the end: all of them, or none after an error.
+
+    A process that is killed leaves the directory, with which Shards refuses `target`.
+    """
+    staging, moved = target / STAGING, []
+    if staging.exists():
+        raise InputError(
+            f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
+        )
     try:
-        for path in sorted(staging.iterdir()):
-            path.replace(target / path.name)
-            moved.append(target / path.name)
-    except BaseException:
-        for path in moved:
-            path.unlink()
+        target.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        try:
+            yield staging
+            for path in sorted(staging.iterdir()):
+                path.replace(target / path.name)
+                moved.append(target / path.name)
+        except BaseException:
+            for path in moved:
+                path.unlink()
+            raise
+        finally:
+            shutil.rmtree(staging)
+            with suppress(OSError):  # keeps a directory that holds anything
+                target.rmdir()
+    except BrokenPipeError:  # of the progress bar
         raise
+    except OSError as error:
+        raise file_error(f"--output {target}: cannot be written", error) from error
