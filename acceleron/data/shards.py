@@ -252,11 +252,8 @@ def metadata(tokenizer: bytes, vocab_size: int) -> bytes:
     return json.dumps(fields, indent=2).encode() + b"\n"
 
 
-def check_tokenizer(data_dir: str | Path, tokenizer: Path):
-    """Raises InputError if shards.json says that another tokenizer made the shards, or is damaged.
-
-    Shards without a shards.json are not checked; a note says so.
-    """
+def check_tokenizer(data_dir: str | Path, tokenizer: Path) -> bool:
+    """False if there is no shards.json. Raises InputError if another tokenizer made the shards, or it is damaged."""
     path = Path(data_dir) / METADATA
     try:
         with path.open("rb") as file:
@@ -265,8 +262,7 @@ def check_tokenizer(data_dir: str | Path, tokenizer: Path):
             raise ValueError(f"its format is {fields['format']!s:.20}, not {METADATA_FORMAT}")
         digest, vocab_size = str(fields["tokenizer_sha256"]), int(fields["vocab_size"])
     except FileNotFoundError:
-        say(f"note: {path} does not exist: whether {tokenizer} made the shards is not checked")
-        return
+        return False
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -274,8 +270,9 @@ def check_tokenizer(data_dir: str | Path, tokenizer: Path):
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != digest:
         raise InputError(
             f"{tokenizer} is not the tokenizer that made the shards, of {vocab_size:,} ids by {path}: "
-            f"pass the tokenizer.json that `prepare` wrote beside them"
+            "pass the tokenizer.json that `prepare` wrote beside them"
         )
+    return True
 
 
 def _reason(error: OSError | InputError) -> str:

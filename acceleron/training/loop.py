@@ -17,7 +17,7 @@ from .. import kernels
 from ..attention import attention_name
 from ..config import ModelConfig, brief, round_up
 from ..data import Shards, validation_loader
-from ..data.shards import check_tokenizer
+from ..data.shards import METADATA, check_tokenizer
 from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
@@ -83,8 +83,7 @@ class Trainer:
         known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
         self.shards = Shards(options.data_dir, known)
         self.tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
-        if self.tokenizer_path:
-            check_tokenizer(options.data_dir, self.tokenizer_path)
+        self.tokenizer_checked = not self.tokenizer_path or check_tokenizer(options.data_dir, self.tokenizer_path)
         self.config = model_config(options, tokenizer)
         if options.seq_len > self.config.max_seq_len:
             raise InputError(f"--seq_len {options.seq_len} is longer than the model's {self.config.max_seq_len}")
@@ -365,6 +364,10 @@ class Trainer:
             f"data: {len(self.shards.paths)} shards, {rows:,} rows of {self.shards.row_length}; "
             f"an epoch is {len(chunks) * options.seq_len:,} tokens, a step {options.tokens_per_step:,}"
         )
+        if not self.tokenizer_checked:
+            say(
+                f"note: {options.data_dir} has no {METADATA}, so that {self.tokenizer_path} can't be checked against it"
+            )
         if self.resumed_from:
             say(f"continuing from {self.resumed_from}, step {self.run.steps}")
 

@@ -85,7 +85,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
 def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     (data_dir / METADATA).unlink()
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
-    note = f"note: {data_dir / METADATA} does not exist: whether {data_dir / 'tokenizer.json'} made the shards is not"
+    note = f"note: {data_dir} has no shards.json, so that {data_dir / 'tokenizer.json'} can't be checked"
     assert capsys.readouterr().err.count(note) == 1
 
 
