@@ -30,7 +30,7 @@ from hostile_files import (
 from acceleron import Acceleron, ModelConfig
 from acceleron.config import LIMITS
 from acceleron.data import Loader, Shards, validation_batches
-from acceleron.data.tokenizer import load_tokenizer, token_bytes
+from acceleron.data.tokenizer import TextBytes, load_tokenizer
 from acceleron.errors import InputError
 from acceleron.training.checkpoint import load_checkpoint
 
@@ -253,7 +253,7 @@ def test_tokenizers(tmp_path):
         path.write_bytes(mutate(rng, content))
         tokenizer = load_tokenizer(path)
         assert max(tokenizer.get_vocab().values()) < LIMITS["vocab_size"]
-        assert (token_bytes(tokenizer, 512) >= 0).all()
+        assert (TextBytes(tokenizer, 512).table >= 0).all()
         ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
         assert len(ids) < 200
         tokenizer.decode(ids)

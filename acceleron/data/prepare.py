@@ -1,72 +1,76 @@
 """Text files to shards."""
 
+import codecs
 import json
+import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import suppress
-from itertools import islice
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..errors import InputError
-from .shards import ROW_LENGTH, ROWS_PER_SHARD
-from .tokenizer import END_OF_TEXT, encode, load_tokenizer, pieces, train_tokenizer
+from ..errors import InputError, file_error
+from ..log import say
+from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
+from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, train_tokenizer, without_duplicates
 
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
-PIECES_PER_BATCH = 64
-
-
-def find_files(inputs: list[str]) -> list[Path]:
-    """The named files, and every file below the named directories but hidden ones and __pycache__, in a fixed order."""
-    files = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file())
-            files += [
-                p for p in below if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(path).parts)
-            ]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise InputError(f"--input {path} does not exist")
-    if not files:
-        raise InputError(f"--input {' '.join(inputs)}: no files there")
-    return files
+PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+MAX_LINE_BYTES = 1 << 30  # of JSON lines
+LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """A file's documents: the "text" of each line of a .jsonl; else the text between <|endoftext|> marks.
+    """A file's documents: the "text" of each line of JSON lines; else the text between <|endoftext|> marks.
 
-    Raises InputError for a file that is not UTF-8, or not JSON lines with a text.
+    Raises InputError for a file that is not UTF-8, or not JSON lines with a text where its name says so.
     """
     try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
+        if path.suffix.lower() in JSON_LINES:
+            with path.open("rb") as file:
+                for number in count(1):
+                    line = file.readline(MAX_LINE_BYTES + 1)
+                    if not line:
+                        break
                     if line.strip():
                         yield from _split(_text_of(line, f"{path}, line {number}"))
         else:
-            yield from _split(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            yield from _split(_decode(path.read_bytes(), str(path)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _text_of(line: str, where: str) -> str:
+def _decode(content: bytes, where: str) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{where}: UTF-16 text; convert it with `iconv -f UTF-16 -t UTF-8`")
     try:
-        text = json.loads(line)["text"]
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _text_of(line: bytes, where: str) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; divide its text among several lines")
+    decoded = _decode(line, where)
+    try:
+        text = json.loads(decoded, object_pairs_hook=without_duplicates)["text"]
         text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: the text is not valid Unicode ({error.reason})") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{where}: must be a JSON object with a "text" string ({error!r})') from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f'{where}: must be a JSON object with a "text" string ({error!r}); to read the file as plain text, '
+            "rename it to .txt"
+        ) from error
     return text
 
 
@@ -75,26 +79,65 @@ def _split(text: str) -> list[str]:
 
 
 class _Corpus:
-    """The documents of all inputs, with a progress bar over their bytes."""
+    """The documents of all inputs, with a progress bar over their bytes.
 
-    def __init__(self, inputs: list[str]):
-        named = {Path(name) for name in inputs}
-        self.files = find_files(inputs)
-        self.named = [path in named for path in self.files]
-        self.num_bytes = sum(path.stat().st_size for path in self.files)
-        self.skipped: set[Path] = set()
+    These are the named files, and those below the named directories, in a fixed order. What is left out, hidden files
+    and __pycache__ too, is logged.
+    """
+
+    def __init__(self, inputs: list[str], output: Path):
+        self.named = {Path(name) for name in inputs}
+        self.files: dict[Path, int] = {}  # and their sizes
+        self.left_out: dict[Path, str] = {}
+        self.hidden: list[Path] = []
+        self._find([Path(name) for name in reversed(inputs)], Path(os.path.realpath(output)))
+        if self.hidden:
+            say(f"left out: {len(self.hidden)} hidden files and directories, the first of them {self.hidden[0]}")
+        if not self.files:
+            raise InputError(f"--input {' '.join(inputs)}: no files there")
+
+    def _find(self, todo: list[Path], output: Path):
+        seen: dict[tuple[int, int], Path] = {}
+        while todo:
+            path = todo.pop()
+            if path not in self.named and path.name.startswith((".", "__pycache__")):
+                self.hidden.append(path)
+                continue
+            try:
+                status = path.stat()
+                first = seen.setdefault((status.st_dev, status.st_ino), path)
+                if first is not path:
+                    self._leave_out(path, f"the same as {first}, which is read once")
+                elif stat.S_ISDIR(status.st_mode):
+                    if output.is_relative_to(path.resolve()):
+                        raise InputError(f"--input {path} is or contains the output directory: name another --output")
+                    todo += sorted(path.iterdir(), reverse=True)
+                elif stat.S_ISREG(status.st_mode):
+                    self.files[path] = status.st_size
+                else:
+                    self._refuse(path, InputError(f"{path}: neither a file nor a directory; save it as a file"))
+            except OSError as error:
+                self._refuse(path, InputError(f"{path}: cannot be read ({error.strerror})"))
+
+    def _refuse(self, path: Path, error: InputError):
+        """A directory may hold pictures and the like; what the user named, and JSON lines, must be readable."""
+        if path in self.named or path.suffix.lower() in JSON_LINES:
+            raise error
+        self._leave_out(path, str(error).removeprefix(f"{path}: "))
+
+    def _leave_out(self, path: Path, reason: str):
+        if path not in self.left_out and len(self.left_out) < LEFT_OUT_NAMED:
+            say(f"left out: {path} ({reason})")
+        self.left_out[path] = reason
 
     def documents(self, what: str) -> Iterator[str]:
-        with tqdm(total=self.num_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-            for path, named in zip(self.files, self.named, strict=True):
+        with tqdm(total=sum(self.files.values()), desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+            for path, size in self.files.items():
                 try:
                     yield from read_documents(path)
-                except InputError:
-                    # A directory may hold pictures and the like; a file the user named must be readable.
-                    if named or path.suffix == ".jsonl":
-                        raise
-                    self.skipped.add(path)
-                bar.update(path.stat().st_size)
+                except InputError as error:
+                    self._refuse(path, error)
+                bar.update(size)
 
 
 def _sample(documents: Iterator[str]) -> Iterator[str]:
@@ -116,16 +159,27 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
     def marked_pieces():
         for document in documents:
-            parts = list(pieces(document))
-            yield from ((part, False) for part in parts[:-1])
-            yield parts[-1], True
+            *parts, last = pieces(document, PIECE_CHARACTERS, tokenizer)
+            yield from ((part, False) for part in parts)
+            yield last, True
 
-    stream = marked_pieces()
-    while batch := list(islice(stream, PIECES_PER_BATCH)):
+    for batch in _batches(marked_pieces()):
         for ids, (_, ends_document) in zip(encode(tokenizer, [text for text, _ in batch]), batch, strict=True):
             yield np.array(ids, dtype=np.int32)
             if ends_document:
                 yield end
+
+
+def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of pieces that reach BATCH_CHARACTERS: the tokenizer takes some 80 bytes of memory for each of them."""
+    batch, size = [], 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, int, int]:
@@ -135,7 +189,9 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
 
     def write(ids: np.ndarray):
         nonlocal shards, rows
-        np.save(directory / f"shard_{shards:05d}.npy", ids.reshape(-1, ROW_LENGTH))
+        with (directory / f"shard_{shards:05d}.npy").open("wb") as file:
+            # Not as a file: numpy would write that itself, with an error that does not name the cause.
+            np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
         shards, rows = shards + 1, rows + len(ids) // ROW_LENGTH
 
     capacity = ROW_LENGTH * ROWS_PER_SHARD
@@ -153,9 +209,10 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
 
 
 def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, vocab_size: int | None = None):
-    """Write shards and tokenizer.json to `output`; nothing appears there before all is done.
+    """Write shards, tokenizer.json (a copy, if it was given) and shards.json to `output`, once all is done.
 
-    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards.
+    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or can't
+    be written; RunFailed for a full disk.
     """
     if tokenizer_path and vocab_size:
         raise InputError("--tokenizer and --vocab_size exclude each other: a given tokenizer has its own size")
@@ -163,29 +220,54 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
     if any(target.glob("shard_*.npy")):
         raise InputError(f"--output {target} already holds shards: remove them or name another directory")
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
-    corpus = _Corpus(inputs)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".prepare-", dir=target))
-    except OSError as error:
-        raise InputError(f"--output {target}: cannot be written ({error.strerror})") from error
-    try:
-        if tokenizer is None:
-            documents = corpus.documents("reading")
-            tokenizer = train_tokenizer(_sample(documents), vocab_size or DEFAULT_VOCAB_SIZE)
+    corpus = _Corpus(inputs, target)
+    with _staged(target) as staging:
+        if tokenizer:
+            content = Path(tokenizer_path).read_bytes()
+        else:
+            tokenizer = train_tokenizer(_sample(corpus.documents("reading")), vocab_size or DEFAULT_VOCAB_SIZE)
+            content = tokenizer.to_str(pretty=True).encode()
         shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
         if rows < 2:
             raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
-        tokenizer.save(str(staging / "tokenizer.json"))
-        for path in sorted(staging.iterdir()):
-            path.replace(target / path.name)
-    finally:
-        shutil.rmtree(staging)
-        with suppress(OSError):  # keeps a directory that holds anything
-            target.rmdir()
-    if corpus.skipped:
-        print(f"skipped {len(corpus.skipped)} files that are not UTF-8 text")
+        (staging / "tokenizer.json").write_bytes(content)
+        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer)))
+    if len(corpus.left_out) > LEFT_OUT_NAMED:
+        say(f"left out: {len(corpus.left_out)} files in all")
     print(
         f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {shards} shards, tokenizer of "
         f"{tokenizer.get_vocab_size():,} entries; the last {left_over} tokens filled no row and are left out"
     )
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A directory in `target`, the files of which come into `target` at the end: all of them, or none after an error.
+
+    A process that is killed leaves the directory, with which Shards refuses `target`.
+    """
+    staging, moved = target / STAGING, []
+    if staging.exists():
+        raise InputError(
+            f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
+        )
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        try:
+            yield staging
+            for path in sorted(staging.iterdir()):
+                path.replace(target / path.name)
+                moved.append(target / path.name)
+        except BaseException:
+            for path in moved:
+                path.unlink()
+            raise
+        finally:
+            shutil.rmtree(staging)
+            with suppress(OSError):  # keeps a directory that holds anything
+                target.rmdir()
+    except BrokenPipeError:  # of the progress bar
+        raise
+    except OSError as error:
+        raise file_error(f"--output {target}: cannot be written", error) from error

@@ -1,6 +1,11 @@
-"""The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids."""
+"""The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids.
 
+Beside them, shards.json says which tokenizer made them: see `metadata`.
+"""
+
+import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -20,6 +25,8 @@ ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
 # Of each shard the last rows are held out for validation: contiguous, so that few documents stand in both splits.
 VALIDATION_SHARE = 0.01
+METADATA, METADATA_FORMAT = "shards.json", 1
+STAGING = ".prepare"  # the directory, beside the shards, of a `prepare` that has not ended
 MAX_OPEN_FILES = 128
 MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word: 256 GiB as int32
 MAX_LOST_ROWS = 2**24  # of a shard that is not there, for whose rows memory is taken all the same
@@ -138,6 +145,11 @@ class Shards:
             raise InputError(
                 f"data directory {directory} has no shard_*.npy: fill it with `python -m acceleron.data prepare`"
             )
+        if (directory / STAGING).exists():
+            raise InputError(
+                f"data directory {directory} holds {STAGING}: `prepare` is still running, or was killed, and not all "
+                "shards are there; wait for it, or remove the directory's content and prepare it again"
+            )
         places = {name: place for name, *place in check_fingerprint([] if known is None else known)}
         self.paths = [directory / name for name in sorted(names | places.keys())]
         self._lost: dict[int, str] = {}  # the shards that only keep their place, and why
@@ -231,6 +243,36 @@ class Shards:
         Always the same list, not to be changed.
         """
         return self._fingerprint
+
+
+def metadata(tokenizer: bytes, vocab_size: int) -> bytes:
+    """The content of shards.json, from the content of tokenizer.json and the number of ids."""
+    digest = hashlib.sha256(tokenizer).hexdigest()
+    fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size}
+    return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def check_tokenizer(data_dir: str | Path, tokenizer: Path) -> bool:
+    """False if there is no shards.json. Raises InputError if another tokenizer made the shards, or it is damaged."""
+    path = Path(data_dir) / METADATA
+    try:
+        with path.open("rb") as file:
+            fields = json.loads(file.read(1 << 16))
+        if fields["format"] != METADATA_FORMAT:
+            raise ValueError(f"its format is {fields['format']!s:.20}, not {METADATA_FORMAT}")
+        digest, vocab_size = str(fields["tokenizer_sha256"]), int(fields["vocab_size"])
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != digest:
+        raise InputError(
+            f"{tokenizer} is not the tokenizer that made the shards, of {vocab_size:,} ids by {path}: "
+            "pass the tokenizer.json that `prepare` wrote beside them"
+        )
+    return True
 
 
 def _reason(error: OSError | InputError) -> str:

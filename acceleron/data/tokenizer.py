@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ..config import MAX_VOCAB_SIZE, brief
 from ..errors import InputError
@@ -47,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if len(content) > MAX_FILE_BYTES:
         raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer; name another file")
     try:
-        _check(json.loads(content, object_pairs_hook=_without_duplicates))
+        _check(json.loads(content, object_pairs_hook=without_duplicates))
         tokenizer = Tokenizer.from_buffer(content)
         # A file may ask for either; text would be cut off, or padding mixed in, without a word.
         tokenizer.no_truncation()
@@ -72,13 +74,17 @@ def num_ids(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Their ids, without what a post-processor would add, on all cores. Raises InputError for what it can't encode."""
+    return [encoding.ids for encoding in _attempt(tokenizer.encode_batch_fast, texts)]
+
+
+def _attempt(encode_batch: Callable, texts: list[str]) -> list[Encoding]:
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # of a word-level model that lacks its unknown token, for one
         raise InputError(f"the tokenizer can't encode this text ({error}): use another one") from error
 
 
-def _without_duplicates(pairs: list[tuple]) -> dict:
+def without_duplicates(pairs: list[tuple]) -> dict:
     """Of a key that comes twice, another reader might take the other value."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -140,31 +146,92 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: the bytes of text behind each id; 0 for special tokens and ids without an entry."""
-    lengths = np.zeros(vocab_size, dtype=np.int64)
-    added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
-    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-    for token, index in tokenizer.get_vocab().items():
-        if not added.get(token) and index < vocab_size:
-            # Byte-level tokens are written with one character a byte, but for those that were added.
-            plain = byte_level and token not in added
-            lengths[index] = len(token) if plain else len(tokenizer.decode([index]).encode())
-    return lengths
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
-# A newline between two non-spaces: the byte-level pattern always cuts on both sides of it, so pieces cut there
-# have the tokens of the whole.
-_SAFE_CUT = re.compile(r"(?<=\S)(?=\n\S)")
+class TextBytes:
+    """Counts the UTF-8 bytes of the text that tokens stand for, as the tokenizer's normalizer leaves the text.
+
+    `table` is int64 [2, vocab_size]: the bytes of each id within a document, and as the first one of a document, where
+    some tokenizers put a space that is not in the text. Special tokens and ids without an entry have 0.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self.end_id = tokenizer.token_to_id(END_OF_TEXT)
+        self.table = np.zeros((2, vocab_size), dtype=np.int64)
+        added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+        added[END_OF_TEXT] = True
+        ids = {token: index for token, index in tokenizer.get_vocab().items() if index < vocab_size}
+        parts = b"".join(part.__getstate__() for part in (tokenizer.normalizer, tokenizer.pre_tokenizer) if part)
+        if b'"ByteLevel"' in parts:
+            mark = "Ġ" if b'"add_prefix_space":true' in parts else None
+            for token, index in ids.items():
+                # Byte-level tokens are written with one character per byte, but for those that were added.
+                length = len(token.encode()) if token in added else len(token)
+                self.table[:, index] = 0 if added.get(token) else (length, length - (token[0] == mark))
+            return
+        decoded = []
+        for token, index in ids.items():
+            if _BYTE_TOKEN.fullmatch(token):
+                self.table[:, index] = 1
+            elif not added.get(token):
+                decoded.append((token, index))
+        if decoded:
+            self._decode(tokenizer, sorted(decoded, key=itemgetter(1)))
+
+    def _decode(self, tokenizer: Tokenizer, tokens: list[tuple[str, int]]):
+        """Fill the table with the lengths of decoded text, between two tokens of which the text is known."""
+
+        def lengths(sequences: list[list[int]]) -> np.ndarray:
+            return np.array([len(text.encode()) for text in tokenizer.decode_batch(sequences)])
+
+        around = max(tokens, key=lambda token: token[0].isalnum())[1]  # the first that is a word, if any is
+        alone, pair = lengths([[around], [around, around]])
+        ids = [index for _, index in tokens]
+        within = lengths([[around, index, around] for index in ids]) - pair
+        first = lengths([[index, around] for index in ids]) - (pair - alone)
+        self.table[:, ids] = np.maximum([within, first], 0)
+
+    def count(self, ids: np.ndarray) -> int:
+        """Of all but the first token of each row: ids is an integer array (rows, tokens)."""
+        return int(self.table[(ids[:, :-1] == self.end_id).astype(int), ids[:, 1:]].sum())
 
 
-def pieces(document: str, size: int = 1 << 20) -> Iterator[str]:
-    """A long document in pieces of about `size` characters, whose tokens together are those of the whole."""
+# Where a word of most pre-tokenizers begins; the one of train_tokenizer begins one at each.
+_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+CUT_CONTEXT = 1024  # characters on either side that decide whether a cut is safe; added tokens are no longer than this
+MAX_CUTS_TRIED = 64
+
+
+def pieces(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
+    """A long document in pieces of about `size` characters, whose tokens together are those of the whole.
+
+    Where the tokenizer has no such cut, the rest is one piece. Without a tokenizer they are for one of train_tokenizer.
+    """
     start = 0
     while len(document) - start > size:
-        cut = _SAFE_CUT.search(document, start + size)
+        ends = (match.start() for match in islice(_CUT.finditer(document, start + size), MAX_CUTS_TRIED))
+        # A tokenizer that puts a space before every text restores the one that is left out between two pieces.
+        cuts = ((end, following) for end in ends for following in (end, end + 1))
+        cut = next((cut for cut in cuts if tokenizer is None or _is_safe(tokenizer, document, *cut)), None)
         if cut is None:
             break
-        yield document[start : cut.start()]
-        start = cut.start()
+        yield document[start : cut[0]]
+        start = cut[1]
     yield document[start:]
+
+
+def _is_safe(tokenizer: Tokenizer, document: str, end: int, following: int) -> bool:
+    """Whether the text around has the same tokens with and without the cut, and none could span it anywhere else.
+
+    None can between two words of the pre-tokenizer, or two characters that no entry of the vocabulary joins.
+    """
+    left, right = document[max(0, end - CUT_CONTEXT) : end], document[end : end + CUT_CONTEXT]
+    whole, before, after = _attempt(tokenizer.encode_batch, [left + right, left, right[following - end :]])
+    joint = len(before.ids)
+    if whole.ids != before.ids + after.ids or not before.ids or not after.ids:
+        return False
+    if whole.word_ids[joint - 1] != whole.word_ids[joint]:
+        return True
+    joined = whole.tokens[joint - 1][-1] + whole.tokens[joint][0]
+    return not any(joined in token for token in tokenizer.get_vocab())

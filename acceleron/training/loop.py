@@ -10,7 +10,6 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,7 +17,8 @@ from .. import kernels
 from ..attention import attention_name
 from ..config import ModelConfig, brief, round_up
 from ..data import Shards, validation_loader
-from ..data.tokenizer import find_tokenizer, load_tokenizer, num_ids, token_bytes
+from ..data.shards import METADATA, check_tokenizer
+from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
 from ..files import replacing
@@ -83,6 +83,7 @@ class Trainer:
         known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
         self.shards = Shards(options.data_dir, known)
         self.tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
+        self.tokenizer_checked = not self.tokenizer_path or check_tokenizer(options.data_dir, self.tokenizer_path)
         self.config = model_config(options, tokenizer)
         if options.seq_len > self.config.max_seq_len:
             raise InputError(f"--seq_len {options.seq_len} is longer than the model's {self.config.max_seq_len}")
@@ -90,7 +91,7 @@ class Trainer:
         copy, given = self.tokenizer_copy, self.tokenizer_path
         if given and copy.is_file() and copy.read_bytes() != given.read_bytes():
             raise InputError(f"{copy} is another tokenizer than {given}: name another --save_dir")
-        self.bytes_of = token_bytes(tokenizer, self.config.vocab_size) if tokenizer else None
+        self.text_bytes = TextBytes(tokenizer, self.config.vocab_size) if tokenizer else None
         self.environment = {
             "torch": str(torch.__version__),
             "device": self._device_name(),
@@ -200,7 +201,7 @@ class Trainer:
         if evaluate:
             validation = None
             with self._saved_before_errors():
-                validation = validate(run, self.shards, self.bytes_of, self._stopped)
+                validation = validate(run, self.shards, self.text_bytes, self._stopped)
             if validation is None:
                 return
             self.diverged = validation["val_loss"] is None
@@ -363,13 +364,17 @@ class Trainer:
             f"data: {len(self.shards.paths)} shards, {rows:,} rows of {self.shards.row_length}; "
             f"an epoch is {len(chunks) * options.seq_len:,} tokens, a step {options.tokens_per_step:,}"
         )
+        if not self.tokenizer_checked:
+            say(
+                f"note: {options.data_dir} has no {METADATA}, so that {self.tokenizer_path} can't be checked against it"
+            )
         if self.resumed_from:
             say(f"continuing from {self.resumed_from}, step {self.run.steps}")
 
 
 @torch.no_grad()
-def validate(run: Run, shards: Shards, bytes_of: np.ndarray | None, stopped: Callable[[], bool]) -> dict | None:
-    """val_loss, nats a token over the held-out batches; val_bits_per_byte where the tokens' bytes are known.
+def validate(run: Run, shards: Shards, text_bytes: TextBytes | None, stopped: Callable[[], bool]) -> dict | None:
+    """val_loss, nats a token over the held-out batches; val_bits_per_byte where there is a tokenizer.
 
     Both are None if the loss is not finite; the result is None if `stopped` became true before the end.
     """
@@ -391,8 +396,8 @@ def validate(run: Run, shards: Shards, bytes_of: np.ndarray | None, stopped: Cal
             scored = batch.numel() - len(batch)
             total += model(input_ids, labels=input_ids).cross_entropy.double() * scored
             targets += scored
-            if bytes_of is not None:
-                num_bytes += int(bytes_of[batch[:, 1:].numpy()].sum())
+            if text_bytes:
+                num_bytes += text_bytes.count(batch.numpy())
     finally:
         loader.close()
     nats = total.item() if total.isfinite() else None

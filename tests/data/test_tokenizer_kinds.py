@@ -1,0 +1,73 @@
+"""Every kind of tokenizer: the bytes counted are the text's, and a long document has the tokens of the whole."""
+
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from kinds import KINDS, some_text
+
+from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokenizer, pieces
+
+
+@cache
+def tokenizer_of(kind):
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
+        KINDS[kind]().save(str(path))
+        return load_tokenizer(path)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(kind):
+    return tokenizer_of(kind)
+
+
+def writable(kind: str, text: str) -> str:
+    """The part of the text that this kind can write: some have no tokens for a character, or for its spaces."""
+    return " ".join(text.split()) if kind == "WordPiece" else text
+
+
+def test_the_bytes_of_real_text(kind, tokenizer):
+    """Of two documents in one row, and in rows cut anywhere."""
+    counter = TextBytes(tokenizer, 1024)
+    documents = [writable(kind, some_text(seed, 2000)) for seed in range(2)]
+    ids = [counter.end_id]
+    for tokens in encode(tokenizer, documents):
+        ids += [*tokens, counter.end_id]
+    expected = sum(len(document.encode()) for document in documents)
+    assert counter.count(np.array([ids])) == expected
+    assert counter.count(np.stack([ids[:-1], ids[1:]], axis=1)) == expected
+    assert expected > 10_000
+
+
+@given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), min_size=1))
+@example(" leading spaces")
+@example("  ")
+@example("żółć\n🙂")
+def test_the_bytes_of_any_text_with_byte_fallback(text):
+    assume(text != END_OF_TEXT)
+    counter = TextBytes(tokenizer := tokenizer_of("Llama 2"), 1024)
+    assert counter.count(np.array([[counter.end_id, *tokenizer.encode(text).ids]])) == len(text.encode())
+
+
+@pytest.mark.parametrize("size", [30, 1000])
+def test_pieces_have_the_tokens_of_the_whole_document(tokenizer, size):
+    text = some_text(3, 1000)
+    parts = list(pieces(text, size, tokenizer))
+    assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_all_kinds_are_cut_but_where_tokens_span_words(kind, tokenizer):
+    assert max(len(part) for part in pieces(some_text(3), 1000, tokenizer)) < 2000
+    parts = list(pieces("the rain " * 1000, 1000, tokenizer))
+    assert len(parts) == (1 if kind == "tokens of several words" else 9)

@@ -1,0 +1,109 @@
+"""A run's tokenizer: that of its shards, and the bits per byte that it gives."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from runs import options, records
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+from acceleron.data.prepare import prepare
+from acceleron.data.shards import METADATA
+from acceleron.data.tokenizer import END_OF_TEXT, train_tokenizer
+from acceleron.errors import InputError
+from acceleron.training import train
+
+TEXT = " ".join(f"{number} rainy days" for number in range(3000))
+ONE_STEP = dict(vocab_size=320, max_steps=1)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Marks the start of a text with a space, as SentencePiece's do, which is no byte of it; path of its file."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=[END_OF_TEXT])
+    tokenizer.train_from_iterator(TEXT.split(), trainer)
+    tokenizer.save(str(tmp_path / "given.json"), pretty=False)
+    return tmp_path / "given.json"
+
+
+@pytest.fixture
+def data_dir(tmp_path, tokenizer):
+    (tmp_path / "in.txt").write_text(TEXT)
+    prepare([str(tmp_path / "in.txt")], str(tmp_path / "data"), tokenizer_path=str(tokenizer))
+    return tmp_path / "data"
+
+
+@pytest.mark.usefixtures("small_nano")
+def test_bits_per_byte_are_of_the_text(data_dir, tokenizer, tmp_path):
+    """The text behind the last row, which is held out, by the offsets that the tokenizer gave its tokens."""
+    train(options(data_dir, tmp_path / "run", seq_len=256, **ONE_STEP))
+    rows = len(np.load(data_dir / "shard_00000.npy"))
+    offsets = Tokenizer.from_file(str(tokenizer)).encode(TEXT).offsets[(rows - 1) * 2048 : rows * 2048]
+    num_bytes = sum(offsets[i + 255][1] - offsets[i][1] for i in range(0, 2048, 256))
+    last = records(tmp_path / "run")[-1]
+    assert last["val_loss"] > 1
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] * 8 * 255 / math.log(2) / num_bytes, rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_nano")
+def test_the_tokenizer_that_made_the_shards_trains_under_any_name(data_dir, tokenizer, tmp_path, capsys):
+    train(options(data_dir, tmp_path / "run", **ONE_STEP))
+    train(options(data_dir, tmp_path / "run", resume="auto", tokenizer=str(tokenizer), **ONE_STEP | {"max_steps": 2}))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    assert METADATA not in capsys.readouterr().err
+
+
+def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
+    """Named, beside the scripts, or put in the place of the data's own."""
+    scripts, path = tmp_path / "scripts", tmp_path / "scripts" / "pile_tokenizer.json"
+    scripts.mkdir()
+    train_tokenizer([TEXT], 270).save(str(path))
+    own = data_dir / "tokenizer.json"
+
+    def refused(path, **changes):
+        with pytest.raises(InputError) as raised:
+            train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
+        assert str(raised.value) == (
+            f"{path} is not the tokenizer that made the shards, of 60 ids by {data_dir / METADATA}: "
+            "pass the tokenizer.json that `prepare` wrote beside them"
+        )
+        assert not (tmp_path / "run").exists()
+
+    refused(path, tokenizer=str(path))
+    own.unlink()
+    refused(path)
+    shutil.copy(path, own)
+    refused(own)
+
+
+@pytest.mark.usefixtures("small_nano")
+def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
+    (data_dir / METADATA).unlink()
+    train(options(data_dir, tmp_path / "run", **ONE_STEP))
+    note = f"note: {data_dir} has no shards.json, so that {data_dir / 'tokenizer.json'} can't be checked"
+    assert capsys.readouterr().err.count(note) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 60_000,
+        "9" * 5000,
+        "\xff",
+        json.dumps({"format": 2}),
+        '{"format": 1, "tokenizer_sha256": ""}',
+    ],
+    ids=range(8),
+)
+def test_damaged_metadata(data_dir, tmp_path, content):
+    (data_dir / METADATA).write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged, or of another version \(.*\); prepare the data again"):
+        train(options(data_dir, tmp_path / "run", **ONE_STEP))
