@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, file_error, path_error
 from .shards import ROW_LENGTH, ROWS_PER_SHARD
 from .tokenizer import END_OF_TEXT, encode, load_tokenizer, pieces, train_tokenizer
 
@@ -34,7 +34,7 @@ def find_files(inputs: list[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise InputError(f"--input {path} does not exist")
+            raise path_error("--input", path, "file")
     if not files:
         raise InputError(f"--input {' '.join(inputs)}: no files there")
     return files
@@ -168,7 +168,7 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         target.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".prepare-", dir=target))
     except OSError as error:
-        raise InputError(f"--output {target}: cannot be written ({error.strerror})") from error
+        raise file_error(f"--output {target}: cannot be written", error) from error
     try:
         if tokenizer is None:
             documents = corpus.documents("reading")
@@ -176,9 +176,11 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
         if rows < 2:
             raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
-        tokenizer.save(str(staging / "tokenizer.json"))
+        (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         for path in sorted(staging.iterdir()):
             path.replace(target / path.name)
+    except OSError as error:
+        raise file_error(f"--output {target}: cannot be written", error) from error
     finally:
         shutil.rmtree(staging)
         with suppress(OSError):  # keeps a directory that holds anything
