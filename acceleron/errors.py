@@ -20,6 +20,9 @@ INTERRUPTED = 130  # Ctrl-C, at once
 PIPE_CLOSED = 141  # the reader of its output left
 
 
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full or failing disk, or a terminal that has gone
+
+
 class InputError(ValueError):
     """Bad input. The message names the file, flag or value, and the fix."""
 
@@ -30,8 +33,7 @@ class RunFailed(RuntimeError):
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
     """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
-    passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    passing |= " requested and " in str(error)  # a short write of numpy's, which has no errno
+    passing = error.errno in PASSING or " requested and " in str(error)  # a short write of numpy's has no errno
     return (RunFailed if passing else InputError)(f"{what} ({error.strerror or error})")
 
 
@@ -115,8 +117,10 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     except BrokenPipeError:
         return PIPE_CLOSED, ""
     except OSError as error:
-        what = f"{error.filename}: cannot be read or written" if error.filename else "the output cannot be written"
-        failure = file_error(what, error)
+        if error.filename is None and error.errno not in (*PASSING, errno.EBADF):
+            raise
+        what = "the output" if error.filename is None else error.filename
+        failure = file_error(f"{what}: cannot be read or written", error)
         return (FAILED if isinstance(failure, RunFailed) else BAD_INPUT), f"error: {failure}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -29,7 +29,7 @@ def download(repo: str, num_shards: int, output: str):
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
             raise InputError(f"--repo {repo}: several folders have shards of one name; fetch one folder by hand")
         wanted = shards[:num_shards] + [name for name in names if name == "tokenizer.json"]
-        for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True):
+        for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))
     except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: the network; OSError: the hub, the disk
         if isinstance(error, OSError) and error.errno:

@@ -85,7 +85,7 @@ class _Corpus:
         self.skipped: set[Path] = set()
 
     def documents(self, what: str) -> Iterator[str]:
-        with tqdm(total=self.num_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        with tqdm(total=self.num_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path, named in zip(self.files, self.named, strict=True):
                 try:
                     yield from read_documents(path)

@@ -130,8 +130,7 @@ class Shards:
     def __init__(self, data_dir: str | Path, known: list | None = None):
         directory = Path(data_dir)
         if not directory.is_dir():
-            error = path_error("--data_dir", directory, "directory")
-            raise InputError(f"{error}; `python -m acceleron.data prepare` makes a data directory")
+            raise path_error("--data_dir", directory, "directory")
         names = {path.name for path in directory.glob("shard_*.npy")}
         if not names:
             raise InputError(

@@ -140,6 +140,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # it goes to stdout, and panics if that is full
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
