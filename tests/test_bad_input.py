@@ -324,10 +324,8 @@ def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch
 @pytest.mark.parametrize(
     ("redirected", "status", "shown"),
     [
-        ("<&-", 0, "> \n"),
         ("<&- >&- 2>&-", 0, ""),
         ("--prompt wörd >/dev/full", 3, ""),
-        ("--prompt wörd", 0, r"w\xf6rd"),
         ("<<< wörd", 0, r"w\udcc3\udcb6rd"),
     ],
 )
