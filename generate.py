@@ -1,18 +1,19 @@
 """Write text with a trained model: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
 
-import argparse
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError, run_command
+from acceleron.flags import Parser
 from acceleron.generation import Sampling, load_model, open_tokenizer, stream_text
 from acceleron.training.checkpoint import load_checkpoint
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, allow_abbrev=False)
+def parse_arguments() -> Namespace:
+    parser = Parser(prog="generate.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint_<step>.pt of train.py")
     parser.add_argument("--prompt", help="generate once from this text; without it, prompts are asked for")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
@@ -27,6 +28,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def find_checkpoint(name: str) -> Path:
+    """The path of this name, or else of this name in checkpoints/, where train.py writes them by default."""
+    path, usual = Path(name), Path("checkpoints", name)
+    if path.exists() or not usual.is_file():
+        return path
+    print(f"note: {path} does not exist: using {usual}", file=sys.stderr)
+    return usual
+
+
 def main():
     arguments = parse_arguments()
     if arguments.max_new_tokens < 1:
@@ -36,17 +46,18 @@ def main():
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
     device = resolve_device(arguments.device)
-    contents = load_checkpoint(arguments.checkpoint)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    contents = load_checkpoint(checkpoint)
     scripts_dir = Path(__file__).resolve().parent
-    tokenizer = open_tokenizer(arguments.tokenizer, arguments.checkpoint, contents, scripts_dir)
-    model = load_model(contents, arguments.checkpoint, device, resolve_dtype(arguments.dtype, device))
+    tokenizer = open_tokenizer(arguments.tokenizer, checkpoint, contents, scripts_dir)
+    model = load_model(contents, checkpoint, device, resolve_dtype(arguments.dtype, device))
 
     def write(prompt: str):
         print(prompt, end="", flush=True)
         tokens, start = 0, time.perf_counter()
-        for piece in stream_text(model, tokenizer, prompt, arguments.max_new_tokens, sampling):
+        for token, piece in stream_text(model, tokenizer, prompt, arguments.max_new_tokens, sampling):
             print(piece, end="", flush=True)
-            tokens += 1
+            tokens += token is not None
         seconds = time.perf_counter() - start
         print(f"\n[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
@@ -60,8 +71,6 @@ def main():
         except EOFError:
             print()
             return
-        except UnicodeDecodeError:
-            print("error: the prompt is not valid UTF-8", file=sys.stderr)
         except InputError as error:  # a prompt too long is no reason to end the session
             print(f"error: {error}", file=sys.stderr)
 

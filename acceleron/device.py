@@ -54,11 +54,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def missing_compiler(device: torch.device) -> str | None:
     """The compiler that torch.compile needs for this device and that is not here; None if nothing is missing."""
-    if device.type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    else:
-        compiler = os.environ.get("CC", "gcc")
-    return None if shutil.which(compiler.split()[0]) else compiler
+    usual = "gcc" if device.type == "cuda" else "clang++" if sys.platform == "darwin" else "g++"
+    command = os.environ.get("CC" if device.type == "cuda" else "CXX", "").split() or [usual]
+    return None if shutil.which(command[0]) else command[0]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -137,5 +137,5 @@ def require_correct_kernels(
             return
     raise InputError(
         f"the Triton kernels fail their check on this device: {result}; pass --kernels reference, and find the op with "
-        f"`python -m bench ops --check_only --size {size}`"
+        f"`python -m bench ops --check_only --model_size {size}`"
     )

@@ -7,7 +7,7 @@ What each does, and its flags, with --help.
 import importlib
 import sys
 
-from acceleron.errors import run_command
+from acceleron.errors import InputError, did_you_mean, run_command
 
 COMMANDS = (
     "throughput", "quality", "memory", "ops", "report", "peers", "decoding", "loader", "checkpoints", "ceilings",
@@ -16,15 +16,15 @@ COMMANDS = (
 
 
 def main():
-    if sys.argv[1:2] in (["-h"], ["--help"]):
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print(__doc__.rstrip())
         return
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(__doc__.rstrip())
     command = sys.argv.pop(1)
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command}: {did_you_mean(command, COMMANDS)}--help lists all")
     sys.argv[0] = f"python -m bench {command}"
-    sys.exit(run_command(importlib.import_module(f"bench.{command}").main))
+    importlib.import_module(f"bench.{command}").main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -72,8 +72,8 @@ def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
 
 
 def main():
-    arguments = parse(__doc__, size="nano", interval=100, rounds=5)
-    size, device = arguments.size, arguments.device
+    arguments = parse(__doc__, model_size="nano", interval=100, rounds=5)
+    size, device = arguments.model_size, arguments.device
     results = Results(arguments.output, device)
     batch_size, seq_len = (MICRO_BATCH[size], SEQ_LEN) if device.type == "cuda" else (CPU_BATCH[size], CPU_SEQ_LEN)
     shape = dict(batch_size=batch_size, seq_len=seq_len)

@@ -13,11 +13,12 @@ from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES, resolve_device, resolve_dtype
 from acceleron.errors import InputError
+from acceleron.flags import Parser
 
 from .rows import Results, Row, describe, print_rows, progress
 from .timing import interleave
 
-CHOICES = {"size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto", "triton", "reference")}
+CHOICES = {"model_size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": ("auto", "triton", "reference")}
 
 
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
     A type as default makes a flag of that type, None if it is not given; a list makes one that takes several values.
     choices: beside CHOICES. Raises InputError for a bad value.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = CHOICES | (choices or {})
     for name, default in ({"device": "auto"} | defaults).items():
         given = dict(choices=choices.get(name), default=default, type=type(default), help="default: %(default)s")

@@ -39,6 +39,7 @@ from acceleron import ModelConfig, kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES as TRAINING_DTYPES
 from acceleron.errors import InputError
+from acceleron.flags import Parser
 from acceleron.kernels import configs, launch
 from acceleron.kernels.launch import Device
 
@@ -221,9 +222,9 @@ def complaints(row: dict) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
+    parser.add_argument("--model_size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tokens", type=int, help="instead of the size's own, and without further variants")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a kernel is not fit to ship")
@@ -234,7 +235,8 @@ def main():
     rows, wrong = [], []
     with pool(os.cpu_count() or 1) as call:
         futures = {}
-        for part, arch, dtype, size in product((*GEMMS, *MODULES), arguments.arch, arguments.dtype, arguments.size):
+        chosen = arguments.arch, arguments.dtype, arguments.model_size
+        for part, arch, dtype, size in product((*GEMMS, *MODULES), *chosen):
             variants = [(arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN, True)]
             if arguments.check and not arguments.tokens and arch == "sm_90":
                 variants += [(256, True), (variants[0][0], False)]

@@ -79,7 +79,7 @@ def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterato
 
 
 def main():
-    arguments = parse(__doc__, device="cpu", size="tiny", dtype="bf16", rounds=5)
-    prompt = torch.randint(PRESETS[arguments.size].vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
-    entries = [entry(source, arguments.size, arguments.dtype, prompt) for source in ("Acceleron", PEERS[False])]
+    arguments = parse(__doc__, device="cpu", model_size="tiny", dtype="bf16", rounds=5)
+    prompt = torch.randint(PRESETS[arguments.model_size].vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
+    entries = [entry(source, arguments.model_size, arguments.dtype, prompt) for source in ("Acceleron", PEERS[False])]
     compete(entries, arguments.rounds, Results(arguments.output, arguments.device), ours=1)

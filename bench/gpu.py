@@ -86,39 +86,39 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
             # 7 s of two cores per size, 16 cores.
-            Part("compile", 25, [*compiled, "--size", *arguments["two"].split()]),
+            Part("compile", 25, [*compiled, "--model_size", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
-            Part("kernels", 45, bench("ops --check_only --provider triton --size {two} {checks}"), interpreted),
+            Part("kernels", 45, bench("ops --check_only --provider triton --model_size {two} {checks}"), interpreted),
             # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 3 rounds of 2 s.
-            Part("throughput and profile", 90, bench("throughput --size {one} {train} --profile")),
+            Part("throughput and profile", 90, bench("throughput --model_size {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
-            Part("attention", 35, bench("ops --op attention --size {all} {attention}")),
+            Part("attention", 35, bench("ops --op attention --model_size {all} {attention}")),
             report,
         ]
     tuned = {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}
     if stage == "tune":
         return [
             # Bounded by its own budget, which leaves 15 s to start. A candidate takes some 2 s to compile, on 15 cores.
-            Part("tune", 115, bench("tune --size {all} {tune}"), interpreted),
-            Part("throughput, tuned", 75, bench("throughput --size {two} {train}"), tuned),
+            Part("tune", 115, bench("tune --model_size {all} {tune}"), interpreted),
+            Part("throughput, tuned", 75, bench("throughput --model_size {two} {train}"), tuned),
             report,
         ]
     if stage == "full":
         return [
-            Part("compile", 35, [*compiled, "--size", *arguments["all"].split()]),
+            Part("compile", 35, [*compiled, "--model_size", *arguments["all"].split()]),
             # 30 s until all processes have checked their models; then 18 (tiny), 20, 36 and 70 s (large).
-            Part("throughput", 205, bench("throughput --size {all} {train} --profile")),
+            Part("throughput", 205, bench("throughput --model_size {all} {train} --profile")),
             report,
         ]
     return [
         # Runs of nano, eager and compiled.
         Part("resume", 40, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["resume"]]),
         # The experts beside their peers.
-        Part("ops", 80, bench("ops {ops} --size {published} {all} --provider", *PROVIDERS)),
+        Part("ops", 80, bench("ops {ops} --model_size {published} {all} --provider", *PROVIDERS)),
         # transformers is imported too.
-        Part("memory", 30, bench("memory --size {one} {memory}")),
-        Part("predecessor's command", 40, bench("throughput --size {one} {train} --mode predecessor")),
-        Part("deterministic", 45, bench("throughput --size {one} {train} --mode deterministic")),
+        Part("memory", 30, bench("memory --model_size {one} {memory}")),
+        Part("predecessor's command", 40, bench("throughput --model_size {one} {train} --mode predecessor")),
+        Part("deterministic", 45, bench("throughput --model_size {one} {train} --mode deterministic")),
         report,
     ]
 

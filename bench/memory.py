@@ -141,12 +141,12 @@ def row_of(contender: Contender, device: torch.device) -> Row:
 
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    arguments = parse(__doc__, size="tiny", tokens=SEQ_LEN, dtype="auto")
+    arguments = parse(__doc__, model_size="tiny", tokens=SEQ_LEN, dtype="auto")
     device, dtype, tokens, failed = arguments.device, arguments.dtype, arguments.tokens, False
     if tokens < 2 or (tokens > SEQ_LEN and tokens % SEQ_LEN):
         raise InputError(f"--tokens {tokens}: expected 2 to {SEQ_LEN}, or a multiple of {SEQ_LEN}")
     results, ours = Results(arguments.output, device), our_backend(device, dtype)
-    shape = (arguments.size, dtype, max(1, tokens // SEQ_LEN), min(tokens, SEQ_LEN))
+    shape = (arguments.model_size, dtype, max(1, tokens // SEQ_LEN), min(tokens, SEQ_LEN))
     variants = [(ours, variant) for variant in VARIANTS[: 3 if missing_compiler(device) else 4]]
     variants += [("transformers", {}), ("transformers", {"dense": True})]
     for block, (source, variant) in progress(list(product((True, False), variants)), "contenders"):

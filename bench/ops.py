@@ -1,6 +1,6 @@
 """Every op of acceleron.kernels, and attention, against plain PyTorch, eager and compiled, and installed peers.
 
-python -m bench ops [--size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
+python -m bench ops [--model_size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
 
 Each provider is checked, then timed in rounds interleaved with the others, at the shapes of the model sizes and, for
 expert_mlp, at those that its peers publish. "forward" keeps nothing for backward, as in an evaluation. expert_mlp
@@ -314,13 +314,13 @@ def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) 
 
 
 def main():
-    choices = {"size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
-    flags = dict(size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
+    choices = {"model_size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
+    flags = dict(model_size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
     arguments = parse(__doc__, choices, **flags)
     device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
     if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    sizes, ops = arguments.size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
+    sizes, ops = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
     settings = Settings(tuple(sizes), tuple(ops), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
     known = {provider.name for case in settings.cases() for provider in providers(case, device)}
     if unknown := sorted(set(wanted or ()) - known):

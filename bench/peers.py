@@ -184,11 +184,11 @@ def entry(contender: Contender, device: torch.device) -> Iterator:
 
 
 def main():
-    arguments = parse(__doc__, size="tiny", dtype="auto", rounds=5, batch_size=2, seq_len=1024)
-    device, longest = arguments.device, PRESETS[arguments.size].max_seq_len
+    arguments = parse(__doc__, model_size="tiny", dtype="auto", rounds=5, batch_size=2, seq_len=1024)
+    device, longest = arguments.device, PRESETS[arguments.model_size].max_seq_len
     if not 2 <= arguments.seq_len <= longest:
         raise InputError(f"--seq_len {arguments.seq_len}: expected 2 to {longest}")
-    shape = (arguments.size, arguments.dtype, arguments.batch_size, arguments.seq_len)
+    shape = (arguments.model_size, arguments.dtype, arguments.batch_size, arguments.seq_len)
     compiled, ours = missing_compiler(device) is None, our_backend(device, arguments.dtype)
     contenders = [Contender(ours, *shape, dense=dense, compiled=compiled) for dense in (False, True)]
     contenders += [Contender("transformers", *shape, dense=dense) for dense in (False, True)]

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from acceleron.errors import InputError
+from acceleron.flags import Parser
 
 from .quality import final_runs, summary
 from .rows import FILE, Row, default_directory, number, ranged, ratio, read, spread
@@ -164,7 +165,7 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="default: the newest results")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="earlier results, to mark what changed")
     given = parser.parse_args()

@@ -14,6 +14,8 @@ from collections import Counter
 
 import pandas as pd
 
+from acceleron.flags import Parser
+
 from .compile import SIZES, refuse_interpreter
 from .shapes import batch_shape
 from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
@@ -98,13 +100,13 @@ def totals(size: str, gpu: str, moe: Step, dense: Step) -> pd.DataFrame:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--gpu", choices=CEILINGS, default="h100")
     for name in ("batch_size", "grad_accum", "seq_len"):
         parser.add_argument(f"--{name}", type=int, help="default: as in bench throughput on a GPU")
     arguments = parser.parse_args()
-    shapes = {size: batch_shape(size, True, arguments) for size in arguments.size}
+    shapes = {size: batch_shape(size, True, arguments) for size in arguments.model_size}
     refuse_interpreter()
     for size, (batch_size, accum, seq_len) in shapes.items():
         steps = []

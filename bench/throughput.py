@@ -234,7 +234,7 @@ def compete(found: list[Contender], rounds: int, seconds: float, peak: float, wi
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
-    flags = dict(size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
+    flags = dict(model_size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
     flags |= dict(rounds=5, seconds=3.0, limit=600.0, profile=False)
     arguments = parse(__doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, **flags)
     device = arguments.device
@@ -244,7 +244,7 @@ def main():
             kernels.select(backend, device)
     except ValueError as error:
         raise InputError(str(error)) from error
-    sizes = arguments.size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])
+    sizes = arguments.model_size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])
     modes = arguments.mode or [mode for mode in MODES if on_gpu or mode not in GPU_MODES]
     for size in sizes:
         batch_shape(size, on_gpu, arguments)

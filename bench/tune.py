@@ -1,6 +1,6 @@
 """Search the grouped GEMMs' configurations on this GPU, and write those that beat the rule's to DIR/tuned.jsonl.
 
-python -m bench tune [--size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
+python -m bench tune [--model_size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
 
 bench/candidates.jsonl has up to 12 candidates for each size and GEMM, best estimate first, as the values of
 `configs.Config`. They differ from the rule's and compile for sm_90 on Triton 3.6.0 without a complaint of
@@ -98,7 +98,7 @@ def tune(candidates: dict[ops.Settings, list[Config]], results: Results, seconds
 
 def main():
     choices = {"dtype": ("auto", "bf16", "fp16")}
-    arguments = parse(__doc__, choices, size=list(SIZES), dtype="auto", tokens=int, seconds=600.0, limit=60.0)
+    arguments = parse(__doc__, choices, model_size=list(SIZES), dtype="auto", tokens=int, seconds=600.0, limit=60.0)
     device, dtype = arguments.device, arguments.dtype
     at, x = launch.device_of(torch.empty(0, device=device)), torch.empty(0, 8, dtype=dtype, device=device)
     if not (at and configs.tma_available("rows", at, x)):
@@ -106,7 +106,7 @@ def main():
     lines = map(json.loads, CANDIDATES.read_text().splitlines())
     known = {(line["size"], line["op"]): [Config(*config) for config in line["configs"]] for line in lines}
     candidates = {}
-    for size, op in product(arguments.size, GEMMS):
+    for size, op in product(arguments.model_size, GEMMS):
         tokens = arguments.tokens or MICRO_BATCH[size] * SEQ_LEN
         candidates[ops.Settings((size,), (op,), tokens, dtype, device)] = known.get((size, op), [])
     tune(candidates, Results(arguments.output, device), arguments.seconds, arguments.limit)

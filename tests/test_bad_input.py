@@ -3,6 +3,7 @@
 Most cases run in this process; the last ones are commands of their own, with a worker process in one.
 """
 
+import os
 import pickle
 import shlex
 import shutil
@@ -114,6 +115,10 @@ def trap(here):
     ("flags", "culprit"),
     [
         ("--data_dir nowhere", "nowhere"),
+        ("--data_dir data/shard_00000.npy", "name the directory that it is in, data"),
+        ("--tokenizer gpt2", "names of the hub are not supported yet"),
+        ("--tokenizer EleutherAI/gpt-neox-20b", "names of the hub are not supported yet"),
+        ("--save_dir caf\udce9", "not valid UTF-8"),
         ("--tokenizer nowhere.json", "nowhere.json"),
         ("--vocab_size 256", "tokenizer has 300 entries"),
         ("--tokenizer large.json --vocab_size 384", "tokenizer has 400 entries"),
@@ -154,9 +159,7 @@ def test_triton_on_a_cpu(refusal, monkeypatch):
 @pytest.mark.parametrize("script", [train, generate], ids=["train", "generate"])
 def test_flags_that_argparse_refuses(refusal, script, flags):
     required = ["--checkpoint", "good.pt"] if script is generate else []
-    lines = refusal(script, *required, *flags.split())
-    assert flags.split()[0] in lines[-1]
-    assert "Traceback" not in "".join(lines)
+    assert_error(refusal(script, *required, *flags.split()), flags.split()[0])
 
 
 def save(array, path=SHARD):
@@ -305,6 +308,38 @@ def test_the_directory_of_an_earlier_run_is_left_alone(here, refusal):
 def test_flags_of_generate(refusal, flags, culprit):
     flags = ["--checkpoint", "good.pt", "--prompt", "word1", "--device", "cpu", *flags.split(" ")]
     assert_error(refusal(generate, *flags), culprit)
+
+
+def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch, capsys):
+    (here / "checkpoints").mkdir()
+    (here / "good.pt").rename(here / "checkpoints" / "checkpoint_5000.pt")
+    shutil.copy(here / "data" / "tokenizer.json", here / "checkpoints")
+    flags = "--checkpoint checkpoint_5000.pt --prompt word1 --max_new_tokens 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags.split()])
+    assert run_command(generate.main) == 0
+    note = "note: checkpoint_5000.pt does not exist: using checkpoints/checkpoint_5000.pt"
+    assert note in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "shown"),
+    [
+        ("<&- >&- 2>&-", 0, ""),
+        ("--prompt wörd >/dev/full", 3, ""),
+        ("<<< wörd", 0, r"w\udcc3\udcb6rd"),
+    ],
+)
+def test_generate_on_any_terminal(here, redirected, status, shown):
+    """Each can show ASCII only."""
+    flags = "--checkpoint good.pt --tokenizer data/tokenizer.json --max_new_tokens 2 --device cpu"
+    run = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {ROOT / 'generate.py'} {flags} {redirected}"],
+        capture_output=True, text=True, timeout=HANG, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert run.returncode == status, run.stderr
+    assert shown in run.stdout
+    assert "Traceback" not in run.stderr
+    assert run.stderr.count("error:") == (status != 0 or "<<<" in redirected)
 
 
 def command(script, *arguments):

@@ -2,10 +2,14 @@
 
 import errno
 import os
+import signal
+import sys
+import time
 
 import pytest
 
-from acceleron.errors import InputError, RunFailed, RunStopped, file_error, run_command
+from acceleron.errors import InputError, RunFailed, RunStopped, file_error, path_error, run_command
+from acceleron.flags import Parser
 
 
 @pytest.mark.parametrize(
@@ -16,6 +20,9 @@ from acceleron.errors import InputError, RunFailed, RunStopped, file_error, run_
         (RunStopped("SIGTERM: stopped at step 7"), 75, "SIGTERM: stopped at step 7"),
         (MemoryError(), 2, "error: out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (OSError(errno.ENOSPC, "No space left"), 3, "error: the output: cannot be read or written (No space left)"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: cannot be read or written (Permission"),
     ],
 )
 def test_each_end_has_its_status_and_one_line(error, status, said, capsys):
@@ -25,6 +32,80 @@ def test_each_end_has_its_status_and_one_line(error, status, said, capsys):
     assert run_command(main) == status
     assert said in capsys.readouterr().err
     assert run_command(lambda: None) == 0
+
+
+def test_an_exit_has_the_status_that_it_asks_for(capsys):
+    statuses = [run_command(lambda code=code: sys.exit(code)) for code in (None, 0, True, 2, "why")]
+    assert statuses == [0, 0, 1, 2, 1]
+    assert capsys.readouterr().err == "why\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_which_cleans_up(number):
+    """Even if a second one follows, and though a library takes every Exception."""
+    cleaned = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except Exception:
+            pytest.fail("swallowed")
+        finally:
+            os.kill(os.getpid(), number)
+            cleaned.append(True)
+
+    assert run_command(main) == 75
+    assert cleaned
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_blank_environment_variables_count_as_unset(monkeypatch):
+    for name in ("CXX", "CC", "ACCELERON_TUNED", "ACCELERON_NO_TMA"):
+        monkeypatch.setenv(name, " " * (name == "CC"))
+    monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope")
+    run_command(lambda: None)
+    assert not {"CXX", "CC", "ACCELERON_TUNED", "ACCELERON_NO_TMA"} & os.environ.keys()
+    assert os.environ["ACCELERON_REFERENCE_OPS"] == "rope"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--data_dir x --bathc_size 2", "unknown flag --bathc_size: did you mean --batch_size?"),
+        ("--batch-size=2", "did you mean --batch_size?"),
+        ("-batch_size 2", "did you mean --batch_size?"),
+        ("--qqq", "unknown flag --qqq: --help"),
+        ("--batch_size two", "--batch_size: invalid int value: 'two'"),
+        ("--data_dir caf\udce9", r"'caf\udce9' is not valid UTF-8"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(given, said):
+    parser = Parser()
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--temperature", type=float)
+    with pytest.raises(InputError, match=r"\A.*\Z") as error:
+        parser.parse_args(given.split())
+    assert said in str(error.value)
+    assert parser.parse_args(["--temperature", "-1", "--data_dir=--x"]).data_dir == "--x"
+
+
+def test_a_path_that_is_not_there_is_an_error_that_says_what_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("shard_00000.npy", "tokenizer.json", ".hidden"):
+        (tmp_path / "data" / name).touch()
+    there = "data holds shard_00000.npy, tokenizer.json"
+    for path, wanted, said in (
+        ("data/tokeniser.json", "file", f"does not exist: did you mean tokenizer.json? {there}"),
+        ("data/x", "file", f"does not exist: {there}"),
+        ("dta", "directory", "does not exist: did you mean data? the current directory holds data"),
+        ("data/tokenizer.json", "directory", "is a file, not a directory: name the directory that it is in, data"),
+        ("data", "file", "is a directory: name a file in it; it holds shard_00000.npy, tokenizer.json"),
+        ("no/x", "file", "does not exist, nor can no be read (there is no such directory)"),
+    ):
+        assert str(path_error("--flag", path, wanted)) == f"--flag {path} {said}"
 
 
 def test_a_bug_is_not_hidden():

@@ -1,16 +1,17 @@
 """Sampling, the KV cache, streaming."""
 
 import math
+import random
 from itertools import pairwise
 
 import pytest
 import torch
 from test_model import small_model, token_ids, unit_scale
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from acceleron import generation
 from acceleron.attention import KVCache
-from acceleron.data.tokenizer import train_tokenizer
+from acceleron.data.tokenizer import END_OF_TEXT, train_tokenizer
 from acceleron.errors import InputError
 from acceleron.generation import Sampling, generate, pick, prepare_for_inference, stream_text
 
@@ -107,22 +108,73 @@ def test_impossible_sampling_is_refused(values):
         Sampling(**values)
 
 
-def test_streamed_pieces_join_to_the_text(monkeypatch, model):
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's: a character that has no token is its bytes."""
+    tokens = [END_OF_TEXT, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁:Sabcdegnoprty"]
+    tokenizer = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(spaces)
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    pieces = [(END_OF_TEXT, 0.0), ("<unk>", 0.0), *((token, -3.0) for token in ["▁end", *"▁:Sabcdegnoprtyößr–漢字🎉"])]
+    tokenizer = Tokenizer(models.Unigram(pieces, 1))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": lambda: train_tokenizer(["plain ascii only"], 258 + 20),
+    "byte-fallback": byte_fallback,
+    "metaspace": metaspace,
+}
+
+
+def stream(monkeypatch, model, tokenizer, prompt: str, script: list[int]) -> list[tuple]:
+    """What is streamed of a model that continues with these ids."""
+    monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: iter(script))
+    return list(stream_text(model, tokenizer, prompt, 100, GREEDY))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_streamed_pieces_join_to_the_text(monkeypatch, model, kind):
     """Characters of several bytes arrive a byte at a time: nothing is shown before they are whole."""
     text = "größer – 漢字 🎉 end"
-    tokenizer = train_tokenizer(["plain ascii only"], 258 + 20)
-    script = tokenizer.encode(text).ids
-    assert len(script) > len(text)
-    monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: iter(script))
-    pieces = list(stream_text(model, tokenizer, "Say: ", 100, GREEDY))
-    assert len(pieces) == len(script)
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces)
+    tokenizer = TOKENIZERS[kind]()
+    start = len(tokenizer.encode("Say: ").ids)
+    script = tokenizer.encode("Say: " + text).ids[start:]
+    assert tokenizer.decode(script).strip() == text
+    streamed = stream(monkeypatch, model, tokenizer, "Say: ", script)
+    assert [token for token, _ in streamed] == script
+    assert "".join(piece for _, piece in streamed) == text
+    assert all("\ufffd" not in piece for _, piece in streamed)
+    assert streamed[0][1] == "g"  # at once
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_any_ids_stream_to_what_they_decode_to(monkeypatch, model, kind):
+    """Bytes that are no character, one that is cut off at the end, special tokens, and bytes that a prompt ends in."""
+    tokenizer = TOKENIZERS[kind]()
+    draw = random.Random(0)
+    for prompt in ("", "Say: ", "漢"):
+        prompt_ids = tokenizer.encode(prompt).ids or [0]
+        for length in (1, 2, 5, 60):
+            script = [draw.randrange(tokenizer.get_vocab_size()) for _ in range(length)]
+            streamed = stream(monkeypatch, model, tokenizer, prompt, script)
+            assert [token for token, _ in streamed if token is not None] == script
+            whole = tokenizer.decode(prompt_ids + script)
+            assert "".join(piece for _, piece in streamed) == whole[len(tokenizer.decode(prompt_ids)) :]
 
 
 def test_prompts_that_are_not_text_are_refused(model):
     tokenizer = train_tokenizer(["plain"], 258)
-    with pytest.raises(InputError, match="not valid UTF-8"):
+    with pytest.raises(InputError, match="not valid text"):
         list(stream_text(model, tokenizer, "\udcff", 5, GREEDY))
 
 

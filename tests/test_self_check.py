@@ -121,7 +121,7 @@ def test_a_run_on_wrong_kernels_stops_before_it_writes(options, tmp_path, monkey
     message = (
         r"^the Triton kernels fail their check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an error of "
         r"0\.02, and 0\.0001 is allowed; pass --kernels reference, and find the op with "
-        r"`python -m bench ops --check_only --size nano`$"
+        r"`python -m bench ops --check_only --model_size nano`$"
     )
     with pytest.raises(InputError, match=message):
         train(options("run"))

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from functools import partial
 
 from ..errors import run_command
+from ..flags import Parser
 from .download import download
 from .prepare import prepare
 
@@ -17,7 +17,11 @@ def _positive(text: str) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m acceleron.data", description=__doc__)
+    sys.exit(run_command(run))
+
+
+def run():
+    parser = Parser(prog="python -m acceleron.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="turn text into shards")
     preparing.add_argument("--input", nargs="+", required=True, help="text or .jsonl files, or directories of them")
@@ -30,10 +34,9 @@ def main():
     downloading.add_argument("--output", required=True, help="directory for the shards")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
-        run = partial(prepare, arguments.input, arguments.output, arguments.tokenizer, arguments.vocab_size)
+        prepare(arguments.input, arguments.output, arguments.tokenizer, arguments.vocab_size)
     else:
-        run = partial(download, arguments.repo, arguments.shards, arguments.output)
-    sys.exit(run_command(run))
+        download(arguments.repo, arguments.shards, arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, file_error
 
 
 def download(repo: str, num_shards: int, output: str):
@@ -29,9 +29,11 @@ def download(repo: str, num_shards: int, output: str):
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
             raise InputError(f"--repo {repo}: several folders have shards of one name; fetch one folder by hand")
         wanted = shards[:num_shards] + [name for name in names if name == "tokenizer.json"]
-        for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True):
+        for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))
     except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: the network; OSError: the hub, the disk
+        if isinstance(error, OSError) and error.errno:
+            raise file_error(f"--output {output}: cannot be written", error) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--repo {repo}: {reason}") from error
     print(f"{output}: {num_shards} shards of {repo}")

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..errors import InputError, file_error
+from ..errors import InputError, file_error, path_error
 from ..log import say
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
 from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, train_tokenizer, without_duplicates
@@ -117,6 +117,8 @@ class _Corpus:
                 else:
                     self._refuse(path, InputError(f"{path}: neither a file nor a directory; save it as a file"))
             except OSError as error:
+                if path in self.named and not path.exists():
+                    raise path_error("--input", path, "file") from error
                 self._refuse(path, InputError(f"{path}: cannot be read ({error.strerror})"))
 
     def _refuse(self, path: Path, error: InputError):
@@ -131,7 +133,8 @@ class _Corpus:
         self.left_out[path] = reason
 
     def documents(self, what: str) -> Iterator[str]:
-        with tqdm(total=sum(self.files.values()), desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        total = sum(self.files.values())
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path, size in self.files.items():
                 try:
                     yield from read_documents(path)

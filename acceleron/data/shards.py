@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from ..errors import InputError
+from ..errors import InputError, path_error
 from ..log import say
 
 ROW_LENGTH = 2048
@@ -137,9 +137,7 @@ class Shards:
     def __init__(self, data_dir: str | Path, known: list | None = None):
         directory = Path(data_dir)
         if not directory.is_dir():
-            raise InputError(
-                f"data directory {directory} does not exist: make it with `python -m acceleron.data prepare`"
-            )
+            raise path_error("--data_dir", directory, "directory")
         names = {path.name for path in directory.glob("shard_*.npy")}
         if not names:
             raise InputError(

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ..config import MAX_VOCAB_SIZE, brief
-from ..errors import InputError
+from ..errors import InputError, path_error
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -39,8 +39,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Absurd is what would take memory or time out of proportion to its use; such a file never reaches the library, in
     which some of them end the process.
     """
+    if not Path(path).exists() and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.json)", str(path)):
+        raise InputError(
+            f"--tokenizer {path} does not exist, and names of the hub are not supported yet: "
+            f"`hf download {path} tokenizer.json --local-dir .`, then --tokenizer tokenizer.json"
+        )
     if not Path(path).is_file():
-        raise InputError(f"tokenizer {path} does not exist: name one with --tokenizer")
+        raise path_error("--tokenizer", path, "file")
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -141,6 +146,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # it goes to stdout, and panics if that is full
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer

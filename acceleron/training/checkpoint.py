@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig, brief
-from ..errors import InputError
+from ..errors import InputError, path_error
 from ..log import say
 
 FORMAT = 2
@@ -116,10 +116,8 @@ def load_checkpoint(path: str | Path) -> dict:
     would run code, or is not a checkpoint of this project and version.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: name a checkpoint in it, or pass --resume auto --save_dir {path}")
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
+    if path.is_dir() or not path.exists():
+        raise path_error("checkpoint", path, "file")
     verify_archive(path)
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

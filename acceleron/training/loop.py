@@ -28,14 +28,15 @@ from .checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkp
 from .lock import DirectoryLock
 from .metrics import Metrics, describe, flops_per_token
 from .options import TrainOptions
-from .run import Run
+from .run import POLL_SECONDS, Run
 from .saver import Saver
 from .schedule import learning_rate
 from .stop import StopSignals
 
 # After a checkpoint that could not be written, until the next attempt.
 RETRY_SECONDS = 60.0
-# A run's last checkpoint has no later one to make up for it: it is tried so often, and for so long if nobody waits.
+# A run's last checkpoint has no later one to make up for it: it is tried so often, and for so long unless a stop is
+# asked for. The wait between two attempts doubles up to RETRY_SECONDS.
 LAST_ATTEMPTS, LAST_RETRY_SECONDS, LAST_PATIENCE = 3, 3.0, 900.0
 
 
@@ -264,12 +265,12 @@ class Trainer:
         self.save_begun, self.retry_at = self.run.steps, math.inf
         self.save_wait += time.perf_counter() - start
 
-    def _settle_save(self):
+    def _settle_save(self, quiet: bool = False):
         self.saver.wait()
-        self._report_save()
+        self._report_save(quiet)
 
-    def _report_save(self):
-        """Say how the last attempt to save ended, once it has."""
+    def _report_save(self, quiet: bool = False):
+        """Say how the last attempt to save ended, once it has; quiet: unless it failed."""
         outcome = self.saver.outcome()
         if outcome is None:
             return
@@ -279,7 +280,8 @@ class Trainer:
             say(f"saved {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.2f} s", sys.stdout)
         else:
             self.retry_at = time.monotonic() + RETRY_SECONDS
-            say(f"warning: {outcome.path} could not be written ({outcome.error}); {self._last_good()}")
+            if not quiet:
+                say(f"warning: {outcome.path} could not be written ({outcome.error}); {self._last_good()}")
 
     def _save_last(self) -> str:
         """Save what is not saved yet, and wait until that is done; says what holds the run now.
@@ -292,7 +294,7 @@ class Trainer:
         if self.diverged and run.steps >= self.options.max_steps and self.saved_step < run.steps:
             self._fail_diverged("the last one, with a validation loss that is not finite")
         while True:
-            self._settle_save()
+            self._settle_save(quiet=attempts > 1)
             if self.saved_step == run.steps:
                 path = self.saved.get(run.steps, self.resumed_from)
                 return f"{path} holds all of it" if path else "nothing was learned yet"
@@ -301,10 +303,19 @@ class Trainer:
                     f"step {run.steps} could not be saved in {attempts} attempts; {self._last_good()}: make room, or "
                     "mend the disk, and go on with --resume auto"
                 )
+            if attempts == 1:
+                minutes = LAST_PATIENCE / 60
+                say(f"trying again for {minutes:.0f} minutes, every {LAST_RETRY_SECONDS:.0f} to {RETRY_SECONDS:.0f} s")
             if attempts:
-                time.sleep(LAST_RETRY_SECONDS)
+                self._wait_to_retry(min(LAST_RETRY_SECONDS * 2 ** (attempts - 1), RETRY_SECONDS))
             self._save()
             attempts += 1
+
+    def _wait_to_retry(self, seconds: float):
+        """Once a stop is asked for, at most LAST_RETRY_SECONDS."""
+        start = time.monotonic()
+        while time.monotonic() < start + (min(seconds, LAST_RETRY_SECONDS) if self._stopped() else seconds):
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def _saved_before_errors(self):

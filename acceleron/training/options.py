@@ -1,10 +1,10 @@
 """Every flag of train.py: one field each, with its default and help."""
 
-import argparse
 from dataclasses import dataclass, field, fields
 
 from ..config import PRESETS
 from ..errors import InputError
+from ..flags import Parser
 
 MAX_BATCH_SIZE = 1 << 20
 
@@ -102,10 +102,8 @@ class TrainOptions:
 
 
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
-    """TrainOptions from a command line; argparse exits with status 2 on a flag it doesn't know."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Pretrain a Mixture-of-Experts language model.", allow_abbrev=False
-    )
+    """TrainOptions from a command line. Raises InputError for a flag that there is none, or a bad value."""
+    parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
     for f in fields(TrainOptions):
         flag, text = f"--{f.name}", f.metadata["help"]
         if f.type is bool:

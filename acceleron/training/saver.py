@@ -1,8 +1,11 @@
 """Checkpoints written while the training goes on."""
 
+import errno
 import os
+import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import PARTIAL, replacing
 from ..log import say
-from .checkpoint import checkpoint_path, list_checkpoints, verify_archive
+from .checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
 
 
 class Outcome(NamedTuple):
@@ -93,6 +96,10 @@ class Saver:
             # torch hides a failing write behind an error of its own, at what it left behind.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             reason = str(getattr(cause, "strerror", None) or cause).split("\n")[0]
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                with suppress(OSError):
+                    needed, free = tensor_bytes(contents) / 1e6, shutil.disk_usage(self.directory).free / 1e6
+                    reason += f": it takes {needed:,.1f} MB, and {free:,.1f} MB are free"
         self._outcome = Outcome(path, contents["step"], size, time.perf_counter() - start, reason)
 
     def _delete_old(self, newest: int, good_step: int):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from acceleron.flags import Parser
 from bench import gpu
+from bench.__main__ import main
 from bench.gpu import Part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,27 @@ def test_bad_flags_are_refused_with_the_usage(tmp_path):
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert "usage: bench/gpu.sh" in done.stderr
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("stage", gpu.SECONDS)
+def test_every_part_has_flags_that_its_command_takes(monkeypatch, tmp_path, stage, smoke):
+    class Parsed(BaseException):
+        pass
+
+    def stop(parser, args=None, namespace=None):
+        parse_args(parser)
+        raise Parsed
+
+    parse_args = Parser.parse_args
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # throughput's
+    commands = [part.command[2:] for part in gpu.parts(stage, smoke, tmp_path) if part.command[1] == "bench"]
+    assert len(commands) > 2
+    for words in commands:
+        monkeypatch.setattr("sys.argv", ["bench", *words])
+        with pytest.raises(Parsed):
+            main()
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_the_command_goes_on_after_a_failure_and_exits_with_1(monkeypatch, tmp_p
     pytest.importorskip("transformers")
     monkeypatch.setattr(memory, "VARIANTS", ({},))
     monkeypatch.setattr(memory, "build_optimizer", lambda *_: torch.empty(1 << 60))  # out of memory
-    flags = ["--size", "nano", "--tokens", "32", "--dtype", "fp32", "--device", "cpu", "--output", str(tmp_path)]
+    flags = ["--model_size", "nano", "--tokens", "32", "--dtype", "fp32", "--device", "cpu", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench memory", *flags])
     with pytest.raises(SystemExit, match="1"):
         memory.main()

@@ -7,7 +7,7 @@ from acceleron.training.saver import Saver
 from bench import checkpoints, decoding, loader, peers, rows
 
 CPU = torch.device("cpu")
-NANO = ["--size", "nano", "--device", "cpu"]
+NANO = ["--model_size", "nano", "--device", "cpu"]
 
 
 @pytest.fixture

@@ -17,13 +17,16 @@ CPU = torch.device("cpu")
 
 def test_a_row_comes_back_with_its_spread_and_its_origin(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERON_NO_TMA", "up")
-    monkeypatch.setattr("sys.orig_argv", ["python", "bench", "--output", "/a private/path", "--size", "tiny"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "bench", "--output", "/a private/path", "--model_size", "tiny"])
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     row = Row("ops", "triton", {"op": "rope"}, "s", values, "rope", "equality", 0.0, 0.0, details={"flops": 3})
     assert Results(str(tmp_path), CPU).write(row)
     assert rows.read(tmp_path) == [row]
     assert {"date", "commit", "device", "versions"} < row.about.keys()
-    assert (row.about["switches"], row.about["command"]) == ({"ACCELERON_NO_TMA": "up"}, "python bench --size tiny")
+    assert (row.about["switches"], row.about["command"]) == (
+        {"ACCELERON_NO_TMA": "up"},
+        "python bench --model_size tiny",
+    )
     written = json.loads((tmp_path / rows.FILE).read_text())
     assert [written[name] for name in ("median", "p20", "p80")] == pytest.approx(np.percentile(values, [50, 20, 80]))
 

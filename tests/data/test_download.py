@@ -163,3 +163,9 @@ def test_no_server(tmp_path):
         closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
         run = download(tmp_path / "out", closed.getsockname()[1])
     assert_refused(run, "--repo someone/Some: ", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written(hub, tmp_path):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "below"
+    assert_refused(download(output, hub.server_port), f"--output {output}: cannot be written", output)

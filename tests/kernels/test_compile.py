@@ -43,7 +43,7 @@ def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess
     ],
 )
 def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
-    flags = ["--arch", arch, "--size", size] + (["--tokens", tokens] if tokens else [])
+    flags = ["--arch", arch, "--model_size", size] + (["--tokens", tokens] if tokens else [])
     process = bench("compile", "--check", *flags, without_tma=without_tma)
     assert process.returncode == 0, process.stdout + process.stderr
     table = process.stdout.partition("\n")[2].rpartition("nothing to complain of")[0]

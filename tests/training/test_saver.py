@@ -1,9 +1,14 @@
 """Checkpoints are whole or not there; a disk that fails costs none that was there, and no run."""
 
 import errno
+import math
 import os
+import re
 import threading
+import time
 import zipfile
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,7 +212,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data_dir, tmp_path, monk
     first = tmp_path / "run" / "checkpoint_4.pt"
     assert len(warnings) == 2
     for warning in warnings:
-        assert f"could not be written (No space left on device); the last good checkpoint is {first}" in warning
+        assert "could not be written (No space left on device: it takes " in warning
+        assert f"; the last good checkpoint is {first}" in warning
     assert list(list_checkpoints(tmp_path / "run")) == [4, 10, 12]  # not 8, nor 9 at once
     assert not any((tmp_path / "run").glob("*.partial"))
     assert_same_bits(learned(tmp_path / "run", 12)[1], learned(tmp_path / "expected", 12)[1])
@@ -226,6 +232,33 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_says_what_rem
     assert len(records(tmp_path)) == 12
     train(options(data_dir, tmp_path, resume="auto"))
     assert load_checkpoint(tmp_path / "checkpoint_12.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("stop_at", [math.inf, 100.0])
+def test_the_last_checkpoint_is_tried_ever_less_often(data_dir, tmp_path, monkeypatch, capsys, full_disk, stop_at):
+    """For a quarter of an hour, or until a stop is asked for; one warning says so, and how much room is needed."""
+    now, starts = [0.0], []
+
+    def sleep(seconds: float):
+        now[0] += seconds
+        if now[0] > stop_at:
+            monkeypatch.setattr(loop.Trainer, "_stopped", lambda trainer: True)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep, perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_500_000))
+    full_disk(*range(1, 1000))
+    fail = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: starts.append(now[0]) or fail(*args))
+    with pytest.raises(RunFailed, match="step 2 could not be saved in"):
+        train(options(data_dir, tmp_path, max_steps=2))
+    waits = [round(after - before) for before, after in pairwise(starts)]
+    assert waits == [3, 6, 12, 24, 48, *([60] * 14 if stop_at > 900 else [7])]  # 7: until the stop
+    said = capsys.readouterr().err
+    assert said.count("could not be written") == 1
+    needed = re.search(r"No space left on device: it takes (\S+) MB, and 1.5 MB are free\)", said)
+    assert 0.2 < float(needed[1]) < 2  # three copies of the weights
+    assert said.count("trying again for 15 minutes, every 3 to 60 s") == 1
 
 
 def test_a_log_that_cannot_be_written_is_written_later(data_dir, tmp_path, monkeypatch, capsys):

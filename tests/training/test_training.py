@@ -15,6 +15,7 @@ from runs import options, records
 from acceleron import Acceleron, ModelConfig
 from acceleron.data.prepare import prepare
 from acceleron.data.tokenizer import train_tokenizer
+from acceleron.device import missing_compiler
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, loop, train
 from acceleron.training.checkpoint import load_checkpoint
@@ -124,6 +125,17 @@ def test_missing_compiler_is_a_warning_and_eager_mode(data_dir, tmp_path, monkey
     assert (tmp_path / "checkpoint_1.pt").exists()
 
 
+@pytest.mark.parametrize(("device", "name", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc")])
+def test_a_blank_compiler_is_the_usual_one(monkeypatch, device, name, usual):
+    monkeypatch.setattr("shutil.which", lambda command: None)
+    monkeypatch.setattr("sys.platform", "linux")
+    for value in ("", "  "):
+        monkeypatch.setenv(name, value)
+        assert missing_compiler(torch.device(device)) == usual
+    monkeypatch.setenv(name, "ccache clang -O2")
+    assert missing_compiler(torch.device(device)) == "ccache"
+
+
 @pytest.mark.parametrize(
     "extra", ["", "--no_compile", "--no_gradient_checkpointing", "--save_interval 1000", "--max_steps 10000"]
 )
@@ -163,6 +175,19 @@ def test_schedules():
     rates = [learning_rate(step, wsd) for step in range(100)]
     assert rates[9:81] == pytest.approx([1.0] * 72)
     assert rates[80:] == pytest.approx(np.linspace(1.0, 0.1, 20))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_warm_up_ends_at_the_peak_and_the_last_step_has_min_lr(schedule):
+    """The latter if there is a step after the peak."""
+    for max_steps in range(1, 30):
+        for warmup in (None, *range(max_steps + 1)):
+            run = TrainOptions(lr=1.0, min_lr=0.1, schedule=schedule, max_steps=max_steps, warmup_steps=warmup)
+            rates = [learning_rate(step, run) for step in range(max_steps)]
+            peak = max(run.num_warmup_steps - 1, 0)
+            assert rates[peak] == 1.0, (max_steps, warmup)
+            assert peak == max_steps - 1 or rates[-1] == pytest.approx(0.1), (max_steps, warmup)
+            assert all(a >= b for a, b in pairwise(rates[peak:])), (max_steps, warmup)
 
 
 def test_norms_have_no_weight_decay():

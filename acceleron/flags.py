@@ -1,0 +1,37 @@
+"""Command lines, whose errors are one line."""
+
+import argparse
+import os
+import re
+import sys
+
+from .errors import InputError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError for a bad command line, with the flag that was meant instead of a usage.
+
+    An argument that is not valid UTF-8 is refused: no library takes such a path.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            try:
+                os.fsencode(argument).decode()
+            except UnicodeError as error:
+                raise InputError(f"{argument!a} is not valid UTF-8: use another name") from error
+        if self._subparsers is None:  # else it is theirs to say
+            known = self._option_string_actions
+            given = (argument.partition("=")[0] for argument in args[: args.index("--") if "--" in args else None])
+            for flag in given:
+                if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
+                    meant = did_you_mean(f"--{flag.lstrip('-')}", known)
+                    raise InputError(f"unknown flag {flag}: {meant}--help lists all")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        raise InputError(message)

@@ -1,0 +1,77 @@
+"""`prepare` as a command: signals, full disks and closed streams."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from waiting import HANG
+
+from acceleron.data.prepare import prepare
+from acceleron.errors import RunFailed
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "\n".join(f"Line {number} of a text that fills some rows." for number in range(3000))
+HOLD = """
+import sys, threading
+from acceleron.data import __main__ as command, prepare
+
+def hold(tokens, directory):
+    (directory / "shard_00000.npy").write_text("half")
+    print("held", flush=True)
+    threading.Event().wait()
+
+prepare._write_shards = hold
+command.main()
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    (tmp_path / "in.txt").write_text(TEXT)
+    return ["prepare", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--vocab_size", "300"]
+
+
+def test_a_signal_leaves_nothing_behind(arguments, tmp_path):
+    command = [sys.executable, "-c", HOLD, *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    assert any((tmp_path / "out").iterdir())
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=HANG)
+    assert (process.returncode, errors) == (75, "SIGTERM: stopped\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 3, "error: the output: cannot be read or written (No space left on device)\n"),
+        (">/dev/full 2>/dev/full", 3, ""),
+    ],
+)
+def test_closed_and_full_streams(arguments, tmp_path, redirected, status, said):
+    """All text is prepared first: what is missing is the line that says so."""
+    command = f'{sys.executable} -m acceleron.data "$@" {redirected}'
+    run = subprocess.run(
+        ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=HANG
+    )
+    assert (run.returncode, run.stderr) == (status, said)
+    assert sorted(os.listdir(tmp_path / "out"))[0] == "shard_00000.npy"
+
+
+def test_a_disk_that_takes_no_more_fails_the_command_and_leaves_nothing_behind(tmp_path):
+    """numpy's short write, which a limit on a file's size ends as a full disk does."""
+    (tmp_path / "in.txt").write_text(TEXT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"--output .*out: cannot be written \(\d+ requested and \d+ written\)"):
+            prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists()
