@@ -33,8 +33,7 @@ class RunFailed(RuntimeError):
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
     """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
-    passing = error.errno in PASSING or " requested and " in str(error)  # a short write of numpy's has no errno
-    return (RunFailed if passing else InputError)(f"{what} ({error.strerror or error})")
+    return (RunFailed if error.errno in PASSING else InputError)(f"{what} ({error.strerror or error})")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -7,10 +7,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from tqdm import tqdm
 
 from ..errors import InputError, file_error
+from .shards import METADATA
 
 
 def download(repo: str, num_shards: int, output: str):
-    """Fetch the first `num_shards` shard_*.npy of a dataset repository, and its tokenizer.json if there is one.
+    """Fetch the first `num_shards` shard_*.npy of a dataset repository, and its tokenizer.json and shards.json if any.
 
     Files that are whole already are not fetched again; a broken transfer is taken up where it broke. Raises
     InputError if the repository can't be reached, has fewer shards, or names one so that it would be written elsewhere.
@@ -28,7 +29,7 @@ def download(repo: str, num_shards: int, output: str):
             raise InputError(f"--shards {num_shards}: {repo} has {len(shards)} shards")
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
             raise InputError(f"--repo {repo}: several folders have shards of one name; fetch one folder by hand")
-        wanted = shards[:num_shards] + [name for name in names if name == "tokenizer.json"]
+        wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]
         for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))
     except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: the network; OSError: the hub, the disk

@@ -258,7 +258,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 
 LONG = some_text(0)
 REFUSALS = {
-    "missing input": ({}, ["--input", "nowhere.txt"], "nowhere.txt: cannot be read (No such file"),
+    "missing input": ({}, ["--input", "nowhere.txt"], "--input nowhere.txt does not exist"),
     "an empty directory": ({"below/.hidden": ""}, ["--input", "below"], "no files there"),
     "the output": ({"out/in.txt": LONG}, ["--input", "out"], "out is or contains the output"),
     "what contains the output": ({"in.txt": LONG}, ["--input", "."], ". is or contains the output"),

@@ -1,5 +1,6 @@
 """`prepare` as a command: signals, full disks and closed streams."""
 
+import errno
 import os
 import resource
 import signal
@@ -7,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from waiting import HANG
 
 from acceleron.data.prepare import prepare
-from acceleron.errors import RunFailed
+from acceleron.errors import InputError, RunFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "\n".join(f"Line {number} of a text that fills some rows." for number in range(3000))
@@ -64,13 +66,24 @@ def test_closed_and_full_streams(arguments, tmp_path, redirected, status, said):
     assert sorted(os.listdir(tmp_path / "out"))[0] == "shard_00000.npy"
 
 
-def test_a_disk_that_takes_no_more_fails_the_command_and_leaves_nothing_behind(tmp_path):
-    """numpy's short write, which a limit on a file's size ends as a full disk does."""
+def test_a_full_disk_fails_the_command_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "in.txt").write_text(TEXT)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(RunFailed, match=r"--output .*out: cannot be written \(No space left on device\)"):
+        prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
+    """numpy's own error for a short write would not say why."""
     (tmp_path / "in.txt").write_text(TEXT)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
-        with pytest.raises(RunFailed, match=r"--output .*out: cannot be written \(\d+ requested and \d+ written\)"):
+        with pytest.raises(InputError, match=r"--output .*out: cannot be written \(File too large\)"):
             prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
