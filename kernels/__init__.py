@@ -84,7 +84,7 @@ else:
     def _autocast(op, name: str, dtype: torch.dtype, arguments: dict):
         """The op under autocast of this dtype; float64 stays."""
         if name == "moe" and arguments["x_TD"].dtype not in (dtype, torch.float64):
-            return _moe_in(dtype, *arguments.values())
+            return _moe_in(dtype, **arguments)
         for argument in _AUTOCAST.get(name, ()):
             if arguments[argument].dtype != torch.float64:
                 arguments[argument] = arguments[argument].to(dtype)

@@ -126,6 +126,19 @@ def test_autocast_changes_no_tokens_experts(backend):
     assert not torch.equal(rounded.counts_E, expected.counts_E)
 
 
+def test_autocast_keeps_a_moes_other_arguments(backend):
+    x, residual = randn(T, D, seed=6), randn(T, D, seed=7)
+    router, w13, w2 = randn(E, D, seed=4), randn(E, 2 * WIDTH, D, seed=2), randn(E, D, WIDTH, seed=3)
+    weights = (router, w13, w2, w13[0], w2[0])
+    with torch.autocast(DEVICE_TYPE, torch.bfloat16):
+        plain = kernels.moe(x, *weights)
+        forced = kernels.moe(x, *weights, force_load_balance=True)
+        added = kernels.moe(x, *weights, residual_TD=residual)
+    assert forced.counts_E.tolist() == [2 * T // E] * E
+    assert plain.counts_E.tolist() != forced.counts_E.tolist()
+    torch.testing.assert_close(added.y_TD - plain.y_TD, residual.bfloat16(), rtol=0.02, atol=0.1)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_under_autocast_is_one_of_that_compute_dtype(dense, compiled, backend):
