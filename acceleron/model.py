@@ -134,6 +134,8 @@ class Acceleron(nn.Module):
             raise ValueError(
                 f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, but got {tuple(labels.shape)}"
             )
+        if labels is not None and labels.dtype != torch.int64:
+            raise ValueError(f"labels: expected int64, but got {labels.dtype}; call .long()")
         x, layers = self.hidden_states(input_ids)
         z_loss, balance_loss, counts_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
@@ -141,7 +143,7 @@ class Acceleron(nn.Module):
             z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
         if labels is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, counts_LE)
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
         cross_entropy = kernels.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
         loss = cross_entropy + self.config.z_loss_coef * z_loss + self.config.balance_loss_coef * balance_loss
         return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, counts_LE)
@@ -159,7 +161,9 @@ class Acceleron(nn.Module):
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.max_seq_len}")
         cos_SC, sin_SC = self.cos_SC[start:end], self.sin_SC[start:end]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        dtype, layers = kernels.autocast_dtype(input_ids.device) or self.compute_dtype, []
+        dtype, layers = self.compute_dtype, []
+        if cache is None:  # which is in the compute dtype
+            dtype = kernels.autocast_dtype(input_ids.device) or dtype
         with kernels.no_autocast(input_ids.device):
             x = F.embedding(input_ids, self.embedding).to(dtype)
             for index, block in enumerate(self.blocks):

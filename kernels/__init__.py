@@ -79,15 +79,21 @@ else:
 
     # Under torch.autocast these arguments are cast to its dtype, as those of F.linear are. The router computes in fp32,
     # the other ops in the dtype of their arguments, and nothing within an op is cast.
-    _AUTOCAST = {"expert_mlp": ("x_TD",), "grouped_gemm": ("x_ND", "w_EFD"), "linear_cross_entropy": ("x_TD",)}
+    _AUTOCAST = {
+        "expert_mlp": ("x_TD",),
+        "grouped_gemm": ("x_ND", "w_EFD"),
+        "linear_cross_entropy": ("x_TD",),
+        "moe": ("residual_TD",),  # and x, but for the router
+    }
 
     def _autocast(op, name: str, dtype: torch.dtype, arguments: dict):
         """The op under autocast of this dtype; float64 stays."""
         if name == "moe" and arguments["x_TD"].dtype not in (dtype, torch.float64):
             return _moe_in(dtype, **arguments)
         for argument in _AUTOCAST.get(name, ()):
-            if arguments[argument].dtype != torch.float64:
-                arguments[argument] = arguments[argument].to(dtype)
+            x = arguments.get(argument)
+            if x is not None and x.dtype != torch.float64:
+                arguments[argument] = x.to(dtype)
         return op(**arguments)
 
     def _moe_in(

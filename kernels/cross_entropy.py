@@ -88,7 +88,8 @@ def _linear_cross_entropy(
     """The mean loss and the gradients of x and the weight, each empty unless it is needed."""
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
-    count = (labels_T != ignore_index).sum()
+    keep_T1 = (labels_T != ignore_index)[:, None]
+    count = keep_T1.sum()
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
     # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
@@ -103,7 +104,8 @@ def _linear_cross_entropy(
     threads = WARPS * (64 if device_of(x_TD).arch.startswith("gfx") else 32)
     for start in range(0, T, max(1, step)):
         chunk = slice(start, start + step)
-        x = x_TD[chunk]
+        # Ignored rows are zeros: 0 times what is not finite would be NaN in the weight's gradient.
+        x = torch.where(keep_T1[chunk], x_TD[chunk], 0)
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
         with torch.cuda.device_of(x):
             _cross_entropy_kernel[(len(x),)](
@@ -145,9 +147,9 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
 
     x_TD: bf16, fp16 or fp32, the compute dtype. weight_VD: fp32 or x's dtype; it is cast to x's for the GEMMs, and its
     gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
-    token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). All contiguous.
-    Returns an fp32 scalar. The logits exist for LOGITS_PER_CHUNK values at a time; without gradients (`torch.no_grad`,
-    or inputs that need none) theirs are not formed.
+    token does not count, and whose row of x may hold anything; the mean is over the tokens that count (NaN when there
+    are none, as in torch). All contiguous. Returns an fp32 scalar. The logits exist for LOGITS_PER_CHUNK values at a
+    time; without gradients (`torch.no_grad`, or inputs that need none) theirs are not formed.
 
     Labels are not checked, which would be a host sync: one outside 0..V-1 matches no logit, and the loss is then
     meaningless. Raises ValueError for other shapes, dtypes and strides, and for a device that Triton can't run on.

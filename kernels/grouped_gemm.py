@@ -168,8 +168,8 @@ def _gather_kernel(
 def gather_rows(x_TD: Tensor, order: Tensor) -> Tensor:
     """x_ND: the token's row of x for each expert-sorted row.
 
-    A copy, from which the GEMMs load their tiles by TMA. GEMMs that gather by themselves, by cp.async, save the copy
-    but take up to 1.4 times as long (bench/LOG.md, 2026-11-26).
+    The GEMMs load their tiles of this copy by TMA. GEMMs that gather rows themselves, by cp.async, avoid the copy but
+    take up to 1.4 times as long (bench/LOG.md, 2026-11-26).
     """
     (_, D), N = x_TD.shape, order.numel()
     x_ND = x_TD.new_empty(N, D)

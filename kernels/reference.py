@@ -48,7 +48,8 @@ def first_order(op: str) -> Callable:
         def run(ctx, *grads):
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
-            with no_autocast(next(grad.device for grad in grads if grad is not None)):
+            device = next((grad.device for grad in grads if grad is not None), torch.device("meta"))
+            with no_autocast(device):
                 return backward(ctx, *grads)
 
         return run
@@ -160,6 +161,15 @@ class _RouterLogits(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         with no_autocast(grad_TE.device):
             return grad_TE @ weight_ED, grad_TE.t() @ x_TD
+
+
+def _check(argument: str, x: Tensor, shape: torch.Size, dtype: torch.dtype):
+    """Raise the ValueError of the Triton kernels, where torch would broadcast or promote in silence."""
+    if x.shape != shape:
+        raise ValueError(f"{argument}: expected shape {tuple(shape)}, but got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        names = (str(each).removeprefix("torch.") for each in (dtype, x.dtype))
+        raise ValueError("{}: expected {}, but got {}".format(argument, *names))
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -350,9 +360,12 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
 
-    W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's.
-    `force_load_balance` is described in `route_top2`.
+    W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's and the
+    residual's. `force_load_balance` is described in `route_top2`. Raises ValueError for a residual of another shape or
+    dtype.
     """
+    if residual_TD is not None:
+        _check("moe: residual_TD", residual_TD, x_TD.shape, x_TD.dtype)
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
@@ -407,8 +420,9 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
 
     cos_SC and sin_SC hold the angles of the S positions, both halves alike; the products are formed in their dtype
-    (fp32) and cast back.
+    (fp32) and cast back. Raises ValueError for a k of another dtype than q's.
     """
+    _check("rope: k_BSGC", k_BSGC, k_BSGC.shape, q_BSHC.dtype)
 
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
@@ -436,6 +450,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     without one it is x itself. Who goes on with the sum, and not with x, saves Triton's backward pass an addition.
     """
     if residual is not None:
+        _check("rms_norm: residual", residual, x.shape, x.dtype)
         x = x + residual
     # torch's rms_norm computes in fp32 and casts back, but multiplies a weight given to it before the cast.
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype), x
@@ -469,10 +484,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide_buffer = logits_buffer if x_TD.dtype == wide else x_TD.new_empty(step, V, dtype=wide)
         for start in range(0, T, step):
             chunk = slice(start, start + step)
-            x, target = x_TD[chunk], target_T[chunk, None]
+            # Ignored rows are zeros: 0 times what is not finite would be NaN, in the loss and in the weight's gradient.
+            x, target = torch.where(keep_T[chunk, None], x_TD[chunk], 0), target_T[chunk, None]
             narrow, logits = logits_buffer[: len(x)], wide_buffer[: len(x)]
-            # 0 times the logits of an ignored row is 0 only where they are finite, so they are formed from zeros.
-            torch.mm(torch.where(keep_T[chunk, None], x, 0), weight.t(), out=narrow)
+            torch.mm(x, weight.t(), out=narrow)
             if logits.dtype != narrow.dtype:
                 logits.copy_(narrow)
             target_logit = logits.gather(1, target)
@@ -511,10 +526,8 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
     token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). Returns an
     fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time,
-    four times as many in 16 bits. Raises ValueError for labels of another shape.
+    four times as many in 16 bits. An ignored token's row of x may hold anything. Raises ValueError for labels of
+    another shape or dtype.
     """
-    if labels_T.shape != x_TD.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: labels_T: expected shape {tuple(x_TD.shape[:1])}, but got {tuple(labels_T.shape)}"
-        )
+    _check("linear_cross_entropy: labels_T", labels_T, x_TD.shape[:1], torch.int64)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

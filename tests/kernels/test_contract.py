@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from compare import DEVICE, randn
 
 from acceleron import Acceleron, ModelConfig, kernels
+from acceleron.generation import Sampling, generate
 from acceleron.kernels import reference
 from acceleron.moe import MoE
 
@@ -134,8 +135,10 @@ def test_autocast_keeps_a_moes_other_arguments(backend):
         plain = kernels.moe(x, *weights)
         forced = kernels.moe(x, *weights, force_load_balance=True)
         added = kernels.moe(x, *weights, residual_TD=residual)
+        narrow = kernels.moe(x.bfloat16(), *weights, residual_TD=residual)  # of a Linear, with an fp32 residual
     assert forced.counts_E.tolist() == [2 * T // E] * E
     assert plain.counts_E.tolist() != forced.counts_E.tolist()
+    assert narrow.y_TD.dtype == torch.bfloat16
     torch.testing.assert_close(added.y_TD - plain.y_TD, residual.bfloat16(), rtol=0.02, atol=0.1)
 
 
@@ -174,27 +177,22 @@ PATTERNS = {
 @pytest.mark.parametrize("wild", [None, torch.inf, torch.nan])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
-    """Also where an ignored row is not finite: the loss and dx do not see it (torch's dx of that row is NaN). dW is
-    0 times the row, NaN in torch too."""
+    """Also where an ignored row is not finite, which changes nothing. (torch has gradients of NaN there.)"""
     x, weight, labels = randn(11, 16), randn(20, 16, seed=1), torch.arange(11, device=DEVICE)
     labels[PATTERNS[pattern]] = -100
+    ours_x = x.clone()
     if wild is not None and PATTERNS[pattern]:
-        x[PATTERNS[pattern][0]] = wild
+        ours_x[PATTERNS[pattern][0]] = wild
     results = []
-    for function in (
-        lambda x, w: kernels.linear_cross_entropy(x, w, labels),
-        lambda x, w: F.cross_entropy((x @ w.t()).double(), labels).float(),
+    for function, rows in (
+        (lambda x, w: kernels.linear_cross_entropy(x, w, labels), ours_x),
+        (lambda x, w: F.cross_entropy((x @ w.t()).double(), labels).float(), x),
     ):
-        leaves = [v.detach().requires_grad_() for v in (x, weight)]
+        leaves = [v.detach().requires_grad_() for v in (rows, weight)]
         loss = function(*leaves)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    (loss, dx, dw), (torch_loss, torch_dx, torch_dw) = results
-    counted = labels >= 0
-    torch.testing.assert_close(loss, torch_loss, rtol=1e-5, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(dx[counted], torch_dx[counted], rtol=1e-5, atol=1e-6)
-    assert not dx[~counted].any()
-    if wild is None:
-        torch.testing.assert_close(dw, torch_dw, rtol=1e-5, atol=1e-6)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
@@ -226,4 +224,46 @@ def test_a_models_wrong_shapes_are_refused(backend):
         model.blocks[0].moe(randn(3, 16))
     with pytest.raises(ValueError, match=r"MoE: expected a residual of shape \(3, 32\), but got \(2, 32\)"):
         model.blocks[0].moe(randn(3, 32), residual=randn(2, 32))
-    assert model(ids[:0], labels=ids[:0]).cross_entropy.isnan()
+    with pytest.raises(ValueError, match=r"labels: expected int64, but got torch\.int32"):
+        model(ids, labels=ids.int())
+    for empty in (ids[:0], ids[:, :0]):
+        assert model(empty, labels=empty).cross_entropy.isnan()
+
+
+def test_operands_of_another_dtype_are_refused(backend):
+    x, weights = randn(T, D), (randn(E, D), randn(E, 2 * WIDTH, D), randn(E, D, WIDTH), randn(8, D), randn(D, 4))
+    with pytest.raises(ValueError, match="moe: residual_TD: expected float32, but got bfloat16"):
+        kernels.moe(x, *weights, residual_TD=x.bfloat16())
+    with pytest.raises(ValueError, match="rms_norm: residual: expected float32, but got bfloat16"):
+        kernels.rms_norm(x, weights[0][0], 1e-6, residual=x.bfloat16())
+    q, angles = randn(2, 5, 2, 4), randn(5, 4)
+    with pytest.raises(ValueError, match="rope: k_BSGC: expected float32, but got bfloat16"):
+        kernels.rope(q, q[:, :, :1].bfloat16().contiguous(), angles, angles)
+
+
+def test_norm_whose_results_have_no_gradient():
+    """A later Function may return none."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = randn(3, 8).requires_grad_()
+    with kernels.selected("triton", torch.device(DEVICE)):
+        norm, _ = kernels.rms_norm(x, torch.ones(8, device=DEVICE), 1e-6)
+    (Stop.apply(norm).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_generation_under_autocast_is_generation_in_the_compute_dtype():
+    torch.manual_seed(0)
+    model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=32)).to(DEVICE)
+    greedy = Sampling(temperature=0.0)
+    expected = list(generate(model, [1, 2, 3], 8, greedy))
+    with torch.autocast(DEVICE_TYPE, torch.bfloat16):
+        assert list(generate(model, [1, 2, 3], 8, greedy)) == expected
