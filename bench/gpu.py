@@ -89,7 +89,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("compile", 25, [*compiled, "--model_size", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
             Part("kernels", 45, bench("ops --check_only --provider triton --model_size {two} {checks}"), interpreted),
-            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 3 rounds of 2 s.
+            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 2 rounds of 1 s.
             Part("throughput and profile", 90, bench("throughput --model_size {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
             Part("attention", 35, bench("ops --op attention --model_size {all} {attention}")),

@@ -109,7 +109,6 @@ def test_every_part_has_flags_that_its_command_takes(monkeypatch, tmp_path, stag
 
     parse_args = Parser.parse_args
     monkeypatch.setattr(Parser, "parse_args", stop)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # throughput's
     commands = [part.command[2:] for part in gpu.parts(stage, smoke, tmp_path) if part.command[1] == "bench"]
     assert len(commands) > 2
     for words in commands:
