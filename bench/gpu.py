@@ -256,13 +256,19 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench/gpu.sh",
+        usage=argparse.SUPPRESS,  # the description has it; an error is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--stage", choices=SECONDS, required=True)
+    parser.add_argument("--stage", choices=SECONDS)
     parser.add_argument("--seconds", type=float, help="for all parts; default 200 to 260")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--output", type=Path, metavar="DIR")
     parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
     arguments = parser.parse_args()
+    if not (arguments.stage and arguments.output):  # not `required`, which hides the name of an unknown flag
+        parser.error("--stage and --output are required")
     if arguments.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia[0-9]*")]):
