@@ -14,7 +14,7 @@ import torch
 
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, train
-from bench import shapes, throughput
+from bench import shapes, throughput, worker
 from bench.rows import read
 from bench.throughput import Contender, compete
 
@@ -143,3 +143,11 @@ def test_what_ends_the_checks_on_a_gpu_leaves_rows_and_waits_for_no_check(end, t
     finally:
         released.set()
     assert [row.failed for row in read(tmp_path)] == ["ended before its first round"] * 2
+
+
+def test_a_worker_whose_connection_breaks_ends_silently(capsys):
+    def serve(connection):
+        raise ConnectionResetError
+
+    worker._run(serve, Namespace(send=lambda message: None), ())
+    assert capsys.readouterr().err == ""
