@@ -29,11 +29,12 @@ def parse_arguments() -> Namespace:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The path of this name, or else of this name in checkpoints/, where train.py writes them by default."""
+    """The path of this name; if it is a bare name of nothing here, the path in checkpoints/, train.py's default."""
     path, usual = Path(name), Path("checkpoints", name)
-    if path.exists() or not usual.is_file():
+    if path.exists() or path.name != name or not usual.parent.is_dir():
         return path
-    print(f"note: {path} does not exist: using {usual}", file=sys.stderr)
+    if usual.is_file():
+        print(f"note: {path} does not exist: using {usual}", file=sys.stderr)
     return usual
 
 

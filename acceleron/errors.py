@@ -48,19 +48,22 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
     what: the flag, or another name for it. wanted: "file" or "directory".
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return InputError(f"{what} {path} is neither a file nor a directory")
     place = path if path.is_dir() else path.parent
     try:
         names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         reason = "there is no such directory" if isinstance(error, FileNotFoundError) else error.strerror
-        return InputError(f"{what} {path} does not exist, nor can {place} be read ({reason})")
+        return InputError(f"{what} {path} does not exist, and {place} cannot be read ({reason})")
     listed = repr(", ".join(names[:5]) + ", …" * (len(names) > 5))[1:-1] or "nothing"  # escaped for the terminal
     if path.is_dir():
         return InputError(f"{what} {path} is a directory: name a {wanted} in it; it holds {listed}")
     if path.exists():
         return InputError(f"{what} {path} is a file, not a directory: name the {wanted} that it is in, {place}")
-    where = "the current directory" if place == Path() else place
-    return InputError(f"{what} {path} does not exist: {did_you_mean(path.name, names)}{where} holds {listed}")
+    question = did_you_mean(path.name, names)
+    where = f"{'T' if question else 't'}he current directory" if place == Path() else place
+    return InputError(f"{what} {path} does not exist: {question}{where} holds {listed}")
 
 
 class RunStopped(Exception):

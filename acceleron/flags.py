@@ -23,15 +23,22 @@ class Parser(argparse.ArgumentParser):
             try:
                 os.fsencode(argument).decode()
             except UnicodeError as error:
-                raise InputError(f"{argument!a} is not valid UTF-8: use another name") from error
+                raise InputError(f"{argument!a} is not valid UTF-8") from error
         if self._subparsers is None:  # else it is theirs to say
             known = self._option_string_actions
-            given = (argument.partition("=")[0] for argument in args[: args.index("--") if "--" in args else None])
-            for flag in given:
+            for argument in args[: args.index("--") if "--" in args else None]:
+                flag = "" if " " in argument else argument.partition("=")[0]  # with a space it is a value
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
                     meant = did_you_mean(f"--{flag.lstrip('-')}", known)
                     raise InputError(f"unknown flag {flag}: {meant}--help lists all")
         return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            meant = did_you_mean(str(value), names)
+            text = f"invalid choice: {value!r}: {meant}{'C' if meant else 'c'}hoose from {', '.join(names)}"
+            raise argparse.ArgumentError(action, text)
 
     def error(self, message: str):
         raise InputError(message)

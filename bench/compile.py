@@ -113,9 +113,9 @@ def offline(arch: str, run: Callable, device_name: str = "any", offset: int = 0)
 
 
 def refuse_interpreter():
-    """Exit with an error under TRITON_INTERPRET=1, where kernels are not those that a GPU runs."""
+    """Raise InputError under TRITON_INTERPRET=1, where kernels are not those that a GPU runs."""
     if launch.INTERPRETED:
-        sys.exit("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
+        raise InputError("TRITON_INTERPRET=1 is set, under which nothing can be compiled: unset it")
 
 
 def compile_only(function: JITFunction, *args, warmup: bool, **kwargs):

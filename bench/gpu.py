@@ -89,7 +89,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("compile", 25, [*compiled, "--model_size", *arguments["two"].split()]),
             # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
             Part("kernels", 45, bench("ops --check_only --provider triton --model_size {two} {checks}"), interpreted),
-            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 3 rounds of 2 s.
+            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 2 rounds of 1 s.
             Part("throughput and profile", 90, bench("throughput --model_size {one} {train} --profile")),
             # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
             Part("attention", 35, bench("ops --op attention --model_size {all} {attention}")),
@@ -256,13 +256,19 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench/gpu.sh",
+        usage=argparse.SUPPRESS,  # the description has it; an error is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--stage", choices=SECONDS, required=True)
+    parser.add_argument("--stage", choices=SECONDS)
     parser.add_argument("--seconds", type=float, help="for all parts; default 200 to 260")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--output", type=Path, metavar="DIR")
     parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
     arguments = parser.parse_args()
+    if not (arguments.stage and arguments.output):  # not `required`, which hides the name of an unknown flag
+        parser.error("--stage and --output are required")
     if arguments.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia[0-9]*")]):

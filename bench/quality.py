@@ -47,8 +47,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def train(row: Row, plan: Namespace, data: str, save_dir: str):
-    """Train and score what the row's provider and case describe; set its values, check and details, or `failed`."""
+def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[subprocess.Popen]):
+    """Train and score what the row's provider and case describe; set its values, check and details, or `failed`.
+
+    Appends the process that trains to `started`.
+    """
     steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
     flags = plan.flags | {
         "device": plan.device, "data_dir": data, "save_dir": save_dir, "lr": row.case["lr"], "seed": row.case["seed"],
@@ -58,9 +61,14 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str):
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
     command = [sys.executable, Path(__file__).parents[1] / "train.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        row.failed = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        started.append(process)
+        errors = process.stderr.read()
+    if process.returncode:
+        said = errors.strip().rpartition("\n")[2] if process.returncode > 0 else ""  # a killed process says no reason
+        row.failed = said or f"exit status {process.returncode}"
         return
     records = pd.read_json(f"{save_dir}/metrics.jsonl", lines=True)
     rate = records.tokens_per_second.median()
@@ -132,13 +140,18 @@ def run_all(plan: Namespace, data: str, results: Results, purpose: str, runs: li
         case = {"size": plan.flags["model_size"], "dtype": plan.flags["dtype"], "tokens": tokens}
         row = Row("quality", model, case | {"seed": seed, "lr": lr, "purpose": purpose}, "nats")
         with tempfile.TemporaryDirectory() as save_dir:  # a checkpoint of tiny takes 1 GB
-            train(row, plan, data, save_dir)
+            train(row, plan, data, save_dir, started)
         done = results.write(row)
         say(f"{model} {' '.join(map(str, row.case.values()))}: {f'val_loss {row.median:.4f}' if done else row.failed}")
         return row
 
-    with ThreadPoolExecutor(plan.at_once) as pool:
+    pool, started = ThreadPoolExecutor(plan.at_once), []
+    try:
         return [row for row in progress(pool.map(run, *zip(*runs, strict=True)), purpose, len(runs)) if not row.failed]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.kill()  # nothing once it has ended
 
 
 def main():

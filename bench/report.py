@@ -171,7 +171,7 @@ def main():
     given = parser.parse_args()
     directory = given.directory or max(default_directory().glob(f"*/{FILE}"), default=default_directory() / FILE).parent
     rows, path = read(directory), directory / "report.md"
-    changed = changes(rows, read(given.compare)) if given.compare else None
+    changed = changes(rows, read(given.compare, "--compare")) if given.compare else None
     try:
         path.write_text(report(rows, directory, changed), encoding="utf-8", errors="replace")
     except OSError as error:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from acceleron.errors import InputError
+from acceleron.errors import InputError, path_error
 
 FILE = "results.jsonl"
 # Packages that a figure can depend on, and environment variables that change which kernels run.
@@ -143,12 +143,14 @@ class Results:
         return not row.failed
 
 
-def read(directory: Path) -> list[Row]:
+def read(directory: Path, what: str = "DIR") -> list[Row]:
     """The rows of a directory. Raises InputError if there are none, or a line is not a row.
 
-    A last line that was not finished, as its process was killed, is skipped.
+    A last line that was not finished, as its process was killed, is skipped. what: the flag that names the directory.
     """
     path, rows = directory / FILE, []
+    if not path.is_file():
+        raise path_error(what, path if directory.is_dir() else directory, "directory")
     try:
         for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             fields = json.loads(line)

@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import chain, product
@@ -93,10 +93,10 @@ def serve(connection, options: TrainOptions):
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the memory is the next contender's
         while True:
-            connection.send(answer)
             try:
+                connection.send(answer)
                 message = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 sys.exit()  # not an error, after which the loop would save a checkpoint
             if isinstance(message, int):
                 break
@@ -216,7 +216,7 @@ def contenders(
         save_dir = f"{directory}/{size}-{mode}-{backend}-{dense}"
         own = replace(options, dense=dense, kernels=backend, save_dir=save_dir, **MODES[mode])
         found.append(Contender(own, mode, arguments.limit))
-        stack.callback(found[-1].worker.close)
+        stack.callback(found[-1].worker.close, patience=0)
     return found
 
 
@@ -232,7 +232,6 @@ def compete(found: list[Contender], rounds: int, seconds: float, peak: float, wi
 
 
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
     flags = dict(model_size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
     flags |= dict(rounds=5, seconds=3.0, limit=600.0, profile=False)
@@ -256,15 +255,18 @@ def main():
         if on_gpu:
             groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
-        if on_gpu:  # their checks, which compile, are made four at a time: 16 GB each at most
-            with ThreadPoolExecutor(4) as threads:
-                wait([threads.submit(contender.check) for contender in chain(*groups)])
+        checks = []
+        if on_gpu:  # the checks, which compile, are made four at a time: 16 GB each at most
+            threads = ThreadPoolExecutor(4)
+            stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+            checks = [threads.submit(contender.check) for contender in chain(*groups)]
         for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
             rows = [contender.row for contender in found]
             try:
-                if not on_gpu:
-                    for contender in found:
-                        contender.check()
+                for check in checks:  # the first group waits for all
+                    check.result()
+                for contender in found if not on_gpu else ():
+                    contender.check()
                 compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
             finally:  # what was measured before a signal counts
                 for row in rows:

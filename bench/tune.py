@@ -11,7 +11,6 @@ separate process. One that is faster in more than four of five rounds, and the b
 
 import json
 import os
-import sys
 import time
 from concurrent.futures import wait
 from contextlib import closing
@@ -22,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from acceleron.errors import InputError
 from acceleron.kernels import configs, launch
 from acceleron.kernels.configs import Config
 
@@ -102,7 +102,7 @@ def main():
     device, dtype = arguments.device, arguments.dtype
     at, x = launch.device_of(torch.empty(0, device=device)), torch.empty(0, 8, dtype=dtype, device=device)
     if not (at and configs.tma_available("rows", at, x)):
-        sys.exit("tuning needs a GPU of sm_90 or later, and a 16-bit dtype")
+        raise InputError("tuning needs a GPU of sm_90 or later, and a 16-bit dtype")
     lines = map(json.loads, CANDIDATES.read_text().splitlines())
     known = {(line["size"], line["op"]): [Config(*config) for config in line["configs"]] for line in lines}
     candidates = {}

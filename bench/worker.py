@@ -83,7 +83,7 @@ def _run(serve: Callable, connection, args: tuple):
     try:
         connection.send("started")
         serve(connection, *args)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):  # the parent has closed it, or has ended
         return
     except Exception as error:
         traceback.print_exc()

@@ -319,6 +319,9 @@ def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch
     assert run_command(generate.main) == 0
     note = "note: checkpoint_5000.pt does not exist: using checkpoints/checkpoint_5000.pt"
     assert note in capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "checkpoint_500.pt", "--device", "cpu"])
+    assert run_command(generate.main) == 2
+    assert "did you mean checkpoint_5000.pt? checkpoints holds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def test_blank_environment_variables_count_as_unset(monkeypatch):
         ("--batch-size=2", "did you mean --batch_size?"),
         ("-batch_size 2", "did you mean --batch_size?"),
         ("--qqq", "unknown flag --qqq: --help"),
+        ("--dtype fp23", "--dtype: invalid choice: 'fp23': did you mean fp32? Choose from bf16, fp32"),
+        ("--dtype x", "--dtype: invalid choice: 'x': choose from bf16, fp32"),
         ("--batch_size two", "--batch_size: invalid int value: 'two'"),
         ("--data_dir caf\udce9", r"'caf\udce9' is not valid UTF-8"),
     ],
@@ -84,11 +86,13 @@ def test_a_bad_command_line_is_one_line(given, said):
     parser = Parser()
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--data_dir")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"))
     parser.add_argument("--temperature", type=float)
     with pytest.raises(InputError, match=r"\A.*\Z") as error:
         parser.parse_args(given.split())
     assert said in str(error.value)
     assert parser.parse_args(["--temperature", "-1", "--data_dir=--x"]).data_dir == "--x"
+    assert parser.parse_args(["--data_dir", "-a=b c"]).data_dir == "-a=b c"
 
 
 def test_a_path_that_is_not_there_is_an_error_that_says_what_is(tmp_path, monkeypatch):
@@ -96,14 +100,17 @@ def test_a_path_that_is_not_there_is_an_error_that_says_what_is(tmp_path, monkey
     (tmp_path / "data").mkdir()
     for name in ("shard_00000.npy", "tokenizer.json", ".hidden"):
         (tmp_path / "data" / name).touch()
+    os.mkfifo("pipe")
     there = "data holds shard_00000.npy, tokenizer.json"
     for path, wanted, said in (
         ("data/tokeniser.json", "file", f"does not exist: did you mean tokenizer.json? {there}"),
         ("data/x", "file", f"does not exist: {there}"),
-        ("dta", "directory", "does not exist: did you mean data? the current directory holds data"),
+        ("dta", "directory", "does not exist: did you mean data? The current directory holds data, pipe"),
         ("data/tokenizer.json", "directory", "is a file, not a directory: name the directory that it is in, data"),
         ("data", "file", "is a directory: name a file in it; it holds shard_00000.npy, tokenizer.json"),
-        ("no/x", "file", "does not exist, nor can no be read (there is no such directory)"),
+        ("dxx", "directory", "does not exist: the current directory holds data, pipe"),
+        ("pipe", "file", "is neither a file nor a directory"),
+        ("no/x", "file", "does not exist, and no cannot be read (there is no such directory)"),
     ):
         assert str(path_error("--flag", path, wanted)) == f"--flag {path} {said}"
 

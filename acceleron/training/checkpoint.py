@@ -116,7 +116,7 @@ def load_checkpoint(path: str | Path) -> dict:
     would run code, or is not a checkpoint of this project and version.
     """
     path = Path(path)
-    if path.is_dir() or not path.exists():
+    if not path.is_file():
         raise path_error("checkpoint", path, "file")
     verify_archive(path)
     try:

@@ -102,7 +102,7 @@ class TrainOptions:
 
 
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
-    """TrainOptions from a command line. Raises InputError for a flag that there is none, or a bad value."""
+    """TrainOptions from a command line. Raises InputError for an unknown flag or a bad value."""
     parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
     for f in fields(TrainOptions):
         flag, text = f"--{f.name}", f.metadata["help"]

@@ -1,6 +1,11 @@
 """The statistics of the quality comparison against published and exact figures, and a small comparison."""
 
 import math
+import signal
+import subprocess
+import sys
+import threading
+from argparse import Namespace
 
 import pandas as pd
 import pytest
@@ -41,6 +46,26 @@ def test_the_wall_clock_counts_the_moe_at_its_own_speed():
 def test_the_text_is_pythons_source_and_each_shard_holds_out_a_row(tmp_path):
     assert "tokens of the source of Python's standard library" in write_corpus(tmp_path, 512, 1_000_000)
     assert Shards(tmp_path).num_validation_rows.tolist() == [1] * len(list(tmp_path.glob("shard_*"))) > [1, 1, 1]
+
+
+def test_what_ends_the_comparison_kills_the_runs_in_progress(monkeypatch):
+    running, processes = threading.Event(), []
+
+    def train(row, plan, data, save_dir, started):
+        if row.provider == "dense":
+            running.wait()
+            raise KeyboardInterrupt
+        started.append(subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"]))
+        processes.append(started[-1])
+        running.set()
+
+    monkeypatch.setattr(quality, "train", train)
+    plan = Namespace(at_once=2, steps=1, flags=dict(model_size="nano", dtype="fp32", batch_size=1, seq_len=64))
+    with pytest.raises(KeyboardInterrupt):
+        quality.run_all(
+            plan, "", Namespace(write=lambda row: False), "tuning", [(m, 1, 1.0, 1) for m in ("dense", "MoE")]
+        )
+    assert processes[0].wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow  # twelve runs of train.py

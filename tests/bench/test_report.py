@@ -86,14 +86,21 @@ def test_changes_beyond_the_spread_of_both_are_marked():
         assert [(c["mark"], c["provider"]) for c in report.changes(new, old)] == [(mark, "steady") for mark in marks]
 
 
-def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypatch):
+def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypatch, capsys):
     old, new, other = (tmp_path / name for name in ("old", "new", "other"))
     report_of(old, row("MoE", MOE))
     report_of(new, row("MoE", failed="illegal address"))
     report_of(other, row("MoE", MOE, about={"device": "Another GPU"}))
-    for words, status in (["nowhere"], 2), ([old, "--compare", other], 2), ([new, "--compare", old], 1):
-        monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
+    monkeypatch.chdir(tmp_path)
+    for words, status, said in (
+        (["x"], 2, "DIR x does not exist: the current directory holds new, old, other"),
+        (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old? The current directory holds"),
+        (["old", "--compare", "other"], 2, "--compare: no row"),
+        (["new", "--compare", "old"], 1, ""),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", *words])
         with pytest.raises(SystemExit) as ended:
             sys.exit(run_command(report.main))
         assert ended.value.code == status
+        assert said in capsys.readouterr().err
     assert "| regression |  | FAILED: illegal address |" in (new / "report.md").read_text()

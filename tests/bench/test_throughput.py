@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from argparse import Namespace
 from contextlib import ExitStack
 
@@ -13,7 +14,8 @@ import torch
 
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, train
-from bench import shapes, throughput
+from bench import shapes, throughput, worker
+from bench.rows import read
 from bench.throughput import Contender, compete
 
 NEVER = throughput.NEVER
@@ -116,3 +118,36 @@ def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
 def test_a_shape_that_no_training_can_have_is_refused(flag):
     with pytest.raises(InputError, match=f"--{next(iter(flag))}"):
         shapes.batch_shape("tiny", False, flags(**flag))
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, TypeError])
+def test_what_ends_the_checks_on_a_gpu_leaves_rows_and_waits_for_no_check(end, tmp_path, monkeypatch):
+    """A check of one contender raises, while another's never ends."""
+    released, rows = threading.Event(), [throughput.Row("throughput", name, {}) for name in ("MoE", "dense")]
+
+    def check():
+        raise end
+
+    found = [Namespace(row=row, check=each) for row, each in zip(rows, (check, released.wait), strict=True)]
+    names = dict.fromkeys(("kernels", "batch_size", "grad_accum", "seq_len"))
+    arguments = Namespace(**names, device=torch.device("cuda"), dtype=torch.bfloat16, model_size=["tiny"])
+    vars(arguments).update(mode=["eager"], output=tmp_path, rounds=1, seconds=1.0, profile=False)
+    monkeypatch.setattr(throughput, "parse", lambda *args, **flags: arguments)
+    monkeypatch.setattr(throughput, "contenders", lambda *args: found)
+    monkeypatch.setattr(throughput, "write_corpus", lambda *args: "")
+    monkeypatch.setattr(throughput.devices, "peak_flops", lambda *args: (1e12, "made up"))
+    monkeypatch.setattr("bench.rows.device_name", lambda device: "GPU")
+    try:
+        with pytest.raises(end):
+            throughput.main()
+    finally:
+        released.set()
+    assert [row.failed for row in read(tmp_path)] == ["ended before its first round"] * 2
+
+
+def test_a_worker_whose_connection_breaks_ends_silently(capsys):
+    def serve(connection):
+        raise ConnectionResetError
+
+    worker._run(serve, Namespace(send=lambda message: None), ())
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from waiting import HANG
 
+from acceleron.data import __main__ as data_command
 from acceleron.data.prepare import prepare
 from acceleron.errors import InputError, RunFailed
 
@@ -88,3 +90,17 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("prep", "'prep': did you mean prepare? Choose from prepare, download"),
+        ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a whole number of at least 1"),
+        ("download --output y --shards 0", "--shards: expected a whole number of at least 1"),
+    ],
+)
+def test_a_bad_command_line_is_refused(given, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data", *given.split()])
+    with pytest.raises(InputError, match=re.escape(said)):
+        data_command.run()
