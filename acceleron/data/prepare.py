@@ -1,6 +1,7 @@
 """Text files to shards."""
 
 import codecs
+import filecmp
 import json
 import os
 import shutil
@@ -24,6 +25,10 @@ DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
 PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 MAX_LINE_BYTES = 1 << 30  # of JSON lines
 LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
@@ -49,8 +54,11 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _decode(content: bytes, where: str) -> str:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{where}: UTF-16 text; convert it with `iconv -f UTF-16 -t UTF-8`")
+    for encoding, marks in MARKS.items():
+        if content.startswith(marks):
+            raise InputError(f"{where}: {encoding} text; convert it with `iconv -f {encoding} -t UTF-8`")
+    if b"\0" in content:
+        raise InputError(f"{where}: holds NUL characters: binary, or UTF-16 without a BOM")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
@@ -214,15 +222,21 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
 def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, vocab_size: int | None = None):
     """Write shards, tokenizer.json (a copy, if it was given) and shards.json to `output`, once all is done.
 
-    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or can't
-    be written; RunFailed for a full disk.
+    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or
+    another tokenizer.json, or can't be written; RunFailed for a full disk.
     """
     if tokenizer_path and vocab_size:
         raise InputError("--tokenizer and --vocab_size exclude each other: a given tokenizer has its own size")
     target = Path(output)
-    if any(target.glob("shard_*.npy")):
-        raise InputError(f"--output {target} already holds shards: remove them or name another directory")
+    for present in (*target.glob("shard_*.npy"), *target.glob(METADATA)):
+        raise InputError(f"--output {target} already holds {present.name}: remove it or name another directory")
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    present = target / "tokenizer.json"
+    if present.exists() and not (tokenizer and filecmp.cmp(present, tokenizer_path, shallow=False)):
+        raise InputError(
+            f"--output {target} already holds another tokenizer.json: use it with --tokenizer {present}, or name "
+            "another directory"
+        )
     corpus = _Corpus(inputs, target)
     with _staged(target) as staging:
         if tokenizer:
@@ -245,11 +259,13 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory in `target`, the files of which come into `target` at the end: all of them, or none after an error.
+    """A directory in `target`, whose files move into `target` at the end: all of them, or none after an error.
 
-    A process that is killed leaves the directory, with which Shards refuses `target`.
+    A file that `target` already holds stays. A process that is killed leaves the directory, with which Shards refuses
+    `target`.
     """
     staging, moved = target / STAGING, []
+    created = [directory for directory in (target, *target.parents) if not directory.exists()]
     if staging.exists():
         raise InputError(
             f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
@@ -260,8 +276,10 @@ def _staged(target: Path) -> Iterator[Path]:
         try:
             yield staging
             for path in sorted(staging.iterdir()):
-                path.replace(target / path.name)
-                moved.append(target / path.name)
+                final = target / path.name
+                if not final.exists():
+                    path.replace(final)
+                    moved.append(final)
         except BaseException:
             for path in moved:
                 path.unlink()
@@ -269,7 +287,8 @@ def _staged(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging)
             with suppress(OSError):  # keeps a directory that holds anything
-                target.rmdir()
+                for directory in created:
+                    directory.rmdir()
     except BrokenPipeError:  # of the progress bar
         raise
     except OSError as error:

@@ -271,6 +271,9 @@ REFUSALS = {
     "a damaged tokenizer": ({"in.txt": LONG, "t.json": "{"}, ["--tokenizer", "t.json"], "t.json"),
     "binary": ({"in.txt": b"\xff"}, [], "in.txt: not UTF-8"),
     "UTF-16": ({"in.txt": "text".encode("utf-16")}, [], "in.txt: UTF-16 text"),
+    "UTF-16 without a BOM": ({"in.txt": LONG.encode("utf-16-le")}, [], "in.txt: holds NUL characters"),
+    "UTF-32": ({"in.txt": "text".encode("utf-32")}, [], "in.txt: UTF-32 text"),
+    "UTF-32, big-endian": ({"in.txt": b"\0\0\xfe\xff" + "text".encode("utf-32-be")}, [], "in.txt: UTF-32 text"),
     "UTF-16 lines": ({"in.jsonl": "{}".encode("utf-16")}, ["--input", "in.jsonl"], "in.jsonl, line 1: UTF-16 text"),
     "bad JSON": ({"in.jsonl": '{"text": "a"}\n{"text": \n'}, ["--input", "in.jsonl"], "in.jsonl, line 2"),
     "JSON without text": ({"in.jsonl": '{"txt": "a"}'}, ["--input", "in.jsonl"], "in.jsonl, line 1"),
@@ -318,8 +321,34 @@ def test_an_output_that_holds_shards_is_left_alone(tmp_path, monkeypatch, capsys
     arguments = ("--input", tmp_path / "in.txt", "--output", tmp_path, "--vocab_size", 300)
     (tmp_path / "shard_00007.npy").write_text("precious")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "already holds shards" in refused(monkeypatch, capsys, *arguments)
+    assert "already holds shard_00007.npy" in refused(monkeypatch, capsys, *arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_tokenizer_in_the_output_is_left_alone(tmp_path, monkeypatch, capsys, tokenizer):
+    """Named with --tokenizer it is used."""
+    write(tmp_path / "in.txt", LONG)
+    own = tmp_path / "out" / "tokenizer.json"
+    own.parent.mkdir()
+    tokenizer.save(str(own), pretty=False)
+    train([LONG], 300).save(str(tmp_path / "other.json"))
+    content = own.read_bytes()
+    arguments = ("--input", tmp_path / "in.txt", "--output", own.parent)
+    for choice in ((), ("--tokenizer", tmp_path / "other.json")):
+        assert "out already holds another tokenizer.json" in refused(monkeypatch, capsys, *arguments, *choice)
+    assert [path.name for path in own.parent.iterdir()] == ["tokenizer.json"]
+    prepare([str(tmp_path / "in.txt")], str(own.parent), tokenizer_path=str(own))
+    assert own.read_bytes() == content
+    assert_written(own.parent, [LONG])
+
+
+def test_a_refused_command_removes_only_the_directories_it_made(tmp_path):
+    write(tmp_path / "in.txt", " ")
+    (tmp_path / "empty").mkdir()
+    for output in ("empty", "new/a/b"):
+        with pytest.raises(InputError, match="fills 0 rows"):
+            prepare([str(tmp_path / "in.txt")], str(tmp_path / output), vocab_size=300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.txt"]
 
 
 def test_a_failure_half_way_leaves_the_directory_as_it_was(tmp_path, monkeypatch):
