@@ -267,7 +267,7 @@ def check_tokenizer(data_dir: str | Path, tokenizer: Path) -> bool:
         raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != digest:
         raise InputError(
-            f"{tokenizer} is not the tokenizer that made the shards, of {vocab_size:,} ids by {path}: "
+            f"{tokenizer} did not make these shards; {path} records one of {vocab_size:,} ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
     return True

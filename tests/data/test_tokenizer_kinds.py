@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from kinds import KINDS, some_text
+from kinds import INEXACT, KINDS, some_text
 
 from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokenizer, pieces
 
@@ -18,7 +18,7 @@ from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokeni
 def tokenizer_of(kind):
     with TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
-        KINDS[kind]().save(str(path))
+        (KINDS | INEXACT)[kind]().save(str(path))
         return load_tokenizer(path)
 
 
@@ -48,6 +48,11 @@ def test_the_bytes_of_real_text(kind, tokenizer):
     assert counter.count(np.array([ids])) == expected
     assert counter.count(np.stack([ids[:-1], ids[1:]], axis=1)) == expected
     assert expected > 10_000
+
+
+@pytest.mark.parametrize("kind", KINDS | INEXACT)
+def test_only_tokenizers_that_reproduce_text_count_it_exactly(kind):
+    assert TextBytes(tokenizer_of(kind), 1024).exact == (kind not in INEXACT)
 
 
 @given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), min_size=1))
