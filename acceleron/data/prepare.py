@@ -193,17 +193,17 @@ def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
     yield batch
 
 
-def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, int, int]:
-    """Returns the numbers of shards, rows, and tokens left over, too few for a row."""
-    shards = rows = 0
+def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[dict[str, int], int]:
+    """Returns the rows of each shard, by its name, and the number of tokens left over, too few for a row."""
+    shards = {}
     pending, size = [], 0
 
     def write(ids: np.ndarray):
-        nonlocal shards, rows
-        with (directory / f"shard_{shards:05d}.npy").open("wb") as file:
+        name = f"shard_{len(shards):05d}.npy"
+        with (directory / name).open("wb") as file:
             # Not as a file: numpy would write that itself, with an error that does not name the cause.
             np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
-        shards, rows = shards + 1, rows + len(ids) // ROW_LENGTH
+        shards[name] = len(ids) // ROW_LENGTH
 
     capacity = ROW_LENGTH * ROWS_PER_SHARD
     for ids in tokens:
@@ -216,7 +216,7 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
     left_over = size % ROW_LENGTH
     if size >= ROW_LENGTH:
         write(np.concatenate(pending)[: size - left_over])
-    return shards, rows, left_over
+    return shards, left_over
 
 
 def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, vocab_size: int | None = None):
@@ -244,15 +244,16 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         else:
             tokenizer = train_tokenizer(_sample(corpus.documents("reading")), vocab_size or DEFAULT_VOCAB_SIZE)
             content = tokenizer.to_str(pretty=True).encode()
-        shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        shards, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        rows = sum(shards.values())
         if rows < 2:
             raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
         (staging / "tokenizer.json").write_bytes(content)
-        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer)))
+        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer), shards))
     if len(corpus.left_out) > LEFT_OUT_NAMED:
         say(f"left out: {len(corpus.left_out)} files in all")
     print(
-        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {shards} shards, tokenizer of "
+        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, tokenizer of "
         f"{tokenizer.get_vocab_size():,} entries; the last {left_over} tokens filled no row and are left out"
     )
 

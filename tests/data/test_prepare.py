@@ -69,6 +69,23 @@ def test_full_shards_and_a_last_smaller_one(tmp_path, monkeypatch):
     assert_written(tmp_path / "out", documents)
 
 
+def test_shards_that_prepare_did_not_write_together_are_refused(tmp_path, monkeypatch):
+    """One of another size, and one more; but not fewer, as a download of the first shards leaves them."""
+    monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 3)
+    write(tmp_path / "in.txt", some_text(0))
+    prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
+    first, second, *others = sorted((tmp_path / "out").glob("shard_*.npy"))
+    for path in others:
+        path.unlink()
+    assert Shards(tmp_path / "out").num_rows.tolist() == [3, 3]
+    np.save(second, np.load(first)[:2])
+    with pytest.raises(InputError, match=r"shard_00001\.npy has 2 rows, 3 in .*shards\.json"):
+        Shards(tmp_path / "out")
+    second.rename(tmp_path / "out" / "shard_00077.npy")
+    with pytest.raises(InputError, match=r"shard_00077\.npy is not in .*shards\.json"):
+        Shards(tmp_path / "out")
+
+
 def test_json_lines(tmp_path):
     documents = [some_text(seed) for seed in range(3)]
     lines = [json.dumps({"id": 7, "text": text}) + "\n" for text in documents]

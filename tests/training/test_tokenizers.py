@@ -120,8 +120,9 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
         "\xff",
         json.dumps({"format": 2}),
         '{"format": 1, "tokenizer_sha256": ""}',
+        '{"format": 1, "tokenizer_sha256": "", "vocab_size": 130, "shards": ["shard_00000.npy"]}',
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_damaged_metadata(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
