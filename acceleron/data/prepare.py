@@ -29,6 +29,15 @@ MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+JSON_KINDS = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 MAX_LINE_BYTES = 1 << 30  # of JSON lines
 LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
@@ -45,7 +54,7 @@ def read_documents(path: Path) -> Iterator[str]:
                     line = file.readline(MAX_LINE_BYTES + 1)
                     if not line:
                         break
-                    if line.strip():
+                    if line.removeprefix(codecs.BOM_UTF8).strip():
                         yield from _split(_text_of(line, f"{path}, line {number}"))
         else:
             yield from _split(_decode(path.read_bytes(), str(path)))
@@ -70,16 +79,29 @@ def _text_of(line: bytes, where: str) -> str:
         raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; divide its text among several lines")
     decoded = _decode(line, where)
     try:
-        text = json.loads(decoded, object_pairs_hook=without_duplicates)["text"]
-        text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+        value = json.loads(decoded, object_pairs_hook=without_duplicates)
+        text = value["text"] if isinstance(value, dict) and "text" in value else None
+        if isinstance(text, str):
+            text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+            return text
+        found = _found(value)
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: the text is not valid Unicode ({error.reason})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f'{where}: must be a JSON object with a "text" string ({error!r}); to read the file as plain text, '
-            "rename it to .txt"
-        ) from error
-    return text
+    except (ValueError, RecursionError) as error:
+        found = f"not JSON ({getattr(error, 'msg', error)})"
+    raise InputError(
+        f'{where}: {found}; each line must be a JSON object with a "text" string; to read the file as plain text, '
+        "rename it to .txt"
+    )
+
+
+def _found(value: object) -> str:
+    """What a line of JSON holds instead of an object with a "text" string."""
+    if not isinstance(value, dict):
+        return f"the line is {JSON_KINDS[type(value)]}"
+    if "text" in value:
+        return f'"text" is {JSON_KINDS[type(value["text"])]}'
+    return f'no "text"; the keys are {repr(", ".join(value)[:80])[1:-1] or "none"}'
 
 
 def _split(text: str) -> list[str]:
@@ -115,11 +137,17 @@ class _Corpus:
                 status = path.stat()
                 first = seen.setdefault((status.st_dev, status.st_ino), path)
                 if first is not path:
-                    self._leave_out(path, f"the same as {first}, which is read once")
+                    self._leave_out(
+                        path, "named twice" if first == path else f"the same as {first}, which is read once"
+                    )
                 elif stat.S_ISDIR(status.st_mode):
                     if output.is_relative_to(path.resolve()):
                         raise InputError(f"--input {path} is or contains the output directory: name another --output")
                     todo += sorted(path.iterdir(), reverse=True)
+                elif path.name in (METADATA, "tokenizer.json") and path not in self.named:
+                    raise InputError(
+                        f"--input {path.parent} is already prepared: it holds {path.name}; name the text files"
+                    )
                 elif stat.S_ISREG(status.st_mode):
                     self.files[path] = status.st_size
                 else:

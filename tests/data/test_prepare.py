@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from acceleron.data import __main__ as cli
 from acceleron.data import prepare as prepare_module
-from acceleron.data.prepare import prepare
+from acceleron.data.prepare import prepare, read_documents
 from acceleron.data.shards import ROW_LENGTH, Shards
 from acceleron.data.tokenizer import END_OF_TEXT, PAD, TextBytes, find_tokenizer, pieces
 from acceleron.data.tokenizer import train_tokenizer as train
@@ -143,8 +143,9 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
     prepare([str(path) for path in inputs], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
     told = capsys.readouterr().err
-    for path in (source / "b" / "loop", source / "copy.txt", *inputs[1:]):
+    for path in (source / "b" / "loop", source / "copy.txt", *inputs[2:]):
         assert f"left out: {path} (the same as " in told
+    assert f"left out: {source / 'c.txt'} (named twice)" in told
     assert told.count("left out:") == 5
 
 
@@ -299,6 +300,12 @@ REFUSALS = {
     "bad JSON in a directory": ({"below/in.jsonl": "{"}, ["--input", "below"], "in.jsonl, line 1"),
     "other JSON in a directory": ({"below/in.json": '{\n"text": ""}'}, ["--input", "below"], "rename it to .txt"),
 }
+for name in ("shards.json", "tokenizer.json"):
+    REFUSALS[f"a prepared directory: {name}"] = (
+        {"below/in.txt": LONG, f"below/{name}": "{}"},
+        ["--input", "below"],
+        f"--input below is already prepared: it holds {name}",
+    )
 EXTREME_LINES = {
     "nested": '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "digits": '{"text": "a", "x": ' + "9" * 5000 + "}",
@@ -315,6 +322,32 @@ EXTREME_LINES = {
 for case, line in EXTREME_LINES.items():
     content = b'{"text": "good"}\n\n' + (line if isinstance(line, bytes) else line.encode())
     REFUSALS[f"an extreme line: {case}"] = ({"in.jsonl": content}, ["--input", "in.jsonl"], "in.jsonl, line 3: ")
+
+
+FOUND = {
+    '{"text": null}': '"text" is null',
+    '{"text": [1]}': '"text" is an array',
+    '{"text": true}': '"text" is a boolean',
+    '{"id": 1, "body\\n": ""}': r'no "text"; the keys are id, body\n',
+    "{}": 'no "text"; the keys are none',
+    '["text"]': "the line is an array",
+    "null": "the line is null",
+    "{": "not JSON (Expecting property name enclosed in double quotes)",
+    '{"text": "a", "text": "b"}': "not JSON (a key comes twice in one object)",
+}
+
+
+@pytest.mark.parametrize("line", FOUND)
+def test_what_a_line_holds_instead_of_text_is_named(line, tmp_path):
+    write(tmp_path / "in.jsonl", line)
+    with pytest.raises(InputError) as raised:
+        list(read_documents(tmp_path / "in.jsonl"))
+    assert str(raised.value).startswith(f"{tmp_path / 'in.jsonl'}, line 1: {FOUND[line]}; each line must be ")
+
+
+def test_only_a_byte_order_mark_is_no_line(tmp_path):
+    write(tmp_path / "in.jsonl", b"\xef\xbb\xbf")
+    assert list(read_documents(tmp_path / "in.jsonl")) == []
 
 
 @pytest.mark.parametrize("case", REFUSALS)
