@@ -227,8 +227,9 @@ class TextBytes:
         return int(self.table[(ids[:, :-1] == self.end_id).astype(int), ids[:, 1:]].sum())
 
 
-# Where a word of most pre-tokenizers begins; the one of train_tokenizer begins one at each.
-_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+# Where a word of most pre-tokenizers begins; the one of train_tokenizer begins one at each of the first kind.
+_WORD_START = re.compile(r"(?=[ \t\n]\S)")
+_WORD_OR_LINE_START = re.compile(r"(?=[ \t\n]\S)|(?<=[\r\n])(?=\S)")
 CUT_CONTEXT = 1024  # characters on either side that decide whether a cut is safe; added tokens are no longer than this
 MAX_CUTS_TRIED = 64
 
@@ -238,9 +239,9 @@ def pieces(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iter
 
     Where the tokenizer has no such cut, the rest is one piece. Without a tokenizer they are for one of train_tokenizer.
     """
-    start = 0
+    start, pattern = 0, _WORD_OR_LINE_START if tokenizer else _WORD_START
     while len(document) - start > size:
-        ends = (match.start() for match in islice(_CUT.finditer(document, start + size), MAX_CUTS_TRIED))
+        ends = (match.start() for match in islice(pattern.finditer(document, start + size), MAX_CUTS_TRIED))
         # A tokenizer that puts a space before every text restores the one that is left out between two pieces.
         cuts = ((end, following) for end in ends for following in (end, end + 1))
         cut = next((cut for cut in cuts if tokenizer is None or _is_safe(tokenizer, document, *cut)), None)

@@ -76,3 +76,20 @@ def test_all_kinds_are_cut_but_where_tokens_span_words(kind, tokenizer):
     assert max(len(part) for part in pieces(some_text(3), 1000, tokenizer)) < 2000
     parts = list(pieces("the rain " * 1000, 1000, tokenizer))
     assert len(parts) == (1 if kind == "tokens of several words" else 9)
+
+
+LINES = {
+    "paragraphs": "rain\n\n",
+    "CSV": "the,rain,1984\r\n",
+    "code": "    return\n\n",
+    "code with tabs": "\treturn;\n\n\n",
+}
+
+
+@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Metaspace never"])
+def test_text_without_single_spaces_is_cut(kind, lines):
+    text, tokenizer = LINES[lines] * 1000, tokenizer_of(kind)
+    parts = list(pieces(text, 1000, tokenizer))
+    assert max(len(part) for part in parts) < 2000
+    assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids
