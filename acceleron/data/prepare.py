@@ -257,7 +257,9 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         raise InputError("--tokenizer and --vocab_size exclude each other: a given tokenizer has its own size")
     target = Path(output)
     for present in (*target.glob("shard_*.npy"), *target.glob(METADATA)):
-        raise InputError(f"--output {target} already holds {present.name}: remove it or name another directory")
+        raise InputError(
+            f"--output {target} already holds prepared data ({present.name}): remove it or name another directory"
+        )
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     present = target / "tokenizer.json"
     if present.exists() and not (tokenizer and filecmp.cmp(present, tokenizer_path, shallow=False)):

@@ -371,7 +371,7 @@ def test_an_output_that_holds_shards_is_left_alone(tmp_path, monkeypatch, capsys
     arguments = ("--input", tmp_path / "in.txt", "--output", tmp_path, "--vocab_size", 300)
     (tmp_path / "shard_00007.npy").write_text("precious")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "already holds shard_00007.npy" in refused(monkeypatch, capsys, *arguments)
+    assert "already holds prepared data (shard_00007.npy)" in refused(monkeypatch, capsys, *arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
