@@ -59,12 +59,16 @@ def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
 def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
     """The tokenizer asked for, else the one beside the checkpoint or beside the scripts.
 
-    Raises InputError if there is none, or if it has more entries than the model.
+    Raises InputError if there is none, if it has more entries than the model, or if the checkpoint has another one
+    beside it.
     """
     path = find_tokenizer(explicit, Path(checkpoint).parent, scripts_dir)
     if path is None:
         raise InputError(f"no tokenizer beside {checkpoint} or the scripts: name one with --tokenizer")
     tokenizer = load_tokenizer(path)
+    own = Path(checkpoint).parent / "tokenizer.json"
+    if own.is_file() and own.read_bytes() != path.read_bytes():
+        raise InputError(f"--tokenizer {path} is not {own}, which {checkpoint} was trained with: leave the flag out")
     vocab_size = contents["config"].vocab_size
     if num_ids(tokenizer) > vocab_size:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -208,9 +209,14 @@ def test_tokenizer_order(tmp_path):
         return generation.open_tokenizer(explicit, places["run"] / "checkpoint_1.pt", contents, places["scripts"])
 
     contents["config"] = type(contents["config"])(**contents["config"].to_dict() | {"vocab_size": 512})
-    assert opened(str(places["named"] / "tokenizer.json")).get_vocab_size() == 285
+    named, own = places["named"] / "tokenizer.json", places["run"] / "tokenizer.json"
     assert opened().get_vocab_size() == 280
-    (places["run"] / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=f"--tokenizer {named} is not {own}, which"):
+        opened(str(named))
+    shutil.copy(own, tmp_path / "copy.json")
+    assert opened(str(tmp_path / "copy.json")).get_vocab_size() == 280
+    own.unlink()
+    assert opened(str(named)).get_vocab_size() == 285
     assert opened().get_vocab_size() == 270
     (places["scripts"] / "pile_tokenizer.json").unlink()
     with pytest.raises(InputError, match="--tokenizer"):

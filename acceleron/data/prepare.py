@@ -1,6 +1,7 @@
 """Text files to shards."""
 
 import codecs
+import filecmp
 import json
 import os
 import shutil
@@ -24,6 +25,19 @@ DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
 PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+JSON_KINDS = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 MAX_LINE_BYTES = 1 << 30  # of JSON lines
 LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
@@ -40,7 +54,7 @@ def read_documents(path: Path) -> Iterator[str]:
                     line = file.readline(MAX_LINE_BYTES + 1)
                     if not line:
                         break
-                    if line.strip():
+                    if line.removeprefix(codecs.BOM_UTF8).strip():
                         yield from _split(_text_of(line, f"{path}, line {number}"))
         else:
             yield from _split(_decode(path.read_bytes(), str(path)))
@@ -49,8 +63,11 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _decode(content: bytes, where: str) -> str:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{where}: UTF-16 text; convert it with `iconv -f UTF-16 -t UTF-8`")
+    for encoding, marks in MARKS.items():
+        if content.startswith(marks):
+            raise InputError(f"{where}: {encoding} text; convert it with `iconv -f {encoding} -t UTF-8`")
+    if b"\0" in content:
+        raise InputError(f"{where}: holds NUL characters: binary, or UTF-16 without a BOM")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
@@ -62,16 +79,29 @@ def _text_of(line: bytes, where: str) -> str:
         raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; divide its text among several lines")
     decoded = _decode(line, where)
     try:
-        text = json.loads(decoded, object_pairs_hook=without_duplicates)["text"]
-        text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+        value = json.loads(decoded, object_pairs_hook=without_duplicates)
+        text = value["text"] if isinstance(value, dict) and "text" in value else None
+        if isinstance(text, str):
+            text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+            return text
+        found = _found(value)
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: the text is not valid Unicode ({error.reason})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f'{where}: must be a JSON object with a "text" string ({error!r}); to read the file as plain text, '
-            "rename it to .txt"
-        ) from error
-    return text
+    except (ValueError, RecursionError) as error:
+        found = f"not JSON ({getattr(error, 'msg', error)})"
+    raise InputError(
+        f'{where}: {found}; each line must be a JSON object with a "text" string; to read the file as plain text, '
+        "rename it to .txt"
+    )
+
+
+def _found(value: object) -> str:
+    """What a line of JSON holds instead of an object with a "text" string."""
+    if not isinstance(value, dict):
+        return f"the line is {JSON_KINDS[type(value)]}"
+    if "text" in value:
+        return f'"text" is {JSON_KINDS[type(value["text"])]}'
+    return f'no "text"; the keys are {repr(", ".join(value)[:80])[1:-1] or "none"}'
 
 
 def _split(text: str) -> list[str]:
@@ -107,11 +137,17 @@ class _Corpus:
                 status = path.stat()
                 first = seen.setdefault((status.st_dev, status.st_ino), path)
                 if first is not path:
-                    self._leave_out(path, f"the same as {first}, which is read once")
+                    self._leave_out(
+                        path, "named twice" if first == path else f"the same as {first}, which is read once"
+                    )
                 elif stat.S_ISDIR(status.st_mode):
                     if output.is_relative_to(path.resolve()):
                         raise InputError(f"--input {path} is or contains the output directory: name another --output")
                     todo += sorted(path.iterdir(), reverse=True)
+                elif path.name in (METADATA, "tokenizer.json") and path not in self.named:
+                    raise InputError(
+                        f"--input {path.parent} is already prepared: it holds {path.name}; name the text files"
+                    )
                 elif stat.S_ISREG(status.st_mode):
                     self.files[path] = status.st_size
                 else:
@@ -185,17 +221,17 @@ def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
     yield batch
 
 
-def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, int, int]:
-    """Returns the numbers of shards, rows, and tokens left over, too few for a row."""
-    shards = rows = 0
+def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[dict[str, int], int]:
+    """Returns the rows of each shard, by its name, and the number of tokens left over, too few for a row."""
+    shards = {}
     pending, size = [], 0
 
     def write(ids: np.ndarray):
-        nonlocal shards, rows
-        with (directory / f"shard_{shards:05d}.npy").open("wb") as file:
+        name = f"shard_{len(shards):05d}.npy"
+        with (directory / name).open("wb") as file:
             # Not as a file: numpy would write that itself, with an error that does not name the cause.
             np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
-        shards, rows = shards + 1, rows + len(ids) // ROW_LENGTH
+        shards[name] = len(ids) // ROW_LENGTH
 
     capacity = ROW_LENGTH * ROWS_PER_SHARD
     for ids in tokens:
@@ -208,21 +244,29 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[int, i
     left_over = size % ROW_LENGTH
     if size >= ROW_LENGTH:
         write(np.concatenate(pending)[: size - left_over])
-    return shards, rows, left_over
+    return shards, left_over
 
 
 def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, vocab_size: int | None = None):
     """Write shards, tokenizer.json (a copy, if it was given) and shards.json to `output`, once all is done.
 
-    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or can't
-    be written; RunFailed for a full disk.
+    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or
+    another tokenizer.json, or can't be written; RunFailed for a full disk.
     """
     if tokenizer_path and vocab_size:
         raise InputError("--tokenizer and --vocab_size exclude each other: a given tokenizer has its own size")
     target = Path(output)
-    if any(target.glob("shard_*.npy")):
-        raise InputError(f"--output {target} already holds shards: remove them or name another directory")
+    for present in (*target.glob("shard_*.npy"), *target.glob(METADATA)):
+        raise InputError(
+            f"--output {target} already holds prepared data ({present.name}): remove it or name another directory"
+        )
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    present = target / "tokenizer.json"
+    if present.exists() and not (tokenizer and filecmp.cmp(present, tokenizer_path, shallow=False)):
+        raise InputError(
+            f"--output {target} already holds another tokenizer.json: use it with --tokenizer {present}, or name "
+            "another directory"
+        )
     corpus = _Corpus(inputs, target)
     with _staged(target) as staging:
         if tokenizer:
@@ -230,26 +274,29 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         else:
             tokenizer = train_tokenizer(_sample(corpus.documents("reading")), vocab_size or DEFAULT_VOCAB_SIZE)
             content = tokenizer.to_str(pretty=True).encode()
-        shards, rows, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        shards, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        rows = sum(shards.values())
         if rows < 2:
             raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
         (staging / "tokenizer.json").write_bytes(content)
-        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer)))
+        (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer), shards))
     if len(corpus.left_out) > LEFT_OUT_NAMED:
         say(f"left out: {len(corpus.left_out)} files in all")
     print(
-        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {shards} shards, tokenizer of "
+        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, tokenizer of "
         f"{tokenizer.get_vocab_size():,} entries; the last {left_over} tokens filled no row and are left out"
     )
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory in `target`, the files of which come into `target` at the end: all of them, or none after an error.
+    """A directory in `target`, whose files move into `target` at the end: all of them, or none after an error.
 
-    A process that is killed leaves the directory, with which Shards refuses `target`.
+    A file that `target` already holds stays. A process that is killed leaves the directory, with which Shards refuses
+    `target`.
     """
     staging, moved = target / STAGING, []
+    created = [directory for directory in (target, *target.parents) if not directory.exists()]
     if staging.exists():
         raise InputError(
             f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
@@ -260,8 +307,10 @@ def _staged(target: Path) -> Iterator[Path]:
         try:
             yield staging
             for path in sorted(staging.iterdir()):
-                path.replace(target / path.name)
-                moved.append(target / path.name)
+                final = target / path.name
+                if not final.exists():
+                    path.replace(final)
+                    moved.append(final)
         except BaseException:
             for path in moved:
                 path.unlink()
@@ -269,7 +318,8 @@ def _staged(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging)
             with suppress(OSError):  # keeps a directory that holds anything
-                target.rmdir()
+                for directory in created:
+                    directory.rmdir()
     except BrokenPipeError:  # of the progress bar
         raise
     except OSError as error:

@@ -1,6 +1,6 @@
 """The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids.
 
-Beside them, shards.json says which tokenizer made them: see `metadata`.
+Beside them, shards.json records the shards and the tokenizer that made them: see `metadata`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
 # Of each shard the last rows are held out for validation: contiguous, so that few documents stand in both splits.
 VALIDATION_SHARE = 0.01
-METADATA, METADATA_FORMAT = "shards.json", 1
+METADATA, METADATA_FORMAT, MAX_METADATA_BYTES = "shards.json", 1, 1 << 24
 STAGING = ".prepare"  # the directory, beside the shards, of a `prepare` that has not ended
 MAX_OPEN_FILES = 128
 MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word: 256 GiB as int32
@@ -130,8 +130,8 @@ class Shards:
     keeps its place, so that every other row keeps its own; a warning names it, and each read from it fails.
 
     Raises InputError for a missing or empty directory; for a shard that is truncated, not an integer array of two
-    dimensions, or of another row length than the first, unless it keeps its place; if all would; and for a damaged
-    `known`.
+    dimensions, of another row length than the first, or not as shards.json records it, unless it keeps its place; if
+    all would; and for a damaged `known` or shards.json.
     """
 
     def __init__(self, data_dir: str | Path, known: list | None = None):
@@ -170,6 +170,7 @@ class Shards:
                     f"{path}: rows of {row_length} tokens, but {self.paths[0].name} has rows of {self.row_length}; "
                     "prepare all shards alike"
                 )
+        self._check_metadata(directory / METADATA)
         self.num_rows = np.array([rows for _, rows, _, _ in self._fingerprint])
         if self.num_rows.sum() < 2:
             raise InputError(f"{self.paths[0]}: one row is not enough, as one is held out; add more text")
@@ -178,6 +179,17 @@ class Shards:
         self.num_validation_rows[self.num_rows == 1] = 0
         if not self.num_validation_rows.any():
             self.num_validation_rows[-1] = 1
+
+    def _check_metadata(self, path: Path):
+        """Raises InputError for a shard that is not the one of shards.json. Some may be absent: downloads are parts."""
+        recorded = _read_metadata(path)
+        if recorded is None:
+            return
+        for index, (name, rows, *_) in enumerate(self._fingerprint):
+            expected = recorded[2].get(name)
+            if expected != rows and index not in self._lost:
+                found = f"has {rows:,} rows, {expected:,}" if expected else "is not"
+                raise InputError(f"{self.paths[index]} {found} in {path}: prepare all shards together")
 
     def _inspect(self, index: int, place: list | None) -> list:
         """The shard's entry of the fingerprint, from the file; or, for one that is lost, from its place."""
@@ -243,31 +255,40 @@ class Shards:
         return self._fingerprint
 
 
-def metadata(tokenizer: bytes, vocab_size: int) -> bytes:
-    """The content of shards.json, from the content of tokenizer.json and the number of ids."""
+def metadata(tokenizer: bytes, vocab_size: int, shards: dict[str, int]) -> bytes:
+    """The content of shards.json, from tokenizer.json's content, the number of ids, and the rows of each shard."""
     digest = hashlib.sha256(tokenizer).hexdigest()
-    fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size}
+    fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size, "shards": shards}
     return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
+    """The tokenizer's digest, the number of ids, the rows of each shard; None if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            fields = json.loads(file.read(MAX_METADATA_BYTES))
+        if fields["format"] != METADATA_FORMAT:
+            raise ValueError(f"its format is {fields['format']!s:.20}, not {METADATA_FORMAT}")
+        rows = {name: int(rows) for name, rows in fields["shards"].items()}
+        return str(fields["tokenizer_sha256"]), int(fields["vocab_size"]), rows
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
 
 
 def check_tokenizer(data_dir: str | Path, tokenizer: Path) -> bool:
     """False if there is no shards.json. Raises InputError if another tokenizer made the shards, or it is damaged."""
     path = Path(data_dir) / METADATA
-    try:
-        with path.open("rb") as file:
-            fields = json.loads(file.read(1 << 16))
-        if fields["format"] != METADATA_FORMAT:
-            raise ValueError(f"its format is {fields['format']!s:.20}, not {METADATA_FORMAT}")
-        digest, vocab_size = str(fields["tokenizer_sha256"]), int(fields["vocab_size"])
-    except FileNotFoundError:
+    recorded = _read_metadata(path)
+    if recorded is None:
         return False
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
+    digest, vocab_size, _ = recorded
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != digest:
         raise InputError(
-            f"{tokenizer} is not the tokenizer that made the shards, of {vocab_size:,} ids by {path}: "
+            f"{tokenizer} did not make these shards; {path} records one of {vocab_size:,} ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
     return True

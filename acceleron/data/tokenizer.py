@@ -153,13 +153,23 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# English and code, with what some tokenizers lose, insert or replace: spaces, line breaks, tabs, digits, punctuation.
+SAMPLES = (
+    "The rain in Spain, 1984: it isn't over.  Two spaces, then a line break.\n\nNew paragraph.\n",
+    "def area(x1, y2):\n    if x1 >= 0:\n\treturn {'a': x1*y2 + 3.14}  # [units]\n",
+    "name\tcount\r\nQuartz & jug\t1,250%\r\n",
+)
 
 
 class TextBytes:
-    """Counts the UTF-8 bytes of the text that tokens stand for, as the tokenizer's normalizer leaves the text.
+    """Counts the UTF-8 bytes of the text that tokens stand for.
 
     `table` is int64 [2, vocab_size]: the bytes of each id within a document, and as the first one of a document, where
     some tokenizers put a space that is not in the text. Special tokens and ids without an entry have 0.
+
+    `exact` tells whether the counts of SAMPLES are right. They are not if the tokenizer loses, inserts or replaces
+    characters of ASCII text, such as spaces; then do not use the counts. Other characters count as the tokenizer's
+    normalizer and its unknown token leave them.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
@@ -175,7 +185,21 @@ class TextBytes:
                 # Byte-level tokens are written with one character per byte, but for those that were added.
                 length = len(token.encode()) if token in added else len(token)
                 self.table[:, index] = 0 if added.get(token) else (length, length - (token[0] == mark))
-            return
+        else:
+            self._fill_decoded(tokenizer, ids, added)
+        self.exact = self._counts_samples(tokenizer)
+
+    def _counts_samples(self, tokenizer: Tokenizer) -> bool:
+        try:
+            encoded = [np.array([[self.end_id, *ids]]) for ids in encode(tokenizer, list(SAMPLES))]
+        except InputError:
+            return False
+        return all(
+            ids[:, 1:].max(initial=0) < self.table.shape[1] and self.count(ids) == len(sample)
+            for ids, sample in zip(encoded, SAMPLES, strict=True)
+        )
+
+    def _fill_decoded(self, tokenizer: Tokenizer, ids: dict[str, int], added: dict[str, bool]):
         decoded = []
         for token, index in ids.items():
             if _BYTE_TOKEN.fullmatch(token):
@@ -203,8 +227,9 @@ class TextBytes:
         return int(self.table[(ids[:, :-1] == self.end_id).astype(int), ids[:, 1:]].sum())
 
 
-# Where a word of most pre-tokenizers begins; the one of train_tokenizer begins one at each.
-_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+# Where a word of most pre-tokenizers begins; the one of train_tokenizer begins one at each of the first kind.
+_WORD_START = re.compile(r"(?=[ \t\n]\S)")
+_WORD_OR_LINE_START = re.compile(r"(?=[ \t\n]\S)|(?<=[\r\n])(?=\S)")
 CUT_CONTEXT = 1024  # characters on either side that decide whether a cut is safe; added tokens are no longer than this
 MAX_CUTS_TRIED = 64
 
@@ -214,9 +239,9 @@ def pieces(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iter
 
     Where the tokenizer has no such cut, the rest is one piece. Without a tokenizer they are for one of train_tokenizer.
     """
-    start = 0
+    start, pattern = 0, _WORD_OR_LINE_START if tokenizer else _WORD_START
     while len(document) - start > size:
-        ends = (match.start() for match in islice(_CUT.finditer(document, start + size), MAX_CUTS_TRIED))
+        ends = (match.start() for match in islice(pattern.finditer(document, start + size), MAX_CUTS_TRIED))
         # A tokenizer that puts a space before every text restores the one that is left out between two pieces.
         cuts = ((end, following) for end in ends for following in (end, end + 1))
         cut = next((cut for cut in cuts if tokenizer is None or _is_safe(tokenizer, document, *cut)), None)

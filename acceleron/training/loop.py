@@ -93,6 +93,9 @@ class Trainer:
         if given and copy.is_file() and copy.read_bytes() != given.read_bytes():
             raise InputError(f"{copy} is another tokenizer than {given}: name another --save_dir")
         self.text_bytes = TextBytes(tokenizer, self.config.vocab_size) if tokenizer else None
+        if self.text_bytes and not self.text_bytes.exact:
+            say("val_bits_per_byte is not reported: the tokenizer does not reproduce its text")
+            self.text_bytes = None
         self.environment = {
             "torch": str(torch.__version__),
             "device": self._device_name(),
@@ -376,16 +379,14 @@ class Trainer:
             f"an epoch is {len(chunks) * options.seq_len:,} tokens, a step {options.tokens_per_step:,}"
         )
         if not self.tokenizer_checked:
-            say(
-                f"note: {options.data_dir} has no {METADATA}, so that {self.tokenizer_path} can't be checked against it"
-            )
+            say(f"note: {options.data_dir} has no {METADATA}, so {self.tokenizer_path} can't be checked against it")
         if self.resumed_from:
             say(f"continuing from {self.resumed_from}, step {self.run.steps}")
 
 
 @torch.no_grad()
 def validate(run: Run, shards: Shards, text_bytes: TextBytes | None, stopped: Callable[[], bool]) -> dict | None:
-    """val_loss, nats a token over the held-out batches; val_bits_per_byte where there is a tokenizer.
+    """val_loss, nats a token over the held-out batches; val_bits_per_byte with `text_bytes`.
 
     Both are None if the loss is not finite; the result is None if `stopped` became true before the end.
     """

@@ -67,13 +67,25 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
-def word_piece() -> Tokenizer:
+def word_piece(pre_tokenizer=None) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[END_OF_TEXT, "<unk>"])
     model = models.WordPiece(unk_token="<unk>")
-    document = _trained(model, trainer, pre_tokenizers.WhitespaceSplit(), some_text(0))
+    document = _trained(model, trainer, pre_tokenizer or pre_tokenizers.WhitespaceSplit(), some_text(0))
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return tokenizer
+
+
+def bpe_of_words() -> Tokenizer:
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT])
+    text = some_text(0) + "".join(chr(code) for code in range(32, 127))
+    return Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizers.Whitespace(), text)))
+
+
+def word_level() -> Tokenizer:
+    trainer = trainers.WordLevelTrainer(vocab_size=200, special_tokens=[END_OF_TEXT, "[UNK]"])
+    document = _trained(models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), some_text(0))
+    return Tokenizer.from_str(json.dumps(document))
 
 
 KINDS = {
@@ -94,4 +106,16 @@ KINDS = {
     "tokens of several words": lambda: byte_fallback("always", split=False),
     "Unigram": unigram,
     "WordPiece": word_piece,
+}
+
+# Tokenizers that lose or insert spaces, or replace what they do not know.
+INEXACT = {
+    "Unigram": unigram,
+    "WordPiece": word_piece,
+    "WordPiece after BERT's pre-tokenizer": lambda: word_piece(pre_tokenizers.BertPreTokenizer()),
+    "BPE of words, without a decoder": bpe_of_words,
+    "a space before each number": lambda: byte_level(
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    ),
+    "WordLevel": word_level,
 }

@@ -122,6 +122,22 @@ def test_it_fetches_the_first_shards_and_none_of_them_twice(hub, tmp_path):
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
 
+def test_an_output_of_other_shards_is_left_alone(hub, tmp_path):
+    """Whether the repository records its shards or not; its own shards.json does not stand in the way of the rest."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "shards.json").write_bytes(b"[1]")
+    for theirs in ({}, {"shards.json": b"[2]"}):
+        hub.files = FILES | theirs
+        run = download(output, hub.server_port)
+        assert run.returncode == 2
+        assert f"error: --output {output} holds the shards.json of other shards" in run.stderr
+        assert contents(output) == {"shards.json": b"[1]"}
+    hub.files["shards.json"] = b"[1]"
+    assert download(output, hub.server_port).returncode == 0
+    assert sorted(contents(output)) == ["shard_00000.npy", "shard_00001.npy", "shards.json", "tokenizer.json"]
+
+
 def test_a_broken_transfer_is_taken_up_where_it_broke(hub, tmp_path):
     hub.breaks["GET", "shard_00001.npy"] = 11 << 20
     run = download(tmp_path / "out", hub.server_port)

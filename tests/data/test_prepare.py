@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from acceleron.data import __main__ as cli
 from acceleron.data import prepare as prepare_module
-from acceleron.data.prepare import prepare
+from acceleron.data.prepare import prepare, read_documents
 from acceleron.data.shards import ROW_LENGTH, Shards
 from acceleron.data.tokenizer import END_OF_TEXT, PAD, TextBytes, find_tokenizer, pieces
 from acceleron.data.tokenizer import train_tokenizer as train
@@ -67,6 +67,23 @@ def test_full_shards_and_a_last_smaller_one(tmp_path, monkeypatch):
     assert len(rows) > 2
     assert 1 <= rows[-1] <= 3
     assert_written(tmp_path / "out", documents)
+
+
+def test_shards_that_prepare_did_not_write_together_are_refused(tmp_path, monkeypatch):
+    """One of another size, and one more; but not fewer, as a download of the first shards leaves them."""
+    monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 3)
+    write(tmp_path / "in.txt", some_text(0))
+    prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
+    first, second, *others = sorted((tmp_path / "out").glob("shard_*.npy"))
+    for path in others:
+        path.unlink()
+    assert Shards(tmp_path / "out").num_rows.tolist() == [3, 3]
+    np.save(second, np.load(first)[:2])
+    with pytest.raises(InputError, match=r"shard_00001\.npy has 2 rows, 3 in .*shards\.json"):
+        Shards(tmp_path / "out")
+    second.rename(tmp_path / "out" / "shard_00077.npy")
+    with pytest.raises(InputError, match=r"shard_00077\.npy is not in .*shards\.json"):
+        Shards(tmp_path / "out")
 
 
 def test_json_lines(tmp_path):
@@ -126,8 +143,9 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
     prepare([str(path) for path in inputs], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
     told = capsys.readouterr().err
-    for path in (source / "b" / "loop", source / "copy.txt", *inputs[1:]):
+    for path in (source / "b" / "loop", source / "copy.txt", *inputs[2:]):
         assert f"left out: {path} (the same as " in told
+    assert f"left out: {source / 'c.txt'} (named twice)" in told
     assert told.count("left out:") == 5
 
 
@@ -271,6 +289,9 @@ REFUSALS = {
     "a damaged tokenizer": ({"in.txt": LONG, "t.json": "{"}, ["--tokenizer", "t.json"], "t.json"),
     "binary": ({"in.txt": b"\xff"}, [], "in.txt: not UTF-8"),
     "UTF-16": ({"in.txt": "text".encode("utf-16")}, [], "in.txt: UTF-16 text"),
+    "UTF-16 without a BOM": ({"in.txt": LONG.encode("utf-16-le")}, [], "in.txt: holds NUL characters"),
+    "UTF-32": ({"in.txt": "text".encode("utf-32")}, [], "in.txt: UTF-32 text"),
+    "UTF-32, big-endian": ({"in.txt": b"\0\0\xfe\xff" + "text".encode("utf-32-be")}, [], "in.txt: UTF-32 text"),
     "UTF-16 lines": ({"in.jsonl": "{}".encode("utf-16")}, ["--input", "in.jsonl"], "in.jsonl, line 1: UTF-16 text"),
     "bad JSON": ({"in.jsonl": '{"text": "a"}\n{"text": \n'}, ["--input", "in.jsonl"], "in.jsonl, line 2"),
     "JSON without text": ({"in.jsonl": '{"txt": "a"}'}, ["--input", "in.jsonl"], "in.jsonl, line 1"),
@@ -279,6 +300,12 @@ REFUSALS = {
     "bad JSON in a directory": ({"below/in.jsonl": "{"}, ["--input", "below"], "in.jsonl, line 1"),
     "other JSON in a directory": ({"below/in.json": '{\n"text": ""}'}, ["--input", "below"], "rename it to .txt"),
 }
+for name in ("shards.json", "tokenizer.json"):
+    REFUSALS[f"a prepared directory: {name}"] = (
+        {"below/in.txt": LONG, f"below/{name}": "{}"},
+        ["--input", "below"],
+        f"--input below is already prepared: it holds {name}",
+    )
 EXTREME_LINES = {
     "nested": '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "digits": '{"text": "a", "x": ' + "9" * 5000 + "}",
@@ -295,6 +322,32 @@ EXTREME_LINES = {
 for case, line in EXTREME_LINES.items():
     content = b'{"text": "good"}\n\n' + (line if isinstance(line, bytes) else line.encode())
     REFUSALS[f"an extreme line: {case}"] = ({"in.jsonl": content}, ["--input", "in.jsonl"], "in.jsonl, line 3: ")
+
+
+FOUND = {
+    '{"text": null}': '"text" is null',
+    '{"text": [1]}': '"text" is an array',
+    '{"text": true}': '"text" is a boolean',
+    '{"id": 1, "body\\n": ""}': r'no "text"; the keys are id, body\n',
+    "{}": 'no "text"; the keys are none',
+    '["text"]': "the line is an array",
+    "null": "the line is null",
+    "{": "not JSON (Expecting property name enclosed in double quotes)",
+    '{"text": "a", "text": "b"}': "not JSON (a key comes twice in one object)",
+}
+
+
+@pytest.mark.parametrize("line", FOUND)
+def test_what_a_line_holds_instead_of_text_is_named(line, tmp_path):
+    write(tmp_path / "in.jsonl", line)
+    with pytest.raises(InputError) as raised:
+        list(read_documents(tmp_path / "in.jsonl"))
+    assert str(raised.value).startswith(f"{tmp_path / 'in.jsonl'}, line 1: {FOUND[line]}; each line must be ")
+
+
+def test_only_a_byte_order_mark_is_no_line(tmp_path):
+    write(tmp_path / "in.jsonl", b"\xef\xbb\xbf")
+    assert list(read_documents(tmp_path / "in.jsonl")) == []
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -318,8 +371,34 @@ def test_an_output_that_holds_shards_is_left_alone(tmp_path, monkeypatch, capsys
     arguments = ("--input", tmp_path / "in.txt", "--output", tmp_path, "--vocab_size", 300)
     (tmp_path / "shard_00007.npy").write_text("precious")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "already holds shards" in refused(monkeypatch, capsys, *arguments)
+    assert "already holds prepared data (shard_00007.npy)" in refused(monkeypatch, capsys, *arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_tokenizer_in_the_output_is_left_alone(tmp_path, monkeypatch, capsys, tokenizer):
+    """Named with --tokenizer it is used."""
+    write(tmp_path / "in.txt", LONG)
+    own = tmp_path / "out" / "tokenizer.json"
+    own.parent.mkdir()
+    tokenizer.save(str(own), pretty=False)
+    train([LONG], 300).save(str(tmp_path / "other.json"))
+    content = own.read_bytes()
+    arguments = ("--input", tmp_path / "in.txt", "--output", own.parent)
+    for choice in ((), ("--tokenizer", tmp_path / "other.json")):
+        assert "out already holds another tokenizer.json" in refused(monkeypatch, capsys, *arguments, *choice)
+    assert [path.name for path in own.parent.iterdir()] == ["tokenizer.json"]
+    prepare([str(tmp_path / "in.txt")], str(own.parent), tokenizer_path=str(own))
+    assert own.read_bytes() == content
+    assert_written(own.parent, [LONG])
+
+
+def test_a_refused_command_removes_only_the_directories_it_made(tmp_path):
+    write(tmp_path / "in.txt", " ")
+    (tmp_path / "empty").mkdir()
+    for output in ("empty", "new/a/b"):
+        with pytest.raises(InputError, match="fills 0 rows"):
+            prepare([str(tmp_path / "in.txt")], str(tmp_path / output), vocab_size=300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.txt"]
 
 
 def test_a_failure_half_way_leaves_the_directory_as_it_was(tmp_path, monkeypatch):

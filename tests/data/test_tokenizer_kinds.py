@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from kinds import KINDS, some_text
+from kinds import INEXACT, KINDS, some_text
 
 from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokenizer, pieces
 
@@ -18,7 +18,7 @@ from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokeni
 def tokenizer_of(kind):
     with TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
-        KINDS[kind]().save(str(path))
+        (KINDS | INEXACT)[kind]().save(str(path))
         return load_tokenizer(path)
 
 
@@ -50,6 +50,11 @@ def test_the_bytes_of_real_text(kind, tokenizer):
     assert expected > 10_000
 
 
+@pytest.mark.parametrize("kind", KINDS | INEXACT)
+def test_only_tokenizers_that_reproduce_text_count_it_exactly(kind):
+    assert TextBytes(tokenizer_of(kind), 1024).exact == (kind not in INEXACT)
+
+
 @given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), min_size=1))
 @example(" leading spaces")
 @example("  ")
@@ -71,3 +76,20 @@ def test_all_kinds_are_cut_but_where_tokens_span_words(kind, tokenizer):
     assert max(len(part) for part in pieces(some_text(3), 1000, tokenizer)) < 2000
     parts = list(pieces("the rain " * 1000, 1000, tokenizer))
     assert len(parts) == (1 if kind == "tokens of several words" else 9)
+
+
+LINES = {
+    "paragraphs": "rain\n\n",
+    "CSV": "the,rain,1984\r\n",
+    "code": "    return\n\n",
+    "code with tabs": "\treturn;\n\n\n",
+}
+
+
+@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Metaspace never"])
+def test_text_without_single_spaces_is_cut(kind, lines):
+    text, tokenizer = LINES[lines] * 1000, tokenizer_of(kind)
+    parts = list(pieces(text, 1000, tokenizer))
+    assert max(len(part) for part in parts) < 2000
+    assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids

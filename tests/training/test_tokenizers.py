@@ -3,11 +3,12 @@
 import json
 import math
 import shutil
+import string
 
 import numpy as np
 import pytest
 from runs import options, records
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from acceleron.data.prepare import prepare
 from acceleron.data.shards import METADATA
@@ -25,7 +26,8 @@ def tokenizer(tmp_path):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=[END_OF_TEXT])
+    alphabet = list(string.printable)
+    trainer = trainers.BpeTrainer(vocab_size=130, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXT.split(), trainer)
     tokenizer.save(str(tmp_path / "given.json"), pretty=False)
     return tmp_path / "given.json"
@@ -51,6 +53,24 @@ def test_bits_per_byte_are_of_the_text(data_dir, tokenizer, tmp_path):
 
 
 @pytest.mark.usefixtures("small_nano")
+def test_no_bits_per_byte_without_the_spaces_of_the_text(tmp_path, capsys):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = list(string.printable)
+    trainer = trainers.BpeTrainer(vocab_size=130, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(tmp_path / "given.json"))
+    (tmp_path / "in.txt").write_text(TEXT)
+    prepare([str(tmp_path / "in.txt")], str(tmp_path / "data"), tokenizer_path=str(tmp_path / "given.json"))
+    train(options(tmp_path / "data", tmp_path / "run", **ONE_STEP))
+    last = records(tmp_path / "run")[-1]
+    assert last["val_loss"] > 1
+    assert "val_bits_per_byte" not in last
+    line = "val_bits_per_byte is not reported: the tokenizer does not reproduce its text"
+    assert capsys.readouterr().err.count(line) == 1
+
+
+@pytest.mark.usefixtures("small_nano")
 def test_the_tokenizer_that_made_the_shards_trains_under_any_name(data_dir, tokenizer, tmp_path, capsys):
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
     train(options(data_dir, tmp_path / "run", resume="auto", tokenizer=str(tokenizer), **ONE_STEP | {"max_steps": 2}))
@@ -69,7 +89,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
         with pytest.raises(InputError) as raised:
             train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
         assert str(raised.value) == (
-            f"{path} is not the tokenizer that made the shards, of 60 ids by {data_dir / METADATA}: "
+            f"{path} did not make these shards; {data_dir / METADATA} records one of 130 ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
         assert not (tmp_path / "run").exists()
@@ -85,7 +105,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
 def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     (data_dir / METADATA).unlink()
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
-    note = f"note: {data_dir} has no shards.json, so that {data_dir / 'tokenizer.json'} can't be checked"
+    note = f"note: {data_dir} has no shards.json, so {data_dir / 'tokenizer.json'} can't be checked"
     assert capsys.readouterr().err.count(note) == 1
 
 
@@ -100,8 +120,9 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
         "\xff",
         json.dumps({"format": 2}),
         '{"format": 1, "tokenizer_sha256": ""}',
+        '{"format": 1, "tokenizer_sha256": "", "vocab_size": 130, "shards": ["shard_00000.npy"]}',
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_damaged_metadata(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
