@@ -17,8 +17,7 @@ BAD_INPUT = 2  # as argparse's: the same command would fail again
 FAILED = 3  # the run can't go on as it is, or its output can't be written; the message says what to change
 STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command and nothing is lost; start it again (train.py: --resume auto)
 INTERRUPTED = 130  # Ctrl-C, at once
-PIPE_CLOSED = 141  # the reader of its output left
-
+PIPE_CLOSED = 141  # the program that reads its output has exited
 
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full or failing disk, or a terminal that has gone
 

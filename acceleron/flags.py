@@ -9,7 +9,7 @@ from .errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError for a bad command line, with the flag that was meant instead of a usage.
+    """Raises InputError for a bad command line, and suggests the nearest flag instead of printing the usage.
 
     An argument that is not valid UTF-8 is refused: no library takes such a path.
     """

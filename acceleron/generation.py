@@ -151,8 +151,8 @@ def stream_text(
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid text in the terminal's encoding") from error
     prompt_ids = encode(tokenizer, [prompt])[0] or [end_id]
-    # All ids are decoded each time, which takes half a millisecond for 2,048: what a token stands for depends on those
-    # before it, in each decoder in a way of its own.
+    # Decode all ids each time: the text of a token depends on the tokens before it, and every decoder has its own
+    # rules. It takes half a millisecond for 2,048 ids.
     ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
     for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_ids(tokenizer), stop_id=end_id):
         ids.append(token)

@@ -29,7 +29,8 @@ else:
     import torch.nn.functional as F
 
     from . import reference
-    from .reference import MoEOutput, Plan, Routing, autocast_dtype, expert_mlp_token, no_autocast
+    from .autograd import autocast_dtype, no_autocast
+    from .reference import MoEOutput, Plan, Routing, expert_mlp_token
 
     try:
         from triton.tools.ragged_tma import load_ragged  # noqa: F401 - older ones lack it

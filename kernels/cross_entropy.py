@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .autograd import first_order
 from .launch import INTERPRETED, check, device_of
-from .reference import first_order
 
 # Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.

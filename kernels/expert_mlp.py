@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .autograd import first_order
 from .configs import choose
 from .grouped_gemm import (
     check_plan,
@@ -27,7 +28,7 @@ from .grouped_gemm import (
     row_tile,
 )
 from .launch import check, device_of
-from .reference import TOP_K, Plan, first_order
+from .reference import TOP_K, Plan
 from .swiglu import sigmoid
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .autograd import first_order
 from .configs import Config, choose
 from .launch import INTERPRETED, Device, check, device_of
-from .reference import MAX_EXPERTS, TOP_K, Plan, first_order
+from .reference import MAX_EXPERTS, TOP_K, Plan
 
 # The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
 _WIDEN = tl.constexpr(INTERPRETED)

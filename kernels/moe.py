@@ -11,9 +11,10 @@ a twelfth of the least time of the experts' GEMMs.
 import torch
 from torch import Tensor
 
+from .autograd import first_order
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
 from .launch import FLOATS, check
-from .reference import MAX_EXPERTS, TOP_K, MoEOutput, first_order
+from .reference import MAX_EXPERTS, TOP_K, MoEOutput
 from .router import router_logits_forward, router_weight_grad
 from .routing import plan, route, route_backward
 from .swiglu import swiglu_backward, swiglu_forward

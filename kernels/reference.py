@@ -7,9 +7,6 @@ All ops are differentiable in float32, float64, bfloat16 and float16, pad nothin
 deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,44 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import first_order, no_autocast
+
 TOP_K = 2
 MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
 # Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
 # bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of torch.autocast on this device, None where it is off."""
-    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast on this device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def first_order(op: str) -> Callable:
-    """Decorator of the backward of an autograd Function that has no second derivative.
-
-    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` does not: it looks at the gradients of
-    the outputs alone, and returns a constant. Autocast, which is on if `backward()` is called in its context, is off.
-    """
-
-    def decorate(backward: Callable) -> Callable:
-        @wraps(backward)
-        def run(ctx, *grads):
-            if torch.is_grad_enabled():
-                raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
-            device = next((grad.device for grad in grads if grad is not None), torch.device("meta"))
-            with no_autocast(device):
-                return backward(ctx, *grads)
-
-        return run
-
-    return decorate
 
 
 class Routing(NamedTuple):

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import first_order
 from .launch import FLOATS, check, device_of
-from .reference import first_order
 
 # A row is one block, of at most this many bytes: 32768 values of bf16.
 MAX_ROW_BYTES = 65536

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import first_order
 from .launch import FLOATS, check
-from .reference import first_order
 
 # Of q in a program's tile: in bf16 8 positions at the tiny size, 2 at the large one. Twice as much of fp32 spills.
 TILE_BYTES, WARPS = 8192, 4

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import first_order
 from .grouped_gemm import dot, row_tile
 from .launch import FLOATS, check, device_of
-from .reference import first_order
 
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import first_order
 from .launch import INTEGERS, check
-from .reference import MAX_EXPERTS, TOP_K, Plan, Routing, first_order
+from .reference import MAX_EXPERTS, TOP_K, Plan, Routing
 
 # At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
 MAX_PROGRAMS = 256

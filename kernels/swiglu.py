@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import first_order
 from .launch import check
-from .reference import first_order
 
 # 256 columns are a warp of 16-byte bf16 loads, and leave 0-8 % of the lanes idle at the widths of the named sizes where
 # a power of two over the whole width would leave up to half; 8 rows keep 8 KB a program in flight.

@@ -210,7 +210,7 @@ class TextBytes:
             self._decode(tokenizer, sorted(decoded, key=itemgetter(1)))
 
     def _decode(self, tokenizer: Tokenizer, tokens: list[tuple[str, int]]):
-        """Fill the table with the lengths of decoded text, between two tokens of which the text is known."""
+        """Fill the table with the bytes that each token adds to the decoded text between two known tokens."""
 
         def lengths(sequences: list[list[int]]) -> np.ndarray:
             return np.array([len(text.encode()) for text in tokenizer.decode_batch(sequences)])

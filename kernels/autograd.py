@@ -1,0 +1,39 @@
+"""What the autograd Functions of both kernel backends share: no second derivative, and no autocast within them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of torch.autocast on this device, None where it is off."""
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast on this device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def first_order(op: str) -> Callable:
+    """Decorator of the backward of an autograd Function that has no second derivative.
+
+    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` does not: it looks at the gradients of
+    the outputs alone, and returns a constant. Autocast, which is on if `backward()` is called in its context, is off.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def run(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
+            device = next((grad.device for grad in grads if grad is not None), torch.device("meta"))
+            with no_autocast(device):
+                return backward(ctx, *grads)
+
+        return run
+
+    return decorate
