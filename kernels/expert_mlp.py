@@ -73,12 +73,13 @@ def _up_kernel(
         for d in range(0, D, BLOCK_K):
             a = x.load([row, d]) if TMA else row_tile(x, safe, d, D, BLOCK_K)
             acc = dot(a, _gate_up_tile(w, expert, f, d, D, F, TMA, BLOCK_N, BLOCK_K), acc)
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        if not WITH_H:
+            acc += 0.0  # or ptxas moves fp16's conversions between the wgmmas, which it then serialises (C7514)
+        h = acc.to(h_ptr.dtype.element_ty)
+        gate, up = tl.split(tl.permute(tl.reshape(h, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         fs = f + tl.arange(0, BLOCK_N)
         mask = (rows < end)[:, None] & (fs < F)[None, :]
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
-        gate = gate.to(h_ptr.dtype.element_ty)
-        up = up.to(h_ptr.dtype.element_ty)
         if WITH_H:
             tl.store(h_ptrs, gate, mask=mask)
             tl.store(h_ptrs + F, up, mask=mask)
