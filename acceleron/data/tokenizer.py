@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -148,8 +150,22 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,  # it goes to stdout, and panics if that is full
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    _run_in_thread(lambda: tokenizer.train_from_iterator(documents, trainer))
     return tokenizer
+
+
+def _run_in_thread(function: Callable[[], None]):
+    """Run a library's function for which a signal should not wait: Python's handlers run only in the main thread."""
+    finished = Future()
+
+    def work():
+        try:
+            finished.set_result(function())
+        except BaseException as error:
+            finished.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    finished.result()
 
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")

@@ -19,7 +19,7 @@ from acceleron.errors import InputError, RunFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "\n".join(f"Line {number} of a text that fills some rows." for number in range(3000))
-HOLD = """
+WRITING = """
 import sys, threading
 from acceleron.data import __main__ as command, prepare
 
@@ -31,6 +31,18 @@ def hold(tokens, directory):
 prepare._write_shards = hold
 command.main()
 """
+TRAINING = """
+import hashlib
+from acceleron.data import __main__ as command, prepare
+
+def documents(*_):
+    print("held", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, as the trainer's last part may take
+    yield "a text"
+
+prepare.read_documents = documents
+command.main()
+"""
 
 
 @pytest.fixture
@@ -39,8 +51,9 @@ def arguments(tmp_path):
     return ["prepare", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--vocab_size", "300"]
 
 
-def test_a_signal_leaves_nothing_behind(arguments, tmp_path):
-    command = [sys.executable, "-c", HOLD, *arguments]
+@pytest.mark.parametrize("program", [TRAINING, WRITING], ids=["training", "writing"])
+def test_a_signal_leaves_nothing_behind(program, arguments, tmp_path):
+    command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     assert any((tmp_path / "out").iterdir())
