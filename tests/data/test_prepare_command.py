@@ -55,10 +55,13 @@ def arguments(tmp_path):
 def test_a_signal_leaves_nothing_behind(program, arguments, tmp_path):
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    assert any((tmp_path / "out").iterdir())
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=HANG)
+    try:
+        assert process.stdout.readline() == "held\n"
+        assert any((tmp_path / "out").iterdir())
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=HANG)
+    finally:
+        process.kill()
     assert (process.returncode, errors) == (75, "SIGTERM: stopped\n")
     assert not (tmp_path / "out").exists()
 
