@@ -4,6 +4,7 @@ Without a GPU, Triton kernels run under its interpreter, which must be chosen be
 """
 
 import os
+import signal
 
 # One thread, here and in the processes that tests start: two gain nothing on models of milliseconds, and pytest-xdist's
 # workers share the cores. Where a test takes two, they sleep while they wait for each other. OpenMP reads both once.
@@ -20,6 +21,7 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
     collect_ignore = ["kernels/test_cuda.py", "training/test_cuda_training.py"]
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the processes that tests start
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
