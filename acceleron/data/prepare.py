@@ -24,7 +24,7 @@ from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, tra
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
 PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+JSON_LINES = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json")
 MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -38,6 +38,7 @@ JSON_KINDS = {
     float: "a number",
     type(None): "null",
 }
+CONVERT = "decompress it or convert it to UTF-8 text"
 MAX_LINE_BYTES = 1 << 30  # of JSON lines
 LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
@@ -67,11 +68,11 @@ def _decode(content: bytes, where: str) -> str:
         if content.startswith(marks):
             raise InputError(f"{where}: {encoding} text; convert it with `iconv -f {encoding} -t UTF-8`")
     if b"\0" in content:
-        raise InputError(f"{where}: holds NUL characters: binary, or UTF-16 without a BOM")
+        raise InputError(f"{where}: holds NUL characters: {CONVERT}")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}): {CONVERT}") from error
 
 
 def _text_of(line: bytes, where: str) -> str:
