@@ -133,7 +133,7 @@ def find_tokenizer(explicit: str | None, *directories: Path | None) -> Path | No
     if explicit:
         return Path(explicit)
     candidates = [Path(d) / name for d in directories if d for name in ("tokenizer.json", "pile_tokenizer.json")]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
