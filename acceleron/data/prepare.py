@@ -1,6 +1,7 @@
 """Text files to shards."""
 
 import codecs
+import fcntl
 import filecmp
 import json
 import os
@@ -294,18 +295,16 @@ def _staged(target: Path) -> Iterator[Path]:
     """A directory in `target`, whose files move into `target` at the end: all of them, or none after an error.
 
     A file that `target` already holds stays. A process that is killed leaves the directory, with which Shards refuses
-    `target`.
+    `target`; the next `prepare` empties it.
     """
     staging, moved = target / STAGING, []
     created = [directory for directory in (target, *target.parents) if not directory.exists()]
-    if staging.exists():
-        raise InputError(
-            f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
-        )
     try:
         target.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        lock = _make_locked(staging)
         try:
+            for path in staging.iterdir():
+                path.unlink()
             yield staging
             for path in sorted(staging.iterdir()):
                 final = target / path.name
@@ -318,6 +317,7 @@ def _staged(target: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(staging)
+            os.close(lock)
             with suppress(OSError):  # keeps a directory that holds anything
                 for directory in created:
                     directory.rmdir()
@@ -325,3 +325,19 @@ def _staged(target: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise file_error(f"--output {target}: cannot be written", error) from error
+
+
+def _make_locked(staging: Path) -> int:
+    """Make the directory, or take over a stale one; returns a descriptor that holds a lock on it until it is closed."""
+    stale = staging.exists()
+    staging.mkdir(exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some file systems have no locks: there a directory that exists may be in use
+        if stale or isinstance(error, BlockingIOError):
+            os.close(lock)
+            raise InputError(
+                f"{staging} is in use by another `prepare`: wait for it; if none is running, remove {staging}"
+            ) from error
+    return lock
