@@ -136,14 +136,14 @@ def test_a_directory_is_read_in_order_and_what_is_left_out_is_named(tmp_path, ca
     os.mkfifo(source / "pipe")
     prepare([str(source)], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
-    told = capsys.readouterr().err
+    log = capsys.readouterr().err
     for name in BINARY:
-        assert re.search(rf"left out: {source}/{re.escape(name)} \((not UTF-8|holds NUL) .*: {CONVERT}\)", told)
-    assert f"left out: {source}/windows.txt (UTF-16 text; convert it with" in told
-    assert f"{source}/broken (cannot be read (No such file or directory))" in told
-    assert f"{source}/pipe (neither a file nor a directory; save it as a file)" in told
-    assert f"left out: 2 hidden files and directories, the first of them {source}/.git" in told
-    assert told.count("left out:") == len(BINARY) + 4
+        assert re.search(rf"left out: {source}/{re.escape(name)} \((not UTF-8|holds NUL) .*: {CONVERT}\)", log)
+    assert f"left out: {source}/windows.txt (UTF-16 text; convert it with" in log
+    assert f"{source}/broken (cannot be read (No such file or directory))" in log
+    assert f"{source}/pipe (neither a file nor a directory; save it as a file)" in log
+    assert f"left out: 2 hidden files and directories, the first of them {source}/.git" in log
+    assert log.count("left out:") == len(BINARY) + 4
 
 
 def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
@@ -158,11 +158,11 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
     inputs = [source, source / "c.txt", elsewhere, source / ".." / "in" / "a.txt"]
     prepare([str(path) for path in inputs], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
-    told = capsys.readouterr().err
+    log = capsys.readouterr().err
     for path in (source / "b" / "loop", source / "copy.txt", *inputs[2:]):
-        assert f"left out: {path} (the same as " in told
-    assert f"left out: {source / 'c.txt'} (named twice)" in told
-    assert told.count("left out:") == 5
+        assert f"left out: {path} (the same as " in log
+    assert f"left out: {source / 'c.txt'} (named twice)" in log
+    assert log.count("left out:") == 5
 
 
 def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
@@ -171,9 +171,9 @@ def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
     for number in range(5):
         write(tmp_path / "in" / f"{number}.png", b"\x89")
     prepare([str(tmp_path / "in")], str(tmp_path / "out"), vocab_size=400)
-    told = capsys.readouterr().err
-    assert told.count("left out: ") == 4
-    assert "left out: 5 files in all" in told
+    log = capsys.readouterr().err
+    assert log.count("left out: ") == 4
+    assert "left out: 5 files in all" in log
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
