@@ -4,7 +4,7 @@ import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 
 from .errors import InputError
-from .kernels.reference import MAX_EXPERTS
+from .kernels.contract import MAX_EXPERTS
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24

@@ -143,7 +143,7 @@ class Acceleron(nn.Module):
             z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
         if labels is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, counts_LE)
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
         cross_entropy = kernels.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
         loss = cross_entropy + self.config.z_loss_coef * z_loss + self.config.balance_loss_coef * balance_loss
         return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, counts_LE)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from acceleron import ModelConfig, kernels
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
-from acceleron.kernels.reference import TOP_K
+from acceleron.kernels.contract import TOP_K
 from acceleron.training.optimizer import build_optimizer
 
 from .command import failures_in, parse

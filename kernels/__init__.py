@@ -30,7 +30,8 @@ else:
 
     from . import reference
     from .autograd import autocast_dtype, no_autocast
-    from .reference import MoEOutput, Plan, Routing, expert_mlp_token
+    from .contract import MoEOutput, Plan, Routing
+    from .reference import expert_mlp_token
 
     try:
         from triton.tools.ragged_tma import load_ragged  # noqa: F401 - older ones lack it

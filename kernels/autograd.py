@@ -1,10 +1,11 @@
-"""What the autograd Functions of both kernel backends share: no second derivative, and no autocast within them."""
+"""What the autograd Functions of both kernel backends share: no second derivative, no autocast, a loss's scale."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -16,6 +17,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast on this device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of 1 / count, for a loss whose forward pass forms its gradients: one in (1, 2], and a power of two.
+
+    Forward multiplies by the first alone, so that gradients keep clear of fp16's smallest values; backward multiplies
+    by the second, which rounds nothing. count: a floating scalar; 0 counts as 1.
+    """
+    count = count.clamp(min=1)
+    mantissa = torch.frexp(count).mantissa
+    return 1 / mantissa, mantissa / count
+
+
+def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in grad's dtype, where the scalar factor may be outside its range, as a loss scale is in fp16."""
+    # A tensor of one axis keeps its precision, a scalar does not.
+    return torch.mul(grad, factor[None], out=torch.empty_like(grad))
 
 
 def first_order(op: str) -> Callable:

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .autograd import first_order
-from .launch import INTERPRETED, check, device_of
+from .autograd import first_order, scale_gradient, split_mean
+from .contract import check_linear_cross_entropy
+from .launch import INTERPRETED, check_launch, device_of
 
 # Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
@@ -32,10 +33,10 @@ def _exp2(x):
 # A chunk's labels and losses begin anywhere; by their alignment it would be compiled up to four times, for nothing.
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "losses_ptr"])
 def _cross_entropy_kernel(
-    logits_ptr, labels_ptr, losses_ptr, count_ptr, V, ignore_index,
+    logits_ptr, labels_ptr, losses_ptr, scale_ptr, V, ignore_index,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: its loss, and (softmax - onehot) / count written over its logits.
+    """One program a row: its loss, and (softmax - onehot) * scale written over its logits.
 
     The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum, and rescales the sum
     once per block; threads are not reduced before the end of the row. Maxima are multiplied by log2(e), so that a
@@ -54,7 +55,7 @@ def _cross_entropy_kernel(
     else:
         target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         target_logit = tl.load(logits_ptr + target, target >= 0, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.load(count_ptr).to(tl.float32)  # loaded early, so that nothing waits for it
+        scale = tl.load(scale_ptr)  # loaded early, so that nothing waits for it
         # The lowest float and not -inf, whose difference to a masked logit would be NaN.
         largest = tl.full((THREADS,), -3.4028234e38, tl.float32)
         total = tl.zeros((THREADS,), tl.float32)
@@ -84,12 +85,13 @@ def _cross_entropy_kernel(
 @torch.library.custom_op("acceleron_triton::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss and the gradients of x and the weight, each empty unless it is needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mean loss; the gradients of x and the weight, each empty unless it is needed; and a factor of both."""
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
     keep_T1 = (labels_T != ignore_index)[:, None]
     count = keep_T1.sum()
+    scale, power = split_mean(count.float())
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
     # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
@@ -109,21 +111,21 @@ def _linear_cross_entropy(
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
         with torch.cuda.device_of(x):
             _cross_entropy_kernel[(len(x),)](
-                logits, labels_T[chunk], losses_T[chunk], count, V, ignore_index,
+                logits, labels_T[chunk], losses_T[chunk], scale, V, ignore_index,
                 BLOCK=block, THREADS=min(block, threads), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
             )  # fmt: skip
         if need_x:
             torch.mm(logits, weight, out=grad_x[chunk])
         if need_weight:
             grad_weight += torch.mm(logits.t(), x)
-    return losses_T.sum() / count, grad_x, grad_weight.to(weight_VD.dtype)
+    return losses_T.sum() / count, grad_x, grad_weight.to(weight_VD.dtype), power
 
 
 @_linear_cross_entropy.register_fake
 def _(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
     loss = x_TD.new_empty((), dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
-    return loss, grad_x, weight_VD.new_empty(weight_VD.shape if need_weight else 0)
+    return loss, grad_x, weight_VD.new_empty(weight_VD.shape if need_weight else 0), torch.empty_like(loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -131,21 +133,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
-        loss, grad_x, grad_weight = _linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight)
-        ctx.save_for_backward(grad_x if need_x else None, grad_weight if need_weight else None)
+        loss, grad_x, grad_weight, power = _linear_cross_entropy(
+            x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight
+        )
+        ctx.save_for_backward(grad_x if need_x else None, grad_weight if need_weight else None, power)
         return loss
 
     @staticmethod
     @first_order("linear_cross_entropy")
     def backward(ctx, grad_loss):
-        grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        *grads, power = ctx.saved_tensors
+        grads = (None if grad is None else scale_gradient(grad, grad_loss * power) for grad in grads)
         return *grads, None, None, None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of the logits x @ weight.T against the labels, without ever holding the logits of all tokens.
 
-    x_TD: bf16, fp16 or fp32, the compute dtype. weight_VD: fp32 or x's dtype; it is cast to x's for the GEMMs, and its
+    x_TD: bf16, fp16 or fp32, the compute dtype. weight_VD: any of the three; it is cast to x's for the GEMMs, and its
     gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
     token does not count, and whose row of x may hold anything; the mean is over the tokens that count (NaN when there
     are none, as in torch). All contiguous. Returns an fp32 scalar. The logits exist for LOGITS_PER_CHUNK values at a
@@ -154,9 +159,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     Labels are not checked, which would be a host sync: one outside 0..V-1 matches no logit, and the loss is then
     meaningless. Raises ValueError for other shapes, dtypes and strides, and for a device that Triton can't run on.
     """
-    check("linear_cross_entropy: x_TD", x_TD, (None, None))
-    T, D = x_TD.shape
-    check("linear_cross_entropy: weight_VD", weight_VD, (None, D), tuple({x_TD.dtype, torch.float32}), like=x_TD)
-    check("linear_cross_entropy: labels_T", labels_T, (T,), torch.int64, like=x_TD)
+    check_launch("linear_cross_entropy", x_TD=x_TD, weight_VD=weight_VD, labels_T=labels_T)
+    check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     need_x, need_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, weight_VD))
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight)

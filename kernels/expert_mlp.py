@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
 from .configs import choose
+from .contract import Plan, check_expert_mlp
 from .grouped_gemm import (
-    check_plan,
     dot,
     expert_rows,
     gather_rows,
@@ -27,8 +27,7 @@ from .grouped_gemm import (
     persistent_grid,
     row_tile,
 )
-from .launch import check, device_of
-from .reference import TOP_K, Plan
+from .launch import check_launch, device_of
 from .swiglu import sigmoid
 
 
@@ -346,19 +345,14 @@ class _ExpertMLP(torch.autograd.Function):
 def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
     """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)).
 
-    x_TD is bf16, fp16 or fp32, which is the result's dtype; w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF
-    are fp32 or in x's dtype, are cast to x's for the GEMMs, and get gradients in their own dtype, from fp32 sums;
+    x_TD is bf16, fp16 or fp32, which is the result's dtype; w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF,
+    of any of the three, are cast to x's for the GEMMs, and get gradients in their own dtype, from fp32 sums;
     weights_TK is fp32. All contiguous. `plan` is `dispatch_plan`'s for the same T and E. For backward it keeps x, the
     pre-activation, the weights and the plan: 2 D + 8 F bytes a token in bf16, and 24 more. Deterministic. Raises
     ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
-    check("expert_mlp: x_TD", x_TD, (None, None))
-    (T, D), (E, F) = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1])
-    dtypes = tuple({x_TD.dtype, torch.float32})
-    check("expert_mlp: w2_EDF", w2_EDF, (None, D, None), dtypes, x_TD)
-    check("expert_mlp: w13_E2FD", w13_E2FD, (E, 2 * F, D), dtypes, x_TD)
-    check("expert_mlp: weights_TK", weights_TK, (T, TOP_K), torch.float32, x_TD)
-    check_plan("expert_mlp", plan, T, E, x_TD)
+    check_launch("expert_mlp", x_TD=x_TD, weights_TK=weights_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
+    check_expert_mlp(x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
     # What backward alone reads is not written for an evaluation.
     with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
     return _ExpertMLP.apply(x_TD, weights_TK, *plan, w13_E2FD, w2_EDF, with_h)

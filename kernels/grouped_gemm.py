@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
 from .configs import Config, choose
-from .launch import INTERPRETED, Device, check, device_of
-from .reference import MAX_EXPERTS, TOP_K, Plan
+from .contract import TOP_K, Plan, check_grouped_gemm
+from .launch import INTERPRETED, Device, check_launch, device_of
 
 # The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
 _WIDEN = tl.constexpr(INTERPRETED)
@@ -272,21 +272,12 @@ class _GroupedGemm(torch.autograd.Function):
         return grad_x_ND, grouped_weight_grad(grad_NF, x_ND, offsets, None, w_EFD.dtype), None
 
 
-def check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
-    """Raise a ValueError unless the plan is one of these numbers of tokens and experts, and the experts 2 to 256."""
-    if not TOP_K <= experts <= MAX_EXPERTS:
-        raise ValueError(f"{op}: the weights must be of 2 to {MAX_EXPERTS} experts, but are of {experts}")
-    for name, shape in (("order", (tokens * TOP_K,)), ("inverse_TK", (tokens, TOP_K)), ("offsets", (experts + 1,))):
-        check(f"{op}: plan.{name}", getattr(plan, name), shape, torch.int32, like)
-
-
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     """y_NF: every expert-sorted row times its expert's weight, y[n] = w[e] @ x[n] for the rows n of expert e.
 
     x_ND and w_EFD are contiguous and of one dtype, bf16, fp16 or fp32; sums are fp32. Experts without rows are fine.
     Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
-    check("grouped_gemm: x_ND", x_ND, (plan.order.numel(), None))
-    check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
-    check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
+    check_launch("grouped_gemm", x_ND=x_ND, w_EFD=w_EFD)
+    check_grouped_gemm(x_ND, w_EFD, plan)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)

@@ -1,6 +1,5 @@
 """What the launch of every Triton kernel needs: the device it is for, and checks of the arguments before it."""
 
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -14,8 +13,6 @@ from triton.runtime.jit import JITFunction
 # interpreted or not from then on, and ours must be as they are.
 INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-INTEGERS = (torch.int32, torch.int64)
 
 
 class Device(NamedTuple):
@@ -60,37 +57,23 @@ def unavailable(device: torch.device) -> str | None:
     return f"Triton needs a GPU, and this is a {device.type}; TRITON_INTERPRET=1 interprets the kernels on it, slowly"
 
 
-def check(
-    argument: str,
-    x: Tensor,
-    shape: Sequence[int | None],
-    dtypes: torch.dtype | Sequence[torch.dtype] = FLOATS,
-    like: Tensor | None = None,
-    contiguous: bool = True,
-):
-    """Raise a ValueError that names the argument unless x has this shape (None: any size) and one of these dtypes.
+def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
+    """Raise a ValueError that names the argument unless a kernel can read it; None is no argument.
 
-    It must be on the device of `like`, or where Triton can run; and contiguous, or at least so along its last axis.
+    It must not be float64, must be where Triton can run, and contiguous, or at least so along its last axis.
     """
-    if isinstance(dtypes, torch.dtype):
-        dtypes = (dtypes,)
-    if x.dim() != len(shape) or any(
-        want is not None and want != size for want, size in zip(shape, x.shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
-    if x.dim() > 1 and x.shape[-1] == 0:
-        raise ValueError(f"{argument}: expected a last axis that is not empty, but got {tuple(x.shape)}")
-    if x.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{argument}: expected {names}, but got {str(x.dtype).removeprefix('torch.')}")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{argument}: expected a tensor on {like.device}, but it is on {x.device}")
-    if x.device.type != "cuda" and cpu_device is None:
-        raise ValueError(f"{argument}: Triton needs a GPU, but it is on {x.device}; move it, or use the reference")
-    if contiguous and not x.is_contiguous():
-        raise ValueError(f"{argument}: expected a contiguous tensor, but strides are {x.stride()}; call .contiguous()")
-    if not contiguous and x.numel() and x.stride(-1) != 1:
-        raise ValueError(
-            f"{argument}: expected a last axis of stride 1, but the strides are {x.stride()}; call .contiguous()"
-        )
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.dtype == torch.float64:
+            raise ValueError(f"{op}: {name}: expected bfloat16 or float16 or float32, but got float64")
+        if x.device.type != "cuda" and cpu_device is None:
+            raise ValueError(f"{op}: {name}: Triton needs a GPU, but it is on {x.device}; use the reference")
+        if contiguous and not x.is_contiguous():
+            raise ValueError(
+                f"{op}: {name}: expected a contiguous tensor, but strides are {x.stride()}; call .contiguous()"
+            )
+        if not contiguous and x.numel() and x.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name}: expected a last axis of stride 1, but the strides are {x.stride()}; call .contiguous()"
+            )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .autograd import first_order
+from .contract import MoEOutput, check_moe
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
-from .launch import FLOATS, check
-from .reference import MAX_EXPERTS, TOP_K, MoEOutput
+from .launch import check_launch
 from .router import router_logits_forward, router_weight_grad
 from .routing import plan, route, route_backward
 from .swiglu import swiglu_backward, swiglu_forward
@@ -81,24 +81,15 @@ def moe(
 ) -> MoEOutput:
     """The layer's output with the router's losses and counts; step by step it is `reference.moe`.
 
-    x_TD and residual_TD are of one dtype, bf16, fp16 or fp32, which is the output's. The experts' weights (gate rows w1
-    first, then up rows w3) are fp32 or of x's dtype, are cast to x's, and get gradients in their own; the router's is
-    of any of the three, fp32 for its precision. 2 <= E <= 256. All contiguous. For backward it keeps x, logits, routing
-    and plan, and the pre-activations: 2 D + 8 F + 6 W bytes a token in bf16, and 4 E + 32 more; and the weights in x's
-    dtype. Deterministic. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
+    x_TD and residual_TD are of one dtype, bf16, fp16 or fp32, which is the output's. All weights may be of any of the
+    three and get gradients in their own; the experts' (gate rows w1 first, then up rows w3) are cast to x's dtype.
+    2 <= E <= 256. All contiguous. For backward it keeps x, logits, routing and plan, and the pre-activations:
+    2 D + 8 F + 6 W bytes a token in bf16, and 4 E + 32 more; and the weights in x's dtype. Deterministic. Raises
+    ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
-    check("moe: x_TD", x_TD, (None, None))
-    (T, D), (E, F), W = x_TD.shape, (w2_EDF.shape[0], w2_EDF.shape[-1]), shared_w2_DW.shape[-1]
-    dtypes = tuple({x_TD.dtype, torch.float32})
-    check("moe: w2_EDF", w2_EDF, (None, D, None), dtypes, x_TD)
-    if not TOP_K <= E <= MAX_EXPERTS:
-        raise ValueError(f"moe: w2_EDF: the weights must be of {TOP_K} to {MAX_EXPERTS} experts, but are of {E}")
-    check("moe: w13_E2FD", w13_E2FD, (E, 2 * F, D), dtypes, x_TD)
-    check("moe: router_ED", router_ED, (E, D), FLOATS, x_TD)
-    check("moe: shared_w2_DW", shared_w2_DW, (D, None), dtypes, x_TD)
-    check("moe: shared_w13_2WD", shared_w13_2WD, (2 * W, D), dtypes, x_TD)
-    if residual_TD is not None:
-        check("moe: residual_TD", residual_TD, (T, D), x_TD.dtype, x_TD)
+    names = ("router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW")
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
+    check_launch("moe", x_TD=x_TD, **dict(zip(names, weights, strict=True)), residual_TD=residual_TD)
+    check_moe(x_TD, *weights, residual_TD)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
     return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad))

@@ -4,55 +4,40 @@ Legend: T tokens, D model width, E experts, K = 2, F expert width, V vocabulary,
 B batch, S sequence, H query heads, G key/value heads, C head_dim.
 
 All ops are differentiable in float32, float64, bfloat16 and float16, pad nothing, drop no token, and are
-deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead.
+deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead. Arguments of
+other shapes or dtypes raise the ValueError of `contract`.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import first_order, no_autocast
+from .autograd import first_order, no_autocast, scale_gradient, split_mean
+from .contract import (
+    TOP_K,
+    MoEOutput,
+    Plan,
+    Routing,
+    check_dispatch_plan,
+    check_expert_mlp,
+    check_grouped_gemm,
+    check_linear_cross_entropy,
+    check_moe,
+    check_rms_norm,
+    check_rope,
+    check_route_top2,
+    check_router_logits,
+    check_split_rope,
+    check_swiglu,
+    wide,
+)
 
-TOP_K = 2
-MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
 # Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
 # bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
-
-
-class Routing(NamedTuple):
-    """What the router decided. The losses are unweighted fp32 scalars, `counts_E` the assignments of each expert."""
-
-    weights_TK: Tensor
-    experts_TK: Tensor
-    z_loss: Tensor
-    balance_loss: Tensor
-    counts_E: Tensor
-
-
-class Plan(NamedTuple):
-    """The expert-sorted order of the T * K assignments; assignment `t * K + k` is token t's k-th choice.
-
-    order: int32 [N], the assignment in each expert-sorted row (stable). inverse_TK: int32, the row of each
-    assignment. offsets: int32 [E + 1], expert e owns the rows offsets[e]:offsets[e + 1].
-    """
-
-    order: Tensor
-    inverse_TK: Tensor
-    offsets: Tensor
-
-
-class MoEOutput(NamedTuple):
-    """Of a Mixture-of-Experts layer: its output, and what `Routing` says of the router."""
-
-    y_TD: Tensor
-    z_loss: Tensor
-    balance_loss: Tensor
-    counts_E: Tensor
 
 
 # The two routing decisions are ops of their own, not for speed but to have a name: selective checkpointing saves
@@ -130,18 +115,11 @@ class _RouterLogits(torch.autograd.Function):
             return grad_TE @ weight_ED, grad_TE.t() @ x_TD
 
 
-def _check(argument: str, x: Tensor, shape: torch.Size, dtype: torch.dtype):
-    """Raise the ValueError of the Triton kernels, where torch would broadcast or promote in silence."""
-    if x.shape != shape:
-        raise ValueError(f"{argument}: expected shape {tuple(shape)}, but got {tuple(x.shape)}")
-    if x.dtype != dtype:
-        names = (str(each).removeprefix("torch.") for each in (dtype, x.dtype))
-        raise ValueError("{}: expected {}, but got {}".format(argument, *names))
-
-
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in the weight's dtype, fp32 (or fp64), whatever x's: bf16 logits would tie."""
-    return _RouterLogits.apply(x_TD.to(weight_ED.dtype), weight_ED)
+    """logits_TE = x @ weight.T in fp32, or fp64 for an fp64 weight: bf16 logits would tie."""
+    check_router_logits(x_TD, weight_ED)
+    dtype = wide(weight_ED.dtype)
+    return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
@@ -154,15 +132,11 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     `force_load_balance` lets token t choose among the experts t mod E and (t + 1) mod E only, for benchmarks and
     debugging; the scores, the losses and their gradients are still those of the logits.
 
-    logits_TE: [T, E], E >= 2; float16 and bfloat16 are computed in float32. Returns `Routing`: weights in fp32
-    (fp64 for fp64 logits), experts int32, counts int64. Raises ValueError for fewer than two experts.
+    logits_TE: [T, E], 2 <= E <= 256; float16 and bfloat16 are computed in float32. Returns `Routing`: weights in fp32
+    (fp64 for fp64 logits), experts int32, counts int64.
     """
-    if logits_TE.dim() != 2 or logits_TE.shape[1] < TOP_K:
-        raise ValueError(
-            f"route_top2 needs logits of shape (tokens, experts >= {TOP_K}), but got {tuple(logits_TE.shape)}"
-        )
-    if logits_TE.dtype in (torch.bfloat16, torch.float16):
-        logits_TE = logits_TE.float()
+    check_route_top2(logits_TE)
+    logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
     candidates_TE = logits_TE.detach()
     if force_load_balance:
@@ -179,6 +153,7 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 
 def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
     """The stable expert-sorted order of all assignments. experts_TK: integer [T, 2], values in 0..num_experts-1."""
+    check_dispatch_plan(experts_TK, num_experts)
     return Plan(*torch.ops.acceleron.sort_by_expert(experts_TK, num_experts))
 
 
@@ -300,6 +275,7 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
     x_ND and w_EFD share one floating dtype. Experts without rows are fine.
     """
+    check_grouped_gemm(x_ND, w_EFD, plan)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
@@ -309,6 +285,7 @@ def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w
     w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which is the result's; weights_TK
     is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
     """
+    check_expert_mlp(x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
     w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
     x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
@@ -328,11 +305,9 @@ def moe(
     """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
 
     W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's and the
-    residual's. `force_load_balance` is described in `route_top2`. Raises ValueError for a residual of another shape or
-    dtype.
+    residual's. `force_load_balance` is described in `route_top2`.
     """
-    if residual_TD is not None:
-        _check("moe: residual_TD", residual_TD, x_TD.shape, x_TD.dtype)
+    check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD)
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
@@ -380,6 +355,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020)."""
+    check_swiglu(gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else _swiglu(gate_up_N2F)
 
 
@@ -387,9 +363,9 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
 
     cos_SC and sin_SC hold the angles of the S positions, both halves alike; the products are formed in their dtype
-    (fp32) and cast back. Raises ValueError for a k of another dtype than q's.
+    (fp32) and cast back.
     """
-    _check("rope: k_BSGC", k_BSGC, k_BSGC.shape, q_BSHC.dtype)
+    check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
 
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
@@ -406,6 +382,7 @@ def split_rope(
 
     q and k are rotated as by `rope`, v is a view. N = H + 2 G, of H = num_heads and G = num_kv_heads.
     """
+    check_split_rope(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)
     q, k, v = qkv_BSNC.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
     return *rope(q, k, cos_SC, sin_SC), v
 
@@ -416,8 +393,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Returns `(norm, sum)`. With a `residual` (same shape and dtype as x) the sum is x + residual, and is what is normed;
     without one it is x itself. Who goes on with the sum, and not with x, saves Triton's backward pass an addition.
     """
+    check_rms_norm(x, weight, residual)
     if residual is not None:
-        _check("rms_norm: residual", residual, x.shape, x.dtype)
         x = x + residual
     # torch's rms_norm computes in fp32 and casts back, but multiplies a weight given to it before the cast.
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype), x
@@ -431,24 +408,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         T, V = x_TD.shape[0], weight_VD.shape[0]
         need_x, need_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(x_TD.dtype)
-        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        sum_dtype = wide(x_TD.dtype)
         keep_T = labels_T != ignore_index
         target_T, count = labels_T.where(keep_T, 0), keep_T.sum()
-        # An ignored token's row is multiplied by 0, every other by 1 / (tokens that count).
-        scale_T = torch.where(keep_T, 1 / count.to(wide), 0)
+        scale, power = split_mean(count.to(sum_dtype))
+        # An ignored token's row is multiplied by 0, every other by scale, and in the end by power.
+        scale_T = torch.where(keep_T, scale, 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
         # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
         grad_weight = None
         if need_weight:  # the first chunk fills it
-            grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=wide)
-        loss = torch.zeros((), dtype=wide, device=x_TD.device)
+            grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=sum_dtype)
+        loss = torch.zeros((), dtype=sum_dtype, device=x_TD.device)
         # As many chunks as the limit asks for, all of about the same size.
         limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
         chunks = max(1, -(-T // max(1, limit // V)))
         step = max(1, -(-T // chunks))
         # One buffer for all chunks: a fresh one each time costs its page faults, a fifth of the GEMM's time on a CPU.
         logits_buffer = x_TD.new_empty(step, V)
-        wide_buffer = logits_buffer if x_TD.dtype == wide else x_TD.new_empty(step, V, dtype=wide)
+        wide_buffer = logits_buffer if x_TD.dtype == sum_dtype else x_TD.new_empty(step, V, dtype=sum_dtype)
         for start in range(0, T, step):
             chunk = slice(start, start + step)
             # Ignored rows are zeros: 0 times what is not finite would be NaN, in the loss and in the weight's gradient.
@@ -471,19 +449,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = narrow.copy_(grad_logits)
             if need_x:
                 torch.mm(grad_logits, weight, out=grad_x[chunk])
-            if need_weight and x.dtype == wide:
+            if need_weight and x.dtype == sum_dtype:
                 grad_weight.addmm_(grad_logits.t(), x, beta=float(start > 0))
             elif need_weight:
                 part = grad_logits.t() @ x
                 grad_weight = grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss.masked_fill(count == 0, torch.nan)
+        ctx.save_for_backward(grad_x, grad_weight, power)
+        return (loss * power).masked_fill(count == 0, torch.nan)
 
     @staticmethod
     @first_order("linear_cross_entropy")
     def backward(ctx, grad_loss):
-        grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_x, grad_weight, None, None
+        *grads, power = ctx.saved_tensors
+        grads = (None if grad is None else scale_gradient(grad, grad_loss * power) for grad in grads)
+        return *grads, None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
@@ -496,5 +475,5 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     four times as many in 16 bits. An ignored token's row of x may hold anything. Raises ValueError for labels of
     another shape or dtype.
     """
-    _check("linear_cross_entropy: labels_T", labels_T, x_TD.shape[:1], torch.int64)
+    check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

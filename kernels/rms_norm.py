@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .launch import FLOATS, check, device_of
+from .contract import check_rms_norm
+from .launch import check_launch, device_of
 
 # A row is one block, of at most this many bytes: 32768 values of bf16.
 MAX_ROW_BYTES = 65536
@@ -161,14 +162,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     its gradient is summed in fp32 and has its own dtype. residual: like x. Backward keeps the (summed) input and 4
     bytes a row. Raises ValueError for anything else, and for a device that Triton can't run on.
     """
-    check("rms_norm: x", x, [None] * max(1, x.dim()))
+    check_launch("rms_norm", x=x, weight=weight, residual=residual)
+    check_rms_norm(x, weight, residual)
     D = x.shape[-1]
     if D * x.element_size() > MAX_ROW_BYTES:
         raise ValueError(
             f"rms_norm: x: expected rows of at most {MAX_ROW_BYTES // x.element_size()} values, but got {D}; "
             "use the reference kernels"
         )
-    check("rms_norm: weight", weight, (D,), FLOATS, like=x)
-    if residual is not None:
-        check("rms_norm: residual", residual, x.shape, x.dtype, like=x)
     return _RMSNorm.apply(x, weight, eps, residual)

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .launch import FLOATS, check
+from .contract import check_rope, check_split_rope
+from .launch import check_launch
 
 # Of q in a program's tile: in bf16 8 positions at the tiny size, 2 at the large one. Twice as much of fp32 spills.
 TILE_BYTES, WARPS = 8192, 4
@@ -152,12 +153,6 @@ class _SplitRope(torch.autograd.Function):
         return _split_rope_backward(*grads, *ctx.saved_tensors), None, None, None, None
 
 
-def _check_angles(op: str, cos: Tensor, sin: Tensor, like: Tensor):
-    S, C = like.shape[1], like.shape[3]
-    check(f"{op}: cos_SC", cos, (S, C), FLOATS, like=like)
-    check(f"{op}: sin_SC", sin, (S, C), cos.dtype, like=like)
-
-
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
 
@@ -167,14 +162,9 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     in fp32. Returns new contiguous tensors. Raises ValueError for anything else, and for a device that Triton can't
     run on.
     """
-    check("rope: q_BSHC", q_BSHC, (None, None, None, None), contiguous=False)
-    B, S, _, C = q_BSHC.shape
-    if C % 2:
-        raise ValueError(f"rope: q_BSHC: expected an even head_dim, but got {tuple(q_BSHC.shape)}")
-    check("rope: k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, like=q_BSHC, contiguous=False)
-    if not q_BSHC.shape[2] or not k_BSGC.shape[2]:
-        raise ValueError(f"rope: expected heads, but got {tuple(q_BSHC.shape)} and {tuple(k_BSGC.shape)}")
-    _check_angles("rope", cos_SC, sin_SC, like=q_BSHC)
+    check_launch("rope", contiguous=False, q_BSHC=q_BSHC, k_BSGC=k_BSGC)
+    check_launch("rope", cos_SC=cos_SC, sin_SC=sin_SC)
+    check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
     return _Rope.apply(q_BSHC, k_BSGC, cos_SC, sin_SC)
 
 
@@ -187,11 +177,7 @@ def split_rope(
     qkv_BSNC: N = H + 2 G, of H = num_heads and G = num_kv_heads; otherwise, and cos_SC and sin_SC, as `rope` takes
     them. Raises ValueError for anything else, and for a device that Triton can't run on.
     """
-    check("split_rope: qkv_BSNC", qkv_BSNC, (None, None, num_heads + 2 * num_kv_heads, None), contiguous=False)
-    if qkv_BSNC.shape[3] % 2:
-        raise ValueError(f"split_rope: qkv_BSNC: expected an even head_dim, but got {tuple(qkv_BSNC.shape)}")
-    if num_heads < 1 or num_kv_heads < 1:
-        heads = f"{num_heads} and {num_kv_heads}"
-        raise ValueError(f"split_rope: num_heads and num_kv_heads: expected at least 1 of each, but got {heads}")
-    _check_angles("split_rope", cos_SC, sin_SC, like=qkv_BSNC)
+    check_launch("split_rope", contiguous=False, qkv_BSNC=qkv_BSNC)
+    check_launch("split_rope", cos_SC=cos_SC, sin_SC=sin_SC)
+    check_split_rope(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)
     return _SplitRope.apply(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
+from .contract import check_router_logits
 from .grouped_gemm import dot, row_tile
-from .launch import FLOATS, check, device_of
+from .launch import check_launch, device_of
 
 # Programs of the weight's gradient: enough to keep a large GPU reading, few enough that their sums cost nothing.
 WEIGHT_GRAD_PROGRAMS = 512
@@ -199,6 +200,6 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     x_TD, weight_ED: each bf16, fp16 or fp32, the weight fp32 for its precision; contiguous. Deterministic. An infinite
     value may give NaN. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
     """
-    check("router_logits: x_TD", x_TD, (None, None))
-    check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), FLOATS, x_TD)
+    check_launch("router_logits", x_TD=x_TD, weight_ED=weight_ED)
+    check_router_logits(x_TD, weight_ED)
     return _RouterLogits.apply(x_TD, weight_ED)

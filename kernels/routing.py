@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .launch import INTEGERS, check
-from .reference import MAX_EXPERTS, TOP_K, Plan, Routing
+from .contract import TOP_K, Plan, Routing, check_dispatch_plan, check_route_top2
+from .launch import check_launch
 
 # At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
 MAX_PROGRAMS = 256
@@ -220,10 +220,8 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     largest value, ties go to the lower expert. A row with NaN or inf makes its weights or the losses not finite, as in
     the reference. Raises ValueError for other dtypes, shapes, devices or strides.
     """
-    check("route_top2: logits_TE", logits_TE, (None, None))
-    T, E = logits_TE.shape
-    if not TOP_K <= E <= MAX_EXPERTS:
-        raise ValueError(f"route_top2: logits_TE needs 2 to {MAX_EXPERTS} experts, but has shape {(T, E)}")
+    check_launch("route_top2", logits_TE=logits_TE)
+    check_route_top2(logits_TE)
     return Routing(*_RouteTop2.apply(logits_TE, force_load_balance))
 
 
@@ -305,9 +303,8 @@ def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
     experts_TK: contiguous int32 or int64 [T, 2]; its values must be in 0..num_experts-1, which is not checked, as that
     would wait for the device. Raises ValueError for other dtypes, shapes, devices, strides or more than 256 experts.
     """
-    check("dispatch_plan: experts_TK", experts_TK, (None, TOP_K), INTEGERS)
-    if not TOP_K <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"dispatch_plan: num_experts must be 2 to {MAX_EXPERTS}, but is {num_experts}")
+    check_launch("dispatch_plan", experts_TK=experts_TK)
+    check_dispatch_plan(experts_TK, num_experts)
     return Plan(*plan(experts_TK, num_experts))
 
 

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .launch import check
+from .contract import check_swiglu
+from .launch import check_launch
 
 # 256 columns are a warp of 16-byte bf16 loads, and leave 0-8 % of the lanes idle at the widths of the named sizes where
 # a power of two over the whole width would leave up to half; 8 rows keep 8 KB a program in flight.
@@ -113,9 +114,6 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
     keeps gate_up_N2F and nothing else. Raises ValueError for any other dtype, an odd last axis, other strides, and a
     device that Triton can't run on.
     """
-    check("swiglu: gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
-    if gate_up_N2F.shape[-1] % 2:
-        raise ValueError(
-            f"swiglu: gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
-        )
+    check_launch("swiglu", gate_up_N2F=gate_up_N2F)
+    check_swiglu(gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F)

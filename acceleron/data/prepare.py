@@ -1,6 +1,7 @@
 """Text files to shards."""
 
 import codecs
+import fcntl
 import filecmp
 import json
 import os
@@ -24,7 +25,7 @@ from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, tra
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
 PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+JSON_LINES = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json")
 MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -38,6 +39,7 @@ JSON_KINDS = {
     float: "a number",
     type(None): "null",
 }
+CONVERT = "decompress it or convert it to UTF-8 text"
 MAX_LINE_BYTES = 1 << 30  # of JSON lines
 LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
 
@@ -67,11 +69,11 @@ def _decode(content: bytes, where: str) -> str:
         if content.startswith(marks):
             raise InputError(f"{where}: {encoding} text; convert it with `iconv -f {encoding} -t UTF-8`")
     if b"\0" in content:
-        raise InputError(f"{where}: holds NUL characters: binary, or UTF-16 without a BOM")
+        raise InputError(f"{where}: holds NUL characters: {CONVERT}")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}): {CONVERT}") from error
 
 
 def _text_of(line: bytes, where: str) -> str:
@@ -293,18 +295,16 @@ def _staged(target: Path) -> Iterator[Path]:
     """A directory in `target`, whose files move into `target` at the end: all of them, or none after an error.
 
     A file that `target` already holds stays. A process that is killed leaves the directory, with which Shards refuses
-    `target`.
+    `target`; the next `prepare` empties it.
     """
     staging, moved = target / STAGING, []
     created = [directory for directory in (target, *target.parents) if not directory.exists()]
-    if staging.exists():
-        raise InputError(
-            f"{staging} is there: another `prepare` is running, or was killed; if it was, remove {staging}"
-        )
     try:
         target.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        lock = _make_locked(staging)
         try:
+            for path in staging.iterdir():
+                path.unlink()
             yield staging
             for path in sorted(staging.iterdir()):
                 final = target / path.name
@@ -317,6 +317,7 @@ def _staged(target: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(staging)
+            os.close(lock)
             with suppress(OSError):  # keeps a directory that holds anything
                 for directory in created:
                     directory.rmdir()
@@ -324,3 +325,19 @@ def _staged(target: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise file_error(f"--output {target}: cannot be written", error) from error
+
+
+def _make_locked(staging: Path) -> int:
+    """Make the directory, or take over a stale one; returns a descriptor that holds a lock on it until it is closed."""
+    stale = staging.exists()
+    staging.mkdir(exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some file systems have no locks: there a directory that exists may be in use
+        if stale or isinstance(error, BlockingIOError):
+            os.close(lock)
+            raise InputError(
+                f"{staging} is in use by another `prepare`: wait for it; if none is running, remove {staging}"
+            ) from error
+    return lock

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from ..config import brief
 from ..errors import InputError, path_error
 from ..log import say
 
@@ -264,18 +265,22 @@ def metadata(tokenizer: bytes, vocab_size: int, shards: dict[str, int]) -> bytes
 
 def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
     """The tokenizer's digest, the number of ids, the rows of each shard; None if there is no such file."""
+    if not path.exists():
+        return None
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise InputError(f"{path}: not a regular file; remove it, or prepare the data again")
     try:
         with path.open("rb") as file:
             fields = json.loads(file.read(MAX_METADATA_BYTES))
         if fields["format"] != METADATA_FORMAT:
-            raise ValueError(f"its format is {fields['format']!s:.20}, not {METADATA_FORMAT}")
-        rows = {name: int(rows) for name, rows in fields["shards"].items()}
-        return str(fields["tokenizer_sha256"]), int(fields["vocab_size"]), rows
-    except FileNotFoundError:
-        return None
+            raise ValueError(f"its format is {brief(fields['format'])}, not {METADATA_FORMAT}")
+        for number in (fields["vocab_size"], *fields["shards"].values()):
+            if type(number) is not int or not 0 < number <= MAX_TOKENS:
+                raise ValueError(f"{brief(number)} is not a number of ids or rows")
+        return str(fields["tokenizer_sha256"]), fields["vocab_size"], fields["shards"]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
 
 

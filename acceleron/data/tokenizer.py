@@ -133,7 +133,7 @@ def find_tokenizer(explicit: str | None, *directories: Path | None) -> Path | No
     if explicit:
         return Path(explicit)
     candidates = [Path(d) / name for d in directories if d for name in ("tokenizer.json", "pile_tokenizer.json")]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -169,11 +169,13 @@ def _run_in_thread(function: Callable[[], None]):
 
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-# English and code, with what some tokenizers lose, insert or replace: spaces, line breaks, tabs, digits, punctuation.
+# Text and code, with what some tokenizers lose, insert or replace: spaces, line breaks, tabs, digits, punctuation. The
+# last one is NFC; NFD, NFKC, NFKD, Lowercase and StripAccents each change the number of its bytes.
 SAMPLES = (
     "The rain in Spain, 1984: it isn't over.  Two spaces, then a line break.\n\nNew paragraph.\n",
     "def area(x1, y2):\n    if x1 >= 0:\n\treturn {'a': x1*y2 + 3.14}  # [units]\n",
     "name\tcount\r\nQuartz & jug\t1,250%\r\n",
+    "“STRAẞE” – it’s ½ café… x̄ ≥ ①, ﬁne Ａｂ１, Ἀθῆναι, 数据 🙂\n",
 )
 
 
@@ -183,9 +185,9 @@ class TextBytes:
     `table` is int64 [2, vocab_size]: the bytes of each id within a document, and as the first one of a document, where
     some tokenizers put a space that is not in the text. Special tokens and ids without an entry have 0.
 
-    `exact` tells whether the counts of SAMPLES are right. They are not if the tokenizer loses, inserts or replaces
-    characters of ASCII text, such as spaces; then do not use the counts. Other characters count as the tokenizer's
-    normalizer and its unknown token leave them.
+    `exact` is whether the counts of SAMPLES are right. They are wrong if the tokenizer loses, inserts or replaces
+    characters, such as spaces, accents or those it has no token for: do not use its counts. A tokenizer that normalizes
+    to NFC is exact; its counts are the bytes of the NFC text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
@@ -211,7 +213,7 @@ class TextBytes:
         except InputError:
             return False
         return all(
-            ids[:, 1:].max(initial=0) < self.table.shape[1] and self.count(ids) == len(sample)
+            ids[:, 1:].max(initial=0) < self.table.shape[1] and self.count(ids) == len(sample.encode())
             for ids, sample in zip(encoded, SAMPLES, strict=True)
         )
 

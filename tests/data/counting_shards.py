@@ -1,8 +1,9 @@
 """Shards that count up: each token's id is its position in the data, so that an id says where it is from."""
 
 import numpy as np
+import torch
 
-from acceleron.data import Loader, Shards
+from acceleron.data import Loader, Shards, validation_loader
 
 ROW_LENGTH = 16
 # Unequal shards, one of a single row, which can spare none. 1% of the others' rows, rounded up, validates: 2, 0, 3, 1.
@@ -25,7 +26,7 @@ def make_loader(shards, **changes):
 
 
 def all_rows():
-    """(training rows, validation rows), told from the constants above alone."""
+    """(training rows, validation rows), from the constants above alone."""
     blocks = np.split(np.arange(VOCAB_SIZE).reshape(-1, ROW_LENGTH), np.cumsum(ROWS)[:-1])
     cuts = [len(block) - held for block, held in zip(blocks, HELD_OUT, strict=True)]
     training = np.concatenate([block[:cut] for block, cut in zip(blocks, cuts, strict=True)])
@@ -39,3 +40,14 @@ def as_set(chunks):
 def shards_of(chunks):
     """The shard that each chunk is from."""
     return np.searchsorted(np.cumsum(ROWS) * ROW_LENGTH, np.asarray(chunks)[..., 0], side="right")
+
+
+def make_validation(shards, **changes):
+    settings = {"seq_len": ROW_LENGTH // 4, "batch_size": 5, "vocab_size": VOCAB_SIZE} | changes
+    return validation_loader(shards, **settings)
+
+
+def held_out_order(seq_len):
+    """The held-out chunks as validation takes them, computed without the loader."""
+    chunks = all_rows()[1].reshape(-1, seq_len)
+    return torch.from_numpy(chunks[np.random.default_rng([0, 0]).permutation(len(chunks))])

@@ -1,12 +1,10 @@
-"""Shards that go bad while they are read: told with file, row and cause, or skipped in the same way always."""
+"""Shards that go bad while they are read: the error names file, row and cause, or the rows are skipped reproducibly."""
 
 import errno
-import gc
 import json
 import os
 import re
 import threading
-from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -19,14 +17,14 @@ from counting_shards import (
     VOCAB_SIZE,
     all_rows,
     as_set,
+    held_out_order,
     make_loader,
+    make_validation,
     shards_of,
     write_shards,
 )
-from waiting import HANG
 
-from acceleron.data import Loader, ShardError, Shards, validation_batches, validation_loader
-from acceleron.data import loader as loader_module
+from acceleron.data import ShardError, Shards, validation_batches
 from acceleron.data import shards as shards_module
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
@@ -60,7 +58,7 @@ def truncate_in(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-# What each does to a shard's file, and the cause that is told.
+# What each does to a shard's file, and the cause that the error names.
 DAMAGE = {
     "vanished": (lambda path: path.unlink(), "the file has vanished"),
     "truncated": (truncate_in, r"truncated to 13,247 of the 13,248 bytes"),  # 128 + 205 * 16 * 4
@@ -78,7 +76,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 @pytest.mark.parametrize("max_open", [1, 128])
-def test_damage_between_two_reads_is_told(shards, monkeypatch, case, max_open):
+def test_damage_between_two_reads_is_an_error(shards, monkeypatch, case, max_open):
     """With room for one open file the damaged one is opened again; with more, it is open already."""
     monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", max_open)
     damage, cause = DAMAGE[case]
@@ -102,7 +100,7 @@ def test_a_shard_that_comes_back_is_read_again(shards):
 
 
 @pytest.mark.parametrize("row", [0, 102, 204])
-def test_other_content_written_into_a_shard_is_told(shards, row):
+def test_other_content_written_into_a_shard_is_an_error(shards, row):
     """The first, the middle and the last row are compared; that the row itself is as it was makes no difference."""
     path = shards.paths[BAD]
     assert np.array_equal(read(shards, BAD, 50), row_of(BAD, 50))
@@ -130,7 +128,7 @@ def test_a_shard_is_compared_when_its_file_is_another_one_and_not_whenever_it_is
         assert len(compared) == expected
 
 
-def test_an_io_error_is_told_if_it_stays(shards, monkeypatch):
+def test_an_io_error_that_stays_is_an_error(shards, monkeypatch):
     plain, failures = os.preadv, [1]
 
     def preadv(*arguments):
@@ -320,60 +318,7 @@ def test_nothing_readable_is_an_error_even_when_skipping(shards):
         next(make_loader(shards, bad_data="skip"))
 
 
-def make_validation(shards, **changes):
-    settings = {"seq_len": ROW_LENGTH // 4, "batch_size": 5, "vocab_size": VOCAB_SIZE} | changes
-    return validation_loader(shards, **settings)
-
-
-def held_out_order(seq_len):
-    """The held-out chunks as validation takes them, computed without the loader."""
-    chunks = all_rows()[1].reshape(-1, seq_len)
-    return torch.from_numpy(chunks[np.random.default_rng([0, 0]).permutation(len(chunks))])
-
-
-@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 20), (5, [5] * 4), (24, [24]), (25, [24])])
-def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shards, batch_size, sizes):
-    """24 chunks, of which at most 20 batches are taken: the reader reads no others."""
-    read_rows, plain = [], Shards.read
-    with ending_readers(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
-        loader, count = make_validation(shards, batch_size=batch_size)
-        assert count == len(sizes)
-        batches = [loader.poll(HANG) for _ in range(count)]
-        for reader in readers():
-            reader.join(HANG)
-        assert not readers()
-        assert len(read_rows) == sum(sizes)
-        assert torch.equal(torch.cat(batches), held_out_order(ROW_LENGTH // 4)[: sum(sizes)])
-        assert [len(batch) for batch in batches] == sizes
-        for _ in range(2):
-            with pytest.raises(StopIteration):
-                loader.poll(0)
-        assert not readers()
-
-
-def test_a_stalled_validation_can_be_left(shards, monkeypatch):
-    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", 0.0)
-    with ending_readers():
-        gate, plain = threading.Event(), Shards.read
-        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
-        loader, _ = make_validation(shards)
-        assert loader.poll(0.05) is None
-        loader.close()
-        assert not gate.is_set()
-        gate.set()
-
-
-def test_leaving_validation_early_ends_its_reader(shards):
-    with ending_readers():
-        settings = dict(seq_len=1, batch_size=1, vocab_size=VOCAB_SIZE)  # more batches than are read ahead
-        for batch in validation_batches(shards, **settings):
-            assert torch.equal(batch, held_out_order(1)[:1])
-            assert len(readers()) == 1
-            break
-
-
-def test_what_validation_skips_is_told(shards):
+def test_rows_that_validation_skips_are_named(shards):
     expected = held_out_order(ROW_LENGTH // 4)
     shards.paths[BAD].unlink()
     loader, count = make_validation(shards, bad_data="skip")
@@ -394,8 +339,8 @@ def test_what_validation_skips_is_told(shards):
 def test_resuming_without_a_shard_names_the_flag_that_lets_it(shards):
     state, directory = make_loader(shards).state_dict(), shards.paths[0].parent
     shards.paths[BAD].unlink()
-    told = r"shard_00002\.npy is missing; pass the same data \(--bad_data skip continues without a missing shard\)$"
-    with pytest.raises(InputError, match=told):
+    message = r"shard_00002\.npy is missing; pass the same data \(--bad_data skip continues without a missing shard\)$"
+    with pytest.raises(InputError, match=message):
         make_loader(Shards(directory)).load_state_dict(state)
     write_shards(directory, (*ROWS, 7))  # one more, of which the flag makes nothing
     with pytest.raises(InputError, match=r"shard_00004\.npy is new; pass the same data$"):
@@ -486,127 +431,6 @@ def test_a_pipe_is_no_shard(shards):
     os.mkfifo(shards.paths[0].with_name("shard_00009.npy"))  # opening it would wait for a writer
     with pytest.raises(InputError, match=r"shard_00009\.npy: Illegal seek"):
         Shards(shards.paths[0].parent)
-
-
-def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
-
-
-@contextmanager
-def ending_readers():
-    """Other tests' readers have ended before, and all have by the end."""
-    gc.collect()
-    for thread in readers():
-        thread.join(HANG)
-    assert not readers()
-    yield
-    for thread in readers():
-        thread.join(HANG)
-    assert not readers()
-
-
-def test_readers_start_late_and_end_with_close(shards, monkeypatch):
-    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", HANG)
-    expected = list(islice(make_loader(shards), 2))
-    with ending_readers():
-        loader = make_loader(shards, num_workers=3)
-        assert not readers()
-        assert torch.equal(next(loader), expected[0])
-        assert len(readers()) == 3
-        assert all(thread.daemon for thread in readers())
-        loader.close()
-        assert not readers()
-        loader.close()
-        assert torch.equal(next(loader), expected[1])  # from where it was
-        loader.load_state_dict(loader.state_dict())
-        loader.close()
-
-
-def test_readers_end_with_their_loader(shards):
-    with ending_readers():
-        loader = make_loader(shards, num_workers=2)
-        next(loader)
-        assert len(readers()) == 2
-        del loader
-        gc.collect()
-
-
-def test_readers_end_when_their_loader_goes_elsewhere(shards):
-    with ending_readers():
-        loader = make_loader(shards)
-        next(loader)
-        (first,) = readers()
-        loader.load_state_dict(loader.state_dict())
-        first.join(HANG)
-        assert not first.is_alive()
-        loader.close()
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_stalled_reader_is_waited_for(shards, monkeypatch, num_workers):
-    expected = list(islice(make_loader(shards), 2))
-    gate, plain = threading.Event(), Shards.read
-    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
-    loader = make_loader(shards, num_workers=num_workers)
-    assert loader.poll(0.05) is None
-    assert loader.poll(0) is None
-    assert loader.position == 0
-    gate.set()
-    assert torch.equal(loader.poll(HANG), expected[0])
-    assert torch.equal(next(loader), expected[1])
-
-
-def test_closing_does_not_wait_for_a_stalled_reader(shards, monkeypatch):
-    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", 0.0)
-    with ending_readers():
-        gate, plain = threading.Event(), Shards.read
-        monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
-        loader = make_loader(shards)
-        assert loader.poll(0) is None
-        loader.close()
-        assert not gate.is_set()
-        assert len(readers()) == 1
-        gate.set()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit's
-@pytest.mark.parametrize(
-    ("failure", "told"),
-    [
-        (ZeroDivisionError("one over none"), "a reader thread failed: ZeroDivisionError: one over none"),
-        (MemoryError("no room"), "a reader thread failed: MemoryError: no room"),
-        (SystemExit(0), "a reader thread ended without a word"),
-    ],
-)
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_dying_reader_is_an_error(shards, monkeypatch, failure, told, num_workers):
-    """And the next call starts anew from the batch that was not delivered."""
-    expected = list(islice(make_loader(shards), 8))
-    loader = make_loader(shards, num_workers=num_workers)
-    plain = Chunks.batch
-
-    def batch(chunks, indices, *arguments):
-        result = plain(chunks, indices, *arguments)
-        if armed and torch.equal(result, expected[6]):
-            raise failure
-        return result
-
-    armed = True
-    monkeypatch.setattr(Chunks, "batch", batch)
-    for intact in expected[:6]:
-        assert torch.equal(next(loader), intact)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=told) as raised:
-            next(loader)
-        assert isinstance(failure, SystemExit) or type(raised.value.__cause__) is type(failure)
-    armed = False
-    assert torch.equal(next(loader), expected[6])
-    assert torch.equal(next(loader), expected[7])
-
-
-def test_at_least_one_thread_reads(shards):
-    with pytest.raises(InputError, match="--num_workers 0"):
-        Loader(shards, seq_len=ROW_LENGTH, batch_size=1, vocab_size=VOCAB_SIZE, seed=0, num_workers=0)
 
 
 @pytest.mark.parametrize("dtype", ["<i4", ">i4", "<u2", "|u1", "<i8"])

@@ -2,12 +2,13 @@
 
 import base64
 import json
+import os
 
 import pytest
 from hostile_files import PADDING, REPLACE, TRAINED, limits
 from tokenizers import Tokenizer
 
-from acceleron.data.tokenizer import load_tokenizer
+from acceleron.data.tokenizer import find_tokenizer, load_tokenizer
 from acceleron.errors import InputError
 
 
@@ -79,3 +80,16 @@ def test_a_panic_of_the_library_is_an_error_too(tmp_path):
     path.write_text(json.dumps(TRAINED | {"post_processor": template}))
     with pytest.raises(InputError, match=r"tokenizer\.json: not a usable file .*out of bounds"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(os.mkfifo, "is neither a file nor a directory"), (os.mkdir, "is a directory: name a file")]
+)
+def test_a_tokenizer_that_is_not_a_regular_file_is_refused(tmp_path, make, reason):
+    """It is not passed over for the one in the next directory, either."""
+    for name in ("data", "scripts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "scripts" / "tokenizer.json").write_text(json.dumps(TRAINED))
+    make(tmp_path / "data" / "tokenizer.json")
+    with pytest.raises(InputError, match=rf"data/tokenizer\.json {reason}"):
+        load_tokenizer(find_tokenizer(None, tmp_path / "data", tmp_path / "scripts"))

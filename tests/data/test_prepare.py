@@ -1,7 +1,11 @@
 """Text into shards and back: whatever goes in comes out again, and a refused command leaves nothing behind."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,17 +107,28 @@ def lines_of(*documents: str) -> str:
     return "".join(json.dumps({"text": document}) + "\n" for document in documents)
 
 
+LINES = lines_of("The rain in Spain. " * 9).encode()
+CONVERT = "decompress it or convert it to UTF-8 text"
+BINARY = {
+    "in.jsonl.gz": gzip.compress(LINES),
+    "in.jsonl.bz2": bz2.compress(LINES),
+    "in.jsonl.xz": lzma.compress(LINES),
+    "in.jsonl.zst": b"\x28\xb5\x2f\xfd" + LINES,
+    "in.zip": b"PK\3\4\x14\0" + LINES,
+    "in.parquet": b"PAR1" + LINES + b"\x40\0\0\0PAR1",
+    "in.npy": b"\x93NUMPY\1\0" + LINES,
+    "picture.png": b"\x89PNG\r\n\x1a\n",
+}
+
+
 def test_a_directory_is_read_in_order_and_what_is_left_out_is_named(tmp_path, capsys):
-    documents = [some_text(seed, 2000) for seed in range(6)]
+    documents = [some_text(seed, 2000) for seed in range(8)]
     source = tmp_path / "in"
-    names = ("a.txt", "b/deep/x.md", "b/y.txt", "c.JSONL", "d.NDJson", "e.json")
+    names = ("a.txt", "b/deep/x.md", "b/y.txt", "c.JSONL", "d.NDJson", "e.json", "f.jsonlines", "g.JL")
     for name, text in zip(names, documents, strict=True):
-        write(source / name, text if "js" not in name.lower() else lines_of(text))
-    left_out = {
-        "picture.png": (b"\x89PNG\r\n\x1a\n", "picture.png (not UTF-8 text (invalid start byte at byte 0))"),
-        "windows.txt": ("text".encode("utf-16"), "windows.txt (UTF-16 text; convert it with"),
-    }
-    for name, (content, _) in left_out.items():
+        write(source / name, text if name.endswith(("txt", "md")) else lines_of(text))
+    write(source / "windows.txt", "text".encode("utf-16"))
+    for name, content in BINARY.items():
         write(source / name, content)
     write(source / ".git" / "config", "hidden in a directory")
     write(source / ".hidden.txt", "hidden")
@@ -121,13 +136,14 @@ def test_a_directory_is_read_in_order_and_what_is_left_out_is_named(tmp_path, ca
     os.mkfifo(source / "pipe")
     prepare([str(source)], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
-    told = capsys.readouterr().err
-    for _, line in left_out.values():
-        assert f"left out: {source}/{line}" in told
-    assert f"{source}/broken (cannot be read (No such file or directory))" in told
-    assert f"{source}/pipe (neither a file nor a directory; save it as a file)" in told
-    assert f"left out: 2 hidden files and directories, the first of them {source}/.git" in told
-    assert told.count("left out:") == 5
+    log = capsys.readouterr().err
+    for name in BINARY:
+        assert re.search(rf"left out: {source}/{re.escape(name)} \((not UTF-8|holds NUL) .*: {CONVERT}\)", log)
+    assert f"left out: {source}/windows.txt (UTF-16 text; convert it with" in log
+    assert f"{source}/broken (cannot be read (No such file or directory))" in log
+    assert f"{source}/pipe (neither a file nor a directory; save it as a file)" in log
+    assert f"left out: 2 hidden files and directories, the first of them {source}/.git" in log
+    assert log.count("left out:") == len(BINARY) + 4
 
 
 def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
@@ -142,11 +158,11 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
     inputs = [source, source / "c.txt", elsewhere, source / ".." / "in" / "a.txt"]
     prepare([str(path) for path in inputs], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
-    told = capsys.readouterr().err
+    log = capsys.readouterr().err
     for path in (source / "b" / "loop", source / "copy.txt", *inputs[2:]):
-        assert f"left out: {path} (the same as " in told
-    assert f"left out: {source / 'c.txt'} (named twice)" in told
-    assert told.count("left out:") == 5
+        assert f"left out: {path} (the same as " in log
+    assert f"left out: {source / 'c.txt'} (named twice)" in log
+    assert log.count("left out:") == 5
 
 
 def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
@@ -155,9 +171,9 @@ def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
     for number in range(5):
         write(tmp_path / "in" / f"{number}.png", b"\x89")
     prepare([str(tmp_path / "in")], str(tmp_path / "out"), vocab_size=400)
-    told = capsys.readouterr().err
-    assert told.count("left out: ") == 4
-    assert "left out: 5 files in all" in told
+    log = capsys.readouterr().err
+    assert log.count("left out: ") == 4
+    assert "left out: 5 files in all" in log
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
@@ -287,7 +303,6 @@ REFUSALS = {
     "too small a vocabulary": ({"in.txt": LONG}, ["--vocab_size", "10"], "--vocab_size 10"),
     "a missing tokenizer": ({"in.txt": LONG}, ["--tokenizer", "t.json"], "t.json does not exist"),
     "a damaged tokenizer": ({"in.txt": LONG, "t.json": "{"}, ["--tokenizer", "t.json"], "t.json"),
-    "binary": ({"in.txt": b"\xff"}, [], "in.txt: not UTF-8"),
     "UTF-16": ({"in.txt": "text".encode("utf-16")}, [], "in.txt: UTF-16 text"),
     "UTF-16 without a BOM": ({"in.txt": LONG.encode("utf-16-le")}, [], "in.txt: holds NUL characters"),
     "UTF-32": ({"in.txt": "text".encode("utf-32")}, [], "in.txt: UTF-32 text"),
@@ -300,6 +315,8 @@ REFUSALS = {
     "bad JSON in a directory": ({"below/in.jsonl": "{"}, ["--input", "below"], "in.jsonl, line 1"),
     "other JSON in a directory": ({"below/in.json": '{\n"text": ""}'}, ["--input", "below"], "rename it to .txt"),
 }
+for name, content in BINARY.items():
+    REFUSALS[name] = ({name: content}, ["--input", name], CONVERT)
 for name in ("shards.json", "tokenizer.json"):
     REFUSALS[f"a prepared directory: {name}"] = (
         {"below/in.txt": LONG, f"below/{name}": "{}"},
@@ -433,7 +450,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moves", range(4))
 def test_stopped_between_two_files(tmp_path, monkeypatch, moves):
-    """By an error or Ctrl-C: nothing is left. By a kill, which leaves no time to clean up: the directory is refused."""
+    """An error or Ctrl-C leaves nothing. After a kill prepare starts over, unless it has moved files by then."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 1)
     write(tmp_path / "in.txt", some_text(0))
     rename, left = Path.replace, []
@@ -462,8 +479,11 @@ def test_stopped_between_two_files(tmp_path, monkeypatch, moves):
     if moves:
         with pytest.raises(InputError, match=r"out holds \.prepare: .* remove"):
             Shards(tmp_path / "out")
-    with pytest.raises(InputError, match="remove"):
+        with pytest.raises(InputError, match=r"already holds prepared data \(shard_.*remove"):
+            prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
+    else:
         prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
+        assert_written(tmp_path / "out", [some_text(0)])
 
 
 def test_real_text_with_the_published_tokenizer(tmp_path, pytestconfig):

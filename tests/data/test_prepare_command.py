@@ -1,18 +1,21 @@
 """`prepare` as a command: signals, full disks and closed streams."""
 
 import errno
+import fcntl
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from waiting import HANG
 
+from acceleron.data import Shards
 from acceleron.data import __main__ as data_command
 from acceleron.data.prepare import prepare
 from acceleron.errors import InputError, RunFailed
@@ -51,19 +54,53 @@ def arguments(tmp_path):
     return ["prepare", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--vocab_size", "300"]
 
 
-@pytest.mark.parametrize("program", [TRAINING, WRITING], ids=["training", "writing"])
-def test_a_signal_leaves_nothing_behind(program, arguments, tmp_path):
+@contextmanager
+def holding(program, arguments):
+    """The command, which waits with its output half made."""
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("program", [TRAINING, WRITING], ids=["training", "writing"])
+def test_a_signal_leaves_nothing_behind(program, arguments, tmp_path):
+    with holding(program, arguments) as process:
         assert any((tmp_path / "out").iterdir())
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=HANG)
-    finally:
-        process.kill()
     assert (process.returncode, errors) == (75, "SIGTERM: stopped\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_prepare_is_started_over_and_a_running_one_is_left_alone(arguments, tmp_path):
+    inputs, output = [str(tmp_path / "in.txt")], tmp_path / "out"
+    with holding(WRITING, arguments):
+        before = sorted(output.rglob("*"))
+        with pytest.raises(InputError, match=r"out/\.prepare is in use by another `prepare`: wait for it"):
+            prepare(inputs, str(output), vocab_size=300)
+        assert sorted(output.rglob("*")) == before
+    assert [path.name for path in (output / ".prepare").iterdir()] == ["shard_00000.npy"]
+    prepare(inputs, str(output), vocab_size=300)
+    assert sorted(os.listdir(output)) == ["shard_00000.npy", "shards.json", "tokenizer.json"]
+    assert Shards(output).num_rows.sum() > 1
+
+
+def test_without_locks_a_directory_that_exists_may_be_in_use(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "in.txt").write_text(TEXT)
+    (tmp_path / "used" / ".prepare").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"if none is running, remove .*used/\.prepare$"):
+        prepare([str(tmp_path / "in.txt")], str(tmp_path / "used"), vocab_size=300)
+    prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
+    assert Shards(tmp_path / "out").num_rows.sum() > 1
 
 
 @pytest.mark.parametrize(

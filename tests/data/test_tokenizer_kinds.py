@@ -1,5 +1,6 @@
 """Every kind of tokenizer: the bytes counted are the text's, and a long document has the tokens of the whole."""
 
+import unicodedata
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from kinds import INEXACT, KINDS, some_text
+from tokenizers import normalizers
 
 from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokenizer, pieces
 
@@ -53,6 +55,37 @@ def test_the_bytes_of_real_text(kind, tokenizer):
 @pytest.mark.parametrize("kind", KINDS | INEXACT)
 def test_only_tokenizers_that_reproduce_text_count_it_exactly(kind):
     assert TextBytes(tokenizer_of(kind), 1024).exact == (kind not in INEXACT)
+
+
+LOSSY = {
+    "NFD": normalizers.NFD(),
+    "NFKC": normalizers.NFKC(),
+    "NFKD": normalizers.NFKD(),
+    "Lowercase": normalizers.Lowercase(),
+    "StripAccents": normalizers.StripAccents(),
+    "StripAccents after NFD": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "BERT": normalizers.BertNormalizer(),
+    "BERT, cased": normalizers.BertNormalizer(lowercase=False),
+}
+
+
+@pytest.mark.parametrize("normalizer", LOSSY)
+@pytest.mark.parametrize("kind", ["byte-level", "Metaspace first"])
+def test_a_normalizer_that_changes_text_is_not_exact(kind, normalizer):
+    tokenizer = KINDS[kind]()
+    assert TextBytes(tokenizer, 1024).exact
+    tokenizer.normalizer = LOSSY[normalizer]
+    assert not TextBytes(tokenizer, 1024).exact
+
+
+def test_nfc_counts_the_bytes_of_the_nfc_text():
+    tokenizer = KINDS["byte-level"]()
+    tokenizer.normalizer = normalizers.NFC()
+    counter = TextBytes(tokenizer, 1024)
+    assert counter.exact
+    decomposed = unicodedata.normalize("NFD", "żółć café")
+    ids = np.array([[counter.end_id, *tokenizer.encode(decomposed).ids]])
+    assert counter.count(ids) == len("żółć café".encode()) < len(decomposed.encode())
 
 
 @given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), min_size=1))

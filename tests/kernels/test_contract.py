@@ -205,6 +205,18 @@ def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_fp16_gradients_under_a_loss_scale(scale, backend):
+    """GradScaler's first scale is above fp16's range; a probability over the number of tokens may be below it."""
+    x, weight, labels = randn(2048, 16), randn(1024, 16, seed=1), torch.arange(2048, device=DEVICE) % 1024
+    leaves = [x.half().requires_grad_(), weight.requires_grad_()]
+    ours = torch.autograd.grad(kernels.linear_cross_entropy(*leaves, labels) * scale, leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].t(), labels) * scale, wide)
+    for gradient, expected in zip(ours, truth, strict=True):
+        assert error(gradient, expected) < 1e-3
+
+
 def test_labels_of_another_shape_are_refused(backend):
     x, weight = randn(6, 16), randn(20, 16, seed=1)
     for shape in ((5,), (7,), (6, 1), (2, 3)):
@@ -228,6 +240,62 @@ def test_a_models_wrong_shapes_are_refused(backend):
         model(ids, labels=ids.int())
     for empty in (ids[:0], ids[:, :0]):
         assert model(empty, labels=empty).cross_entropy.isnan()
+
+
+def plan(tokens, experts=E):
+    return reference.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
+
+
+X, W13, W2, SCORES, QK = (T, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (T, 2), (2, 5, 2, 4)
+REFUSED = {
+    "expert_mlp: weights_TK": lambda: kernels.expert_mlp(randn(*X), randn(1, 2), plan(T), randn(*W13), randn(*W2)),
+    "expert_mlp: plan.order": lambda: kernels.expert_mlp(
+        randn(*X), randn(*SCORES), plan(T - 1), randn(*W13), randn(*W2)
+    ),
+    "expert_mlp: plan.offsets": lambda: kernels.expert_mlp(
+        randn(*X), randn(*SCORES), plan(T, E - 1), randn(*W13), randn(*W2)
+    ),
+    "grouped_gemm: x_ND": lambda: kernels.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan(T)),
+    "linear_cross_entropy: x_TD": lambda: kernels.linear_cross_entropy(
+        randn(D), randn(V, D), torch.zeros(D, dtype=torch.int64, device=DEVICE)
+    ),
+    "moe: router_ED": lambda: kernels.moe(
+        randn(*X), randn(E - 1, D), randn(*W13), randn(*W2), randn(8, D), randn(D, 4)
+    ),
+    "moe: w2_EDF": lambda: kernels.moe(
+        randn(*X), randn(E, D), randn(*W13), randn(E, 1, WIDTH), randn(8, D), randn(D, 4)
+    ),
+    "moe: shared_w2_DW": lambda: kernels.moe(randn(*X), randn(E, D), randn(*W13), randn(*W2), randn(8, D), randn(1, 4)),
+    "rms_norm: weight": lambda: kernels.rms_norm(randn(*X), randn(1), 1e-6),
+    "rope: k_BSGC": lambda: kernels.rope(randn(*QK), randn(1, 5, 1, 4), randn(5, 4), randn(5, 4)),
+    "rope: q_BSHC": lambda: kernels.rope(randn(2, 5, 2, 3), randn(2, 5, 1, 3), randn(5, 3), randn(5, 3)),
+    "rope: cos_SC": lambda: kernels.rope(randn(*QK), randn(2, 5, 1, 4), randn(1, 4), randn(1, 4)),
+    "route_top2: logits_TE": lambda: kernels.route_top2(randn(T, 1)),
+    "dispatch_plan: experts_TK": lambda: kernels.dispatch_plan(torch.zeros(T, 3, dtype=torch.int32, device=DEVICE), E),
+    "dispatch_plan: num_experts": lambda: plan(T, 0),
+    "router_logits: weight_ED": lambda: kernels.router_logits(randn(*X), randn(E, 1)),
+    "swiglu: gate_up_N2F": lambda: kernels.swiglu(randn(T, 3)),
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_shapes_that_torch_would_broadcast_are_refused(argument, backend):
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        REFUSED[argument]()
+
+
+def test_the_router_of_a_16_bit_model_computes_in_fp32(backend):
+    x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
+    logits = kernels.router_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_of_one_token_have_no_loss(backend):
+    """Each token's target is the next one."""
+    model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
+    ids = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
+    assert model(ids, labels=ids).cross_entropy.isnan()
 
 
 def test_operands_of_another_dtype_are_refused(backend):

@@ -291,12 +291,12 @@ def test_no_tokens_have_losses_that_are_means_of_nothing():
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        (torch.zeros(4, 1), r"2 to 256 experts, but has shape \(4, 1\)"),
-        (torch.zeros(4, 257), "2 to 256 experts"),
+        (torch.zeros(4, 1), "expected 2 to 256 experts, but got 1"),
+        (torch.zeros(4, 257), "expected 2 to 256 experts, but got 257"),
         (torch.zeros(4), "expected shape"),
         (torch.zeros(1, 4, 4), "expected shape"),
         (torch.zeros(4, 4, dtype=torch.float64), "expected bfloat16 or float16 or float32, but got float64"),
-        (torch.zeros(4, 4, dtype=torch.int64), "expected bfloat16 or float16 or float32, but got int64"),
+        (torch.zeros(4, 4, dtype=torch.int64), "expected bfloat16 or float16 or float32 or float64, but got int64"),
         (torch.zeros(4, 5).t(), "call .contiguous()"),
     ],
     ids=["E=1", "E=257", "1d", "3d", "float64", "int", "strides"],
@@ -313,8 +313,8 @@ def test_routing_refuses_and_names_the_argument(logits, message):
         (torch.zeros(8, dtype=torch.int32), 4, "experts_TK: expected shape"),
         (torch.zeros(4, 2), 4, "experts_TK: expected int32 or int64, but got float32"),
         (torch.zeros(2, 4, dtype=torch.int32).t(), 4, r"experts_TK: .*call .contiguous\(\)"),
-        (torch.zeros(4, 2, dtype=torch.int32), 1, "num_experts must be 2 to 256, but is 1"),
-        (torch.zeros(4, 2, dtype=torch.int32), 257, "num_experts must be 2 to 256, but is 257"),
+        (torch.zeros(4, 2, dtype=torch.int32), 1, "num_experts: expected 2 to 256 experts, but got 1"),
+        (torch.zeros(4, 2, dtype=torch.int32), 257, "num_experts: expected 2 to 256 experts, but got 257"),
     ],
     ids=["K=3", "1d", "float", "strides", "E=1", "E=257"],
 )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from acceleron.data.prepare import prepare
 from acceleron.data.shards import METADATA
-from acceleron.data.tokenizer import END_OF_TEXT, train_tokenizer
+from acceleron.data.tokenizer import END_OF_TEXT, SAMPLES, train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
 
@@ -26,8 +26,8 @@ def tokenizer(tmp_path):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    alphabet = list(string.printable)
-    trainer = trainers.BpeTrainer(vocab_size=130, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    alphabet = [*string.printable, *SAMPLES[-1]]
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXT.split(), trainer)
     tokenizer.save(str(tmp_path / "given.json"), pretty=False)
     return tmp_path / "given.json"
@@ -89,7 +89,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
         with pytest.raises(InputError) as raised:
             train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
         assert str(raised.value) == (
-            f"{path} did not make these shards; {data_dir / METADATA} records one of 130 ids: "
+            f"{path} did not make these shards; {data_dir / METADATA} records one of 150 ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
         assert not (tmp_path / "run").exists()

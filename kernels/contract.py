@@ -1,0 +1,196 @@
+"""What the ops of both kernel backends take and return, and the checks of their arguments.
+
+A check raises a ValueError that names the argument, where torch would broadcast, promote or read past the end in
+silence. It reads no value on a device.
+
+Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, V vocabulary,
+N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOP_K = 2
+MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Routing(NamedTuple):
+    """What the router decided. The losses are unweighted fp32 scalars, `counts_E` the assignments of each expert."""
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_E: Tensor
+
+
+class Plan(NamedTuple):
+    """The expert-sorted order of the T * K assignments; assignment `t * K + k` is token t's k-th choice.
+
+    order: int32 [N], the assignment in each expert-sorted row (stable). inverse_TK: int32, the row of each
+    assignment. offsets: int32 [E + 1], expert e owns the rows offsets[e]:offsets[e + 1].
+    """
+
+    order: Tensor
+    inverse_TK: Tensor
+    offsets: Tensor
+
+
+class MoEOutput(NamedTuple):
+    """Of a Mixture-of-Experts layer: its output, and what `Routing` says of the router."""
+
+    y_TD: Tensor
+    z_loss: Tensor
+    balance_loss: Tensor
+    counts_E: Tensor
+
+
+def check(
+    argument: str,
+    x: Tensor,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | Sequence[torch.dtype] = FLOATS,
+    like: Tensor | None = None,
+):
+    """Raise a ValueError unless x has this shape (None: any size), one of these dtypes, and the device of `like`."""
+    if isinstance(dtypes, torch.dtype):
+        dtypes = (dtypes,)
+    if x.dim() != len(shape) or any(
+        want is not None and want != size for want, size in zip(shape, x.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
+    if x.dim() > 1 and x.shape[-1] == 0:
+        raise ValueError(f"{argument}: expected a last axis that is not empty, but got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{argument}: expected {names}, but got {str(x.dtype).removeprefix('torch.')}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{argument}: expected a tensor on {like.device}, but it is on {x.device}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_experts(argument: str, experts: int):
+    if not TOP_K <= experts <= MAX_EXPERTS:
+        raise ValueError(f"{argument}: expected {TOP_K} to {MAX_EXPERTS} experts, but got {experts}")
+
+
+def _check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
+    for name, shape in (("order", (tokens * TOP_K,)), ("inverse_TK", (tokens, TOP_K)), ("offsets", (experts + 1,))):
+        check(f"{op}: plan.{name}", getattr(plan, name), shape, torch.int32, like)
+
+
+def check_route_top2(logits_TE: Tensor):
+    check("route_top2: logits_TE", logits_TE, (None, None))
+    _check_experts("route_top2: logits_TE", logits_TE.shape[1])
+
+
+def check_dispatch_plan(experts_TK: Tensor, num_experts: int):
+    check("dispatch_plan: experts_TK", experts_TK, (None, TOP_K), (torch.int32, torch.int64))
+    _check_experts("dispatch_plan: num_experts", num_experts)
+
+
+def check_router_logits(x_TD: Tensor, weight_ED: Tensor):
+    check("router_logits: x_TD", x_TD, (None, None))
+    check("router_logits: weight_ED", weight_ED, (None, x_TD.shape[1]), like=x_TD)
+
+
+def check_grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan):
+    check("grouped_gemm: x_ND", x_ND, (plan.order.numel(), None))
+    check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
+    _check_experts("grouped_gemm: w_EFD", w_EFD.shape[0])
+    _check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
+
+
+def _check_weights(op: str, D: int, w13_E2FD: Tensor, w2_EDF: Tensor, like: Tensor):
+    check(f"{op}: w2_EDF", w2_EDF, (None, D, None), like=like)
+    E, _, F = w2_EDF.shape
+    _check_experts(f"{op}: w2_EDF", E)
+    check(f"{op}: w13_E2FD", w13_E2FD, (E, 2 * F, D), like=like)
+
+
+def check_expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor):
+    check("expert_mlp: x_TD", x_TD, (None, None))
+    T, D = x_TD.shape
+    _check_weights("expert_mlp", D, w13_E2FD, w2_EDF, x_TD)
+    check("expert_mlp: weights_TK", weights_TK, (T, TOP_K), wide(x_TD.dtype), x_TD)
+    _check_plan("expert_mlp", plan, T, w2_EDF.shape[0], x_TD)
+
+
+def check_moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    shared_w13_2WD: Tensor,
+    shared_w2_DW: Tensor,
+    residual_TD: Tensor | None,
+):
+    check("moe: x_TD", x_TD, (None, None))
+    D = x_TD.shape[1]
+    _check_weights("moe", D, w13_E2FD, w2_EDF, x_TD)
+    check("moe: router_ED", router_ED, (w2_EDF.shape[0], D), like=x_TD)
+    check("moe: shared_w2_DW", shared_w2_DW, (D, None), like=x_TD)
+    check("moe: shared_w13_2WD", shared_w13_2WD, (2 * shared_w2_DW.shape[1], D), like=x_TD)
+    if residual_TD is not None:
+        check("moe: residual_TD", residual_TD, x_TD.shape, x_TD.dtype, x_TD)
+
+
+def check_swiglu(gate_up_N2F: Tensor):
+    check("swiglu: gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
+    if gate_up_N2F.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu: gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
+        )
+
+
+def _check_heads(argument: str, x: Tensor, heads: int | None):
+    check(argument, x, (None, None, heads, None))
+    if not x.shape[2]:
+        raise ValueError(f"{argument}: expected at least one head, but got {tuple(x.shape)}")
+    if x.shape[3] % 2:
+        raise ValueError(f"{argument}: expected an even head_dim, but got {tuple(x.shape)}")
+
+
+def _check_angles(op: str, x: Tensor, cos_SC: Tensor, sin_SC: Tensor):
+    S, C = x.shape[1], x.shape[3]
+    check(f"{op}: cos_SC", cos_SC, (S, C), like=x)
+    check(f"{op}: sin_SC", sin_SC, (S, C), cos_SC.dtype, x)
+
+
+def check_rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor):
+    _check_heads("rope: q_BSHC", q_BSHC, None)
+    B, S, _, C = q_BSHC.shape
+    check("rope: k_BSGC", k_BSGC, (B, S, None, C), q_BSHC.dtype, q_BSHC)
+    _check_heads("rope: k_BSGC", k_BSGC, None)
+    _check_angles("rope", q_BSHC, cos_SC, sin_SC)
+
+
+def check_split_rope(qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int):
+    if num_heads < 1 or num_kv_heads < 1:
+        heads = f"{num_heads} and {num_kv_heads}"
+        raise ValueError(f"split_rope: num_heads and num_kv_heads: expected at least 1 of each, but got {heads}")
+    _check_heads("split_rope: qkv_BSNC", qkv_BSNC, num_heads + 2 * num_kv_heads)
+    _check_angles("split_rope", qkv_BSNC, cos_SC, sin_SC)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None):
+    check("rms_norm: x", x, [None] * max(1, x.dim()))
+    check("rms_norm: weight", weight, x.shape[-1:], like=x)
+    if residual is not None:
+        check("rms_norm: residual", residual, x.shape, x.dtype, x)
+
+
+def check_linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor):
+    check("linear_cross_entropy: x_TD", x_TD, (None, None))
+    T, D = x_TD.shape
+    check("linear_cross_entropy: weight_VD", weight_VD, (None, D), like=x_TD)
+    check("linear_cross_entropy: labels_T", labels_T, (T,), torch.int64, x_TD)

@@ -1,0 +1,68 @@
+"""shards.json: it names what made the shards, and a damaged one is refused in one line."""
+
+import hashlib
+import json
+import os
+import re
+
+import pytest
+from counting_shards import ROWS, write_shards
+
+from acceleron.data import Shards
+from acceleron.data.shards import METADATA, check_tokenizer, metadata
+from acceleron.errors import InputError
+
+SHARDS = {f"shard_{index:05d}.npy": rows for index, rows in enumerate(ROWS)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / METADATA).write_bytes(metadata(b"{}", 300, SHARDS))
+    return tmp_path / METADATA
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as raised:
+        Shards(path.parent)
+    assert len(str(raised.value)) < 300 + len(str(path))
+    assert str(raised.value).isprintable()
+    return str(raised.value)
+
+
+def test_the_tokenizer_is_checked_by_its_content(path, tmp_path):
+    assert Shards(tmp_path).num_rows.tolist() == list(ROWS)
+    assert json.loads(path.read_text())["tokenizer_sha256"] == hashlib.sha256(b"{}").hexdigest()
+    (tmp_path / "same.json").write_text("{}")
+    (tmp_path / "other.json").write_text("[]")
+    assert check_tokenizer(tmp_path, tmp_path / "same.json")
+    with pytest.raises(InputError, match=r"other\.json did not make these shards; .* one of 300 ids: pass"):
+        check_tokenizer(tmp_path, tmp_path / "other.json")
+    path.unlink()
+    assert not check_tokenizer(tmp_path, tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": "\x1b[2J\n"}, r"its format is '\x1b[2J\n', not 1"),
+        ({"format": 10**299}, "its format is 10000"),
+        ({"format": [[1] * 999] * 999}, "its format is [[1, "),
+        ({"vocab_size": 10**299}, "10000"),
+        ({"vocab_size": "\x1b[2J"}, r"'\x1b[2J' is not a number of ids or rows"),
+        ({"shards": SHARDS | {"shard_00000.npy": 10**299}}, "10000"),
+        ({"shards": SHARDS | {"shard_00000.npy": 130.5}}, "130.5 is not a number of ids or rows"),
+        ({"shards": SHARDS | {"shard_00000.npy": -1}}, "-1 is not a number of ids or rows"),
+    ],
+    ids=range(8),
+)
+def test_a_damaged_value_is_named_in_brief(path, changes, reason):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert re.match(re.escape(f"{path}: damaged, or of another version ({reason}"), refusal(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_not_a_regular_file_is_refused(path, make):
+    path.unlink()
+    make(path)
+    assert refusal(path) == f"{path}: not a regular file; remove it, or prepare the data again"
