@@ -1,20 +1,26 @@
 """Write text with a trained model: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
 
+import signal
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
+if __name__ == "__main__":
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports, which take seconds
+
 from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError, run_command
-from acceleron.flags import Parser
+from acceleron.flags import Parser, nonempty
 from acceleron.generation import Sampling, load_model, open_tokenizer, stream_text
-from acceleron.training.checkpoint import load_checkpoint
+from acceleron.training.checkpoint import find_checkpoint, load_checkpoint
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint_<step>.pt of train.py")
+    parser.add_argument("--checkpoint", type=nonempty, required=True, help="checkpoint_<step>.pt of train.py")
     parser.add_argument("--prompt", help="generate once from this text; without it, prompts are asked for")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
     parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0 is greedy")
@@ -22,20 +28,10 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to p (default 1)")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--seed", type=int, help="makes the draw repeatable")
-    parser.add_argument("--tokenizer", help="default: beside the checkpoint, or pile_tokenizer.json here")
+    parser.add_argument("--tokenizer", type=nonempty, help="default: beside the checkpoint or pile_tokenizer.json here")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()
-
-
-def find_checkpoint(name: str) -> Path:
-    """The path of this name; if it is a bare name of nothing here, the path in checkpoints/, train.py's default."""
-    path, usual = Path(name), Path("checkpoints", name)
-    if path.exists() or path.name != name or not usual.parent.is_dir():
-        return path
-    if usual.is_file():
-        print(f"note: {path} does not exist: using {usual}", file=sys.stderr)
-    return usual
 
 
 def main():
@@ -47,20 +43,25 @@ def main():
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
     device = resolve_device(arguments.device)
-    checkpoint = find_checkpoint(arguments.checkpoint)
+    checkpoint = find_checkpoint(arguments.checkpoint, Path("checkpoints"))
     contents = load_checkpoint(checkpoint)
     scripts_dir = Path(__file__).resolve().parent
     tokenizer = open_tokenizer(arguments.tokenizer, checkpoint, contents, scripts_dir)
     model = load_model(contents, checkpoint, device, resolve_dtype(arguments.dtype, device))
 
     def write(prompt: str):
+        escaped = {"errors": "surrogateescape"}
+        prompt = prompt.encode(**escaped).decode(**escaped)  # UTF-8, whatever the locale
         print(prompt, end="", flush=True)
         tokens, start = 0, time.perf_counter()
-        for token, piece in stream_text(model, tokenizer, prompt, arguments.max_new_tokens, sampling):
-            print(piece, end="", flush=True)
-            tokens += token is not None
+        try:
+            for token, piece in stream_text(model, tokenizer, prompt, arguments.max_new_tokens, sampling):
+                print(piece, end="", flush=True)
+                tokens += token is not None
+        finally:
+            print(flush=True)
         seconds = time.perf_counter() - start
-        print(f"\n[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
+        print(f"[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
     if arguments.prompt is not None:
         write(arguments.prompt)
@@ -77,4 +78,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     sys.exit(run_command(main))

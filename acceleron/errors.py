@@ -19,7 +19,8 @@ STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command and nothing is lost; s
 INTERRUPTED = 130  # Ctrl-C, at once
 PIPE_CLOSED = 141  # the program that reads its output has exited
 
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full or failing disk, or a terminal that has gone
+# A full or failing disk, a limit on the size of files, or a terminal that has gone.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class InputError(ValueError):
@@ -32,12 +33,14 @@ class RunFailed(RuntimeError):
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
     """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
-    return (RunFailed if error.errno in PASSING else InputError)(f"{what} ({error.strerror or error})")
+    is_file = isinstance(error, FileExistsError) and os.path.isfile(error.filename or "")
+    reason = "it is a file, not a directory" if is_file else error.strerror or error
+    return (RunFailed if error.errno in PASSING else InputError)(f"{what} ({reason})")
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The question, with the nearest of the names and a space after it; an empty string if none is near."""
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"did you mean {near[0]}? " if near else ""
 
 
@@ -84,6 +87,7 @@ def run_command(main: Callable[[], None]) -> int:
     unless it handles them itself, so that it cleans up. Blank environment variables that it would read count as unset.
     """
     _prepare_streams()
+    os.environ.pop("MPLBACKEND", None)  # pictures are written to files, and importing matplotlib fails for a bad one
     for name, value in list(os.environ.items()):
         if not value.strip() and (name in ("CC", "CXX") or name.startswith("ACCELERON_")):
             del os.environ[name]
@@ -124,9 +128,14 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         failure = file_error(f"{what}: cannot be read or written", error)
         return (FAILED if isinstance(failure, RunFailed) else BAD_INPUT), f"error: {failure}"
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            return BAD_INPUT, f"error: {OUT_OF_MEMORY}"
+        cause = getattr(error, "inner_exception", None)  # of torch.compile's errors
+        if type(cause).__name__ not in ("InvalidCxxCompiler", "CppCompileError"):
             raise
-        return BAD_INPUT, f"error: {OUT_OF_MEMORY}"
+        lines = str(cause).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        return BAD_INPUT, f"error: torch.compile: {reason}: set CXX to a compiler that works, or pass --no_compile"
     except KeyboardInterrupt:
         return INTERRUPTED, "\ninterrupted"
     return 0, ""

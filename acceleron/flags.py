@@ -4,8 +4,16 @@ import argparse
 import os
 import re
 import sys
+from itertools import pairwise
 
 from .errors import InputError, did_you_mean
+
+
+def nonempty(value: str) -> str:
+    """The type of a flag that takes a path or a name: an empty one, as from an unset variable, is refused."""
+    if not value:
+        raise argparse.ArgumentTypeError("expected a value, but it is empty (an unset variable?)")
+    return value
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,11 +34,13 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{argument!a} is not valid UTF-8") from error
         if self._subparsers is None:  # else it is theirs to say
             known = self._option_string_actions
-            for argument in args[: args.index("--") if "--" in args else None]:
+            for before, argument in pairwise(["", *args[: args.index("--") if "--" in args else None]]):
                 flag = "" if " " in argument else argument.partition("=")[0]  # with a space it is a value
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
-                    meant = did_you_mean(f"--{flag.lstrip('-')}", known)
-                    raise InputError(f"unknown flag {flag}: {meant}--help lists all")
+                    meant = did_you_mean(f"--{flag.lstrip('-')}", known, cutoff=0.7)  # "--" alone makes up much of 0.6
+                    takes_value = before in known and known[before].nargs is None
+                    value = f"; if it is the value of {before}, write {before}={argument}" if takes_value else ""
+                    raise InputError(f"unknown flag {flag}: {meant}--help lists all{value}")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):

@@ -79,14 +79,17 @@ def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict,
 
 
 def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """The next token's id, int64 [1]. Candidates are narrowed by top-k, then top-p, after the temperature."""
+    """The next token's id, int64 [1]. Candidates are narrowed by top-k, then top-p, after the temperature.
+
+    Raises InputError for logits that are not finite.
+    """
     logits_V = logits_V.float()
+    if not logits_V.max().isfinite():
+        raise InputError("the model's logits are not finite: the run that wrote this checkpoint had diverged")
     if sampling.temperature == 0:
         return logits_V.argmax(dim=-1, keepdim=True)
     # Below 1e-6 all but equal logits are told apart for certain, and fp32 would overflow.
     logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, 1e-6)
-    if logits_V.isnan().any():
-        raise InputError("the model's logits are not numbers: the run that wrote this checkpoint had diverged")
     if 0 < sampling.top_k < len(logits_V):
         logits, ids = logits_V.topk(sampling.top_k)
     else:
@@ -149,7 +152,7 @@ def stream_text(
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError("the prompt is not valid text in the terminal's encoding") from error
+        raise InputError("the prompt is not valid UTF-8") from error
     prompt_ids = encode(tokenizer, [prompt])[0] or [end_id]
     # Decode all ids each time: the text of a token depends on the tokens before it, and every decoder has its own
     # rules. It takes half a millisecond for 2,048 ids.

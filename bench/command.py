@@ -13,7 +13,7 @@ from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES, resolve_device, resolve_dtype
 from acceleron.errors import InputError
-from acceleron.flags import Parser
+from acceleron.flags import Parser, nonempty
 
 from .rows import Results, Row, describe, print_rows, progress
 from .timing import interleave
@@ -40,7 +40,8 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
         if default == [] or isinstance(default, type):
             given["help"] = "default: by the device"
         parser.add_argument(f"--{name}", **given)
-    parser.add_argument("--output", metavar="DIR", help="directory for results.jsonl (default: below ~/.cache)")
+    about = "directory for results.jsonl (default: below ~/.cache)"
+    parser.add_argument("--output", type=nonempty, metavar="DIR", help=about)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
         if type(value) in (int, float) and not 0 < value < 1 << 31:

@@ -264,7 +264,7 @@ def main():
     )
     parser.add_argument("--stage", choices=SECONDS)
     parser.add_argument("--seconds", type=float, help="for all parts; default 200 to 260")
-    parser.add_argument("--output", type=Path, metavar="DIR")
+    parser.add_argument("--output", metavar="DIR")
     parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
     arguments = parser.parse_args()
     if not (arguments.stage and arguments.output):  # not `required`, which hides the name of an unknown flag
@@ -279,7 +279,7 @@ def main():
     seconds = default if arguments.seconds is None else arguments.seconds
     if not 0 < seconds < 1e6:
         parser.error(f"--seconds {seconds}: expected a number above 0")
-    output = arguments.output.resolve()
+    output = Path(arguments.output).resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "tuned.jsonl").touch()  # an empty table, should nothing be tuned

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from acceleron.errors import InputError
-from acceleron.flags import Parser
+from acceleron.errors import InputError, file_error
+from acceleron.flags import Parser, nonempty
 
 from .quality import final_runs, summary
 from .rows import FILE, Row, default_directory, number, ranged, ratio, read, spread
@@ -166,15 +166,16 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="default: the newest results")
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="earlier results, to mark what changed")
+    parser.add_argument("directory", nargs="?", type=nonempty, metavar="DIR", help="default: the newest results")
+    parser.add_argument("--compare", type=nonempty, metavar="OTHER", help="earlier results, to mark what changed")
     given = parser.parse_args()
-    directory = given.directory or max(default_directory().glob(f"*/{FILE}"), default=default_directory() / FILE).parent
+    newest = max(default_directory().glob(f"*/{FILE}"), default=default_directory() / FILE).parent
+    directory = Path(given.directory or newest)
     rows, path = read(directory), directory / "report.md"
-    changed = changes(rows, read(given.compare, "--compare")) if given.compare else None
+    changed = changes(rows, read(Path(given.compare), "--compare")) if given.compare else None
     try:
         path.write_text(report(rows, directory, changed), encoding="utf-8", errors="replace")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise file_error(f"{path}: cannot be written", error) from error
     print(f"wrote {path}")
     sys.exit(any(line["mark"] == "regression" for line in changed or ()))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from acceleron.errors import InputError, path_error
+from acceleron.errors import InputError, file_error, path_error
 
 FILE = "results.jsonl"
 # Packages that a figure can depend on, and environment variables that change which kernels run.
@@ -103,7 +103,8 @@ def default_directory() -> Path:
 class Results:
     """Appends rows to <directory>/results.jsonl, each as soon as it exists.
 
-    Without a directory, it is <default_directory()>/<date>-<device>. Raises InputError if it cannot be written.
+    Without a directory, it is <default_directory()>/<date>-<device>. Raises InputError if it cannot be written,
+    RunFailed for a full disk.
     """
 
     def __init__(self, directory: str | None, device: torch.device):
@@ -127,7 +128,7 @@ class Results:
             with self.path.open("a") as file:  # a line that was not finished goes
                 file.truncate(text.rfind(b"\n") + 1)
         except OSError as error:
-            raise InputError(f"--output {self.directory}: cannot be written ({error.strerror})") from error
+            raise file_error(f"--output {self.directory}: cannot be written", error) from error
 
     def write(self, row: Row) -> bool:
         """Append the row. Returns True unless it failed; a row that did not pass its check loses its figures."""
@@ -149,8 +150,10 @@ def read(directory: Path, what: str = "DIR") -> list[Row]:
     A last line that was not finished, as its process was killed, is skipped. what: the flag that names the directory.
     """
     path, rows = directory / FILE, []
+    if not directory.is_dir():
+        raise path_error(what, directory, "directory")
     if not path.is_file():
-        raise path_error(what, path if directory.is_dir() else directory, "directory")
+        raise InputError(f"{what} {directory} has no {FILE}: name a directory that a benchmark wrote to")
     try:
         for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             fields = json.loads(line)

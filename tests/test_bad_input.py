@@ -120,6 +120,10 @@ def trap(here):
         ("--tokenizer EleutherAI/gpt-neox-20b", "names of the hub are not supported yet"),
         ("--save_dir caf\udce9", "not valid UTF-8"),
         ("--tokenizer nowhere.json", "nowhere.json"),
+        ("--tokenizer=", "--tokenizer: expected a value"),
+        ("--save_dir=", "--save_dir: expected a value"),
+        ("--save_dir large.json", "--save_dir large.json: cannot be written (it is a file, not a directory)"),
+        ("--resume Auto", "--resume Auto does not exist: did you mean auto?"),
         ("--vocab_size 256", "tokenizer has 300 entries"),
         ("--tokenizer large.json --vocab_size 384", "tokenizer has 400 entries"),
         ("--batch_size 0", "--batch_size 0"),
@@ -148,6 +152,20 @@ def trap(here):
 )
 def test_flags_of_train(refusal, flags, culprit):
     assert_error(refusal(train, *TRAIN, *flags.split()), culprit)
+
+
+@pytest.mark.parametrize("flags", ["--data_dir nowhere", "--tokenizer nowhere.json", "--resume nowhere.pt"])
+def test_what_train_itself_creates_is_not_listed(refusal, flags):
+    [line] = refusal(train, *TRAIN, *flags.split())
+    assert line.endswith("urrent directory holds data, good.pt, large.json")
+
+
+def test_a_checkpoint_to_resume_is_also_looked_for_in_save_dir(here, refusal):
+    (here / "run").mkdir()
+    shutil.copy(here / "good.pt", here / "run" / "checkpoint_1.pt")
+    note, error = refusal(train, *TRAIN, "--resume", "checkpoint_1.pt")
+    assert note == "note: checkpoint_1.pt does not exist: using run/checkpoint_1.pt"
+    assert error == "error: --resume run/checkpoint_1.pt is at step 1: pass --max_steps above 1"
 
 
 def test_triton_on_a_cpu(refusal, monkeypatch):
@@ -287,6 +305,8 @@ def test_the_directory_of_an_earlier_run_is_left_alone(here, refusal):
     ("flags", "culprit"),
     [
         ("--checkpoint nowhere.pt", "nowhere.pt"),
+        ("--checkpoint=", "--checkpoint: expected a value"),
+        ("--tokenizer=", "--tokenizer: expected a value"),
         ("--top_p 0", "--top_p 0"),
         ("--top_p 1.5", "--top_p 1.5"),
         ("--top_p nan", "--top_p nan"),
@@ -310,6 +330,13 @@ def test_flags_of_generate(refusal, flags, culprit):
     assert_error(refusal(generate, *flags), culprit)
 
 
+def test_an_error_after_text_starts_a_line(here, monkeypatch, capsys):
+    flags = ["--checkpoint", "good.pt", "--tokenizer", "data/tokenizer.json", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags, "--prompt", "~" * 3000])
+    assert run_command(generate.main) == 2
+    assert capsys.readouterr().out == "~" * 3000 + "\n"
+
+
 def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch, capsys):
     (here / "checkpoints").mkdir()
     (here / "good.pt").rename(here / "checkpoints" / "checkpoint_5000.pt")
@@ -325,24 +352,27 @@ def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("redirected", "status", "shown"),
+    ("redirected", "status", "shown", "errors"),
     [
-        ("<&- >&- 2>&-", 0, ""),
-        ("--prompt wörd >/dev/full", 3, ""),
-        ("<<< wörd", 0, r"w\udcc3\udcb6rd"),
+        ("<&- >&- 2>&-", 0, "", 0),
+        ("--prompt wörd >/dev/full", 3, "", 1),
+        ("--prompt wörd", 0, r"w\xf6rd", 0),
+        ("<<< wörd", 0, r"w\xf6rd", 0),
+        (r"<<< $'w\xff'", 0, "> ", 1),
     ],
 )
-def test_generate_on_any_terminal(here, redirected, status, shown):
+def test_generate_on_any_terminal(here, redirected, status, shown, errors):
     """Each can show ASCII only."""
     flags = "--checkpoint good.pt --tokenizer data/tokenizer.json --max_new_tokens 2 --device cpu"
     run = subprocess.run(
         ["bash", "-c", f"{sys.executable} {ROOT / 'generate.py'} {flags} {redirected}"],
-        capture_output=True, text=True, timeout=HANG, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True, text=True, timeout=HANG, check=False,
     )  # fmt: skip
     assert run.returncode == status, run.stderr
     assert shown in run.stdout
     assert "Traceback" not in run.stderr
-    assert run.stderr.count("error:") == (status != 0 or "<<<" in redirected)
+    assert run.stderr.count("error:") == errors
 
 
 def command(script, *arguments):

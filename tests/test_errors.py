@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+from torch._inductor.exc import CppCompileError, InductorError
 
 from acceleron.errors import InputError, RunFailed, RunStopped, file_error, path_error, run_command
-from acceleron.flags import Parser
+from acceleron.flags import Parser, nonempty
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,18 @@ def test_a_signal_ends_a_command_which_cleans_up(number):
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+def test_a_c_compiler_that_fails_is_named_with_the_way_out(capsys):
+    def main():
+        output = "In file included from a.cpp:1:\na.cpp:3:10: fatal error: Python.h: No such file or directory\n"
+        raise InductorError(CppCompileError(["g++", "a.cpp"], output), None)
+
+    assert run_command(main) == 2
+    reason = "a.cpp:3:10: fatal error: Python.h: No such file or directory"
+    assert capsys.readouterr().err == (
+        f"error: torch.compile: {reason}: set CXX to a compiler that works, or pass --no_compile\n"
+    )
+
+
 def test_blank_environment_variables_count_as_unset(monkeypatch):
     for name in ("CXX", "CC", "ACCELERON_TUNED", "ACCELERON_NO_TMA"):
         monkeypatch.setenv(name, " " * (name == "CC"))
@@ -80,12 +93,17 @@ def test_blank_environment_variables_count_as_unset(monkeypatch):
         ("--dtype x", "--dtype: invalid choice: 'x': choose from bf16, fp32"),
         ("--batch_size two", "--batch_size: invalid int value: 'two'"),
         ("--data_dir caf\udce9", r"'caf\udce9' is not valid UTF-8"),
+        ("--data_dir=", "--data_dir: expected a value, but it is empty"),
+        ("--data_dir -x", "unknown flag -x: --help lists all; if it is the value of --data_dir, write --data_dir=-x"),
+        ("--greedy -x", "unknown flag -x: --help lists all"),
+        ("--resume auto", "unknown flag --resume: --help lists all"),  # --greedy is not near
     ],
 )
 def test_a_bad_command_line_is_one_line(given, said):
     parser = Parser()
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--data_dir")
+    parser.add_argument("--data_dir", type=nonempty)
+    parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--dtype", choices=("bf16", "fp32"))
     parser.add_argument("--temperature", type=float)
     with pytest.raises(InputError, match=r"\A.*\Z") as error:
@@ -120,8 +138,19 @@ def test_a_bug_is_not_hidden():
         run_command(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, RunFailed), (errno.EACCES, InputError)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, RunFailed), (errno.EFBIG, RunFailed), (errno.EACCES, InputError)]
+)
 def test_a_full_disk_may_pass_and_a_wrong_path_does_not(number, kind):
     error = file_error("run: cannot be written", OSError(number, os.strerror(number)))
     assert type(error) is kind
     assert str(error) == f"run: cannot be written ({os.strerror(number)})"
+
+
+def test_a_file_where_a_directory_is_wanted_is_called_one(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(FileExistsError) as raised:
+        (tmp_path / "run").mkdir(exist_ok=True)
+    error = file_error("--save_dir run: cannot be written", raised.value)
+    assert type(error) is InputError
+    assert str(error) == "--save_dir run: cannot be written (it is a file, not a directory)"

@@ -101,6 +101,14 @@ def test_draws_follow_the_narrowed_distribution(sampling, expected):
         assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / draws)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=0)])
+def test_logits_of_a_diverged_model_are_refused(sampling, bad):
+    with pytest.raises(InputError, match="had diverged"):
+        pick(torch.tensor([0.1, bad, 0.3]), sampling, torch.Generator())
+    assert pick(torch.tensor([-math.inf, 0.3, -math.inf]), sampling, torch.Generator()) == 1
+
+
 @pytest.mark.parametrize(
     "values", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
 )
@@ -175,7 +183,7 @@ def test_any_ids_stream_to_what_they_decode_to(monkeypatch, model, kind):
 
 def test_prompts_that_are_not_text_are_refused(model):
     tokenizer = train_tokenizer(["plain"], 258)
-    with pytest.raises(InputError, match="not valid text"):
+    with pytest.raises(InputError, match="not valid UTF-8"):
         list(stream_text(model, tokenizer, "\udcff", 5, GREEDY))
 
 

@@ -19,7 +19,7 @@ def download(repo: str, num_shards: int, output: str):
     and if `output` holds the shards.json of other shards.
     """
     try:
-        names = HfApi().list_repo_files(repo, repo_type="dataset")
+        names = _list_files(repo)
         shards = sorted(name for name in names if PurePosixPath(name).match("shard_*.npy"))
         for name in shards:
             path = PurePosixPath(name)
@@ -42,6 +42,18 @@ def download(repo: str, num_shards: int, output: str):
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--repo {repo}: {reason}") from error
     print(f"{output}: {num_shards} shards of {repo}")
+
+
+def _list_files(repo: str) -> list[str]:
+    try:
+        return HfApi().list_repo_files(repo, repo_type="dataset")
+    except HFValidationError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # HTML of a login page, a proxy of ftp://
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"--repo {repo}: no valid answer from the Hugging Face hub ({reason}): check the network and its proxy"
+        ) from error
 
 
 def _has_metadata(repo: str, names: list[str], path: Path) -> bool:

@@ -39,6 +39,16 @@ def list_checkpoints(directory: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_file()))
 
 
+def find_checkpoint(name: str, directory: Path) -> Path:
+    """The path of this name; if it is a bare name of nothing here, the path in `directory`."""
+    path, there = Path(name), directory / name
+    if path.exists() or path.name != name or not directory.is_dir():
+        return path
+    if there.is_file():
+        say(f"note: {path} does not exist: using {there}")
+    return there
+
+
 def verify_archive(path: Path):
     """Read all of a checkpoint against its checksums, and see what unpickling it would call.
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -20,11 +20,20 @@ from ..data import Shards, validation_loader
 from ..data.shards import METADATA, check_tokenizer
 from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
-from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
+from ..errors import (
+    OUT_OF_MEMORY,
+    InputError,
+    RunFailed,
+    RunStopped,
+    did_you_mean,
+    file_error,
+    is_out_of_memory,
+    path_error,
+)
 from ..files import replacing
 from ..log import say
 from ..self_check import require_correct_kernels
-from .checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint
+from .checkpoint import FORMAT, find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
 from .lock import DirectoryLock
 from .metrics import Metrics, describe, flops_per_token
 from .options import TrainOptions
@@ -49,6 +58,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     end the process.
     """
     with StopSignals() as stop:
+        options = _check_paths(options)
         if options.memory_test:
             Trainer(options, scripts_dir, stop).run.memory_test()
             return
@@ -450,6 +460,25 @@ def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
 def _open_tokenizer(options: TrainOptions, scripts_dir: Path | None):
     path = find_tokenizer(options.tokenizer, Path(options.data_dir), scripts_dir)
     return path, load_tokenizer(path) if path else None
+
+
+def _check_paths(options: TrainOptions) -> TrainOptions:
+    """The options with --resume as a path or auto. Raises InputError for a path that does not exist.
+
+    Before the lock creates save_dir, which would be listed among the files that are there.
+    """
+    if not Path(options.data_dir).is_dir():
+        raise path_error("--data_dir", options.data_dir, "directory")
+    if options.tokenizer and not Path(options.tokenizer).is_file():
+        load_tokenizer(options.tokenizer)  # raises
+    if options.resume in (None, "auto"):
+        return options
+    path = find_checkpoint(options.resume, Path(options.save_dir))
+    if path.is_file():
+        return replace(options, resume=str(path))
+    if question := did_you_mean(options.resume, ["auto"]).strip():
+        raise InputError(f"--resume {path} does not exist: {question}")
+    raise path_error("--resume", path, "file")
 
 
 def _find_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from ..config import PRESETS
 from ..errors import InputError
-from ..flags import Parser
+from ..flags import Parser, nonempty
 
 MAX_BATCH_SIZE = 1 << 20
 
@@ -80,9 +80,6 @@ class TrainOptions:
             raise InputError(f"--seed {self.seed}: must be below 2**64")
         if self.batch_size > MAX_BATCH_SIZE:
             raise InputError(f"--batch_size {self.batch_size}: must be at most {MAX_BATCH_SIZE}")
-        for name in ("data_dir", "save_dir", "resume", "tokenizer"):
-            if getattr(self, name) == "":
-                raise InputError(f"--{name} is empty: name a path")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
@@ -105,11 +102,11 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
     """TrainOptions from a command line. Raises InputError for an unknown flag or a bad value."""
     parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
     for f in fields(TrainOptions):
-        flag, text = f"--{f.name}", f.metadata["help"]
+        flag, about = f"--{f.name}", f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(flag, action="store_true", help=about)
         else:
-            kind = next(t for t in (int, float, str) if t is f.type or f.type == t | None)
-            shown = text if f.default is None or "default" in text else f"{text} (default: {f.default})"
+            kind = next((t for t in (int, float) if t is f.type or f.type == t | None), nonempty)
+            shown = about if f.default is None or "default" in about else f"{about} (default: {f.default})"
             parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
     return TrainOptions(**vars(parser.parse_args(arguments)))

@@ -1,39 +1,57 @@
 """The loss curve of a run as a picture: python -m acceleron.training.plot RUN_DIR writes RUN_DIR/loss.png."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 from ..errors import InputError, file_error, path_error, run_command
-from ..flags import Parser
+from ..flags import Parser, nonempty
+
+
+def read_curves(path: Path) -> list[list[tuple[float, float]]]:
+    """(tokens, loss) of the training loss, then of the validation loss; a loss that was not finite is NaN.
+
+    A last line that is not finished, as the run goes on, is skipped. Raises InputError.
+    """
+
+    def number(value) -> float:
+        if abs(value) > 1e100:  # matplotlib overflows
+            raise ValueError("a number is above 1e100")
+        return float(value)
+
+    try:
+        lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        records = [json.loads(line) for line in lines]
+        curves = [[(number(r["tokens"]), r[name]) for r in records if name in r] for name in ("loss", "val_loss")]
+        if not curves[0]:
+            raise ValueError("it has no losses")
+        return [[(x, math.nan if loss is None else number(loss)) for x, loss in curve] for curve in curves]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not the metrics of a run ({error})") from error
 
 
 def plot_losses(run_dir: Path) -> Path:
     """Training loss (a mean over each log interval) and validation loss against tokens. Raises InputError."""
-    path = run_dir / "metrics.jsonl"
+    path, picture = run_dir / "metrics.jsonl", run_dir / "loss.png"
+    if not run_dir.is_dir():
+        raise path_error("RUN_DIR", run_dir, "directory")
     if not path.is_file():
-        raise path_error("RUN_DIR", path if run_dir.is_dir() else run_dir, "directory")
+        raise InputError(f"RUN_DIR {run_dir} has no {path.name}: name the --save_dir of a run")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("plots need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        tokens, losses = zip(*[(r["tokens"], r["loss"]) for r in records], strict=True)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the metrics of a run ({error})") from error
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(tokens, losses, label="training")
-    validated = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
-    if validated:
-        axes.plot(*zip(*validated, strict=True), "o-", label="validation")
-    axes.set(xlabel="tokens", ylabel="cross-entropy (nats a token)", title=run_dir.resolve().name)
+    training, validation = read_curves(path)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*training, strict=True), label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", label="validation")
+    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)")
+    axes.set_title(run_dir.resolve().name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = run_dir / "loss.png"
     try:
         figure.savefig(picture, dpi=120)
     except OSError as error:
@@ -43,8 +61,8 @@ def plot_losses(run_dir: Path) -> Path:
 
 def main():
     parser = Parser(prog="python -m acceleron.training.plot", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    print(f"wrote {plot_losses(parser.parse_args().run_dir)}")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=nonempty)
+    print(f"wrote {plot_losses(Path(parser.parse_args().run_dir))}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for words, status, said in (
         (["x"], 2, "DIR x does not exist: the current directory holds new, old, other"),
+        (["."], 2, "DIR . has no results.jsonl: name a directory that a benchmark wrote to"),
+        (["old", "--compare="], 2, "--compare: expected a value"),
         (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old? The current directory holds"),
         (["old", "--compare", "other"], 2, "--compare: no row"),
         (["new", "--compare", "old"], 1, ""),

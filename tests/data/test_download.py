@@ -34,7 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.log.append((self.command, self.path.rpartition("/")[2], self.headers.get("Range")))
         folder, _, name = self.path.partition("/resolve/main/")
-        if self.path.startswith("/api/datasets/someone/Some/tree/main"):
+        if hub.answer:
+            self.reply(200, hub.answer)
+        elif self.path.startswith("/api/datasets/someone/Some/tree/main"):
             entries = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in hub.files]
             self.reply(200, json.dumps(entries).encode())
         elif folder == "/datasets/someone/Some" and name in hub.files:
@@ -67,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.log, server.breaks = dict(FILES), [], {}
+        server.files, server.log, server.breaks, server.answer = dict(FILES), [], {}, b""
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -172,6 +174,19 @@ def test_names_that_lead_out_of_the_output_directory(hub, tmp_path, name):
 def test_no_such_repository(hub, tmp_path):
     run = download(tmp_path / "out", hub.server_port, repo="someone/None")
     assert_refused(run, "--repo someone/None: 404", tmp_path / "out")
+
+
+@pytest.mark.parametrize("answer", [b"<html>Log in</html>", b'[{"type": "file"}]', b'{"error": 1}', b"3"])
+def test_a_server_that_is_no_hub(hub, tmp_path, answer):
+    """As the login page of a network."""
+    hub.answer = answer
+    said = "--repo someone/Some: no valid answer from the Hugging Face hub"
+    assert_refused(download(tmp_path / "out", hub.server_port), said, tmp_path / "out")
+
+
+def test_a_proxy_of_no_known_kind(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "ftp://x")
+    assert_refused(download(tmp_path / "out", hub.server_port), "check the network and its proxy", tmp_path / "out")
 
 
 def test_no_server(tmp_path):

@@ -138,7 +138,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
-        with pytest.raises(InputError, match=r"--output .*out: cannot be written \(File too large\)"):
+        with pytest.raises(RunFailed, match=r"--output .*out: cannot be written \(File too large\)"):
             prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -149,6 +149,10 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     ("given", "said"),
     [
         ("prep", "'prep': did you mean prepare? Choose from prepare, download"),
+        ("prepare --input= --output y", "--input: expected a value"),
+        ("prepare --input x --output=", "--output: expected a value"),
+        ("prepare --input x --output y --tokenizer=", "--tokenizer: expected a value"),
+        ("download --output=", "--output: expected a value"),
         ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a whole number of at least 1"),
         ("download --output y --shards 0", "--shards: expected a whole number of at least 1"),
     ],

@@ -10,20 +10,30 @@ import pytest
 from runs import records, write_shard
 from waiting import HANG, wait_until
 
-TRAIN = str(Path(__file__).parents[2] / "train.py")
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "train.py")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_while_torch_is_imported_ends_it_quietly(tmp_path, number):
+@pytest.mark.parametrize(
+    ("script", "number", "status"),
+    [
+        ("train.py", signal.SIGTERM, 75),
+        ("train.py", signal.SIGINT, 75),
+        ("train.py", signal.SIGUSR1, 75),
+        ("generate.py", signal.SIGINT, -signal.SIGINT),
+    ],
+)
+def test_a_signal_while_torch_is_imported_ends_it_quietly(tmp_path, script, number, status):
     """torch imports tqdm, which here says so and never ends."""
     held = tmp_path / "held"
     (tmp_path / "tqdm.py").write_text(f"open({str(held)!r}, 'w')\nimport threading\nthreading.Event().wait()")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, TRAIN], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / script]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: held.exists() or process.poll() is not None)
     process.send_signal(number)
     output, errors = process.communicate(timeout=HANG)
-    assert (process.returncode, output, errors) == (75, b"", b"")
+    assert (process.returncode, output, errors) == (status, b"", b"")
 
 
 def test_a_run_without_a_terminal_is_trained_all_the_same(tmp_path):
