@@ -171,7 +171,8 @@ class Shards:
                     f"{path}: rows of {row_length} tokens, but {self.paths[0].name} has rows of {self.row_length}; "
                     "prepare all shards alike"
                 )
-        self._check_metadata(directory / METADATA)
+        self._metadata = _read_metadata(directory / METADATA)
+        self._check_metadata()
         self.num_rows = np.array([rows for _, rows, _, _ in self._fingerprint])
         if self.num_rows.sum() < 2:
             raise InputError(f"{self.paths[0]}: one row is not enough, as one is held out; add more text")
@@ -181,16 +182,27 @@ class Shards:
         if not self.num_validation_rows.any():
             self.num_validation_rows[-1] = 1
 
-    def _check_metadata(self, path: Path):
+    def _check_metadata(self):
         """Raises InputError for a shard that is not the one of shards.json. Some may be absent: downloads are parts."""
-        recorded = _read_metadata(path)
-        if recorded is None:
+        if self._metadata is None:
             return
         for index, (name, rows, *_) in enumerate(self._fingerprint):
-            expected = recorded[2].get(name)
+            expected, path = self._metadata[2].get(name), self.paths[index]
             if expected != rows and index not in self._lost:
                 found = f"has {rows:,} rows, {expected:,}" if expected else "is not"
-                raise InputError(f"{self.paths[index]} {found} in {path}: prepare all shards together")
+                raise InputError(f"{path} {found} in {path.with_name(METADATA)}: prepare all shards together")
+
+    def check_tokenizer(self, path: Path) -> bool:
+        """False if there is no shards.json. Raises InputError if another tokenizer made the shards."""
+        if self._metadata is None:
+            return False
+        digest, vocab_size, _ = self._metadata
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise InputError(
+                f"{path} did not make these shards; {self.paths[0].with_name(METADATA)} records one of {vocab_size:,} "
+                "ids: pass the tokenizer.json that `prepare` wrote beside them"
+            )
+        return True
 
     def _inspect(self, index: int, place: list | None) -> list:
         """The shard's entry of the fingerprint, from the file; or, for one that is lost, from its place."""
@@ -282,21 +294,6 @@ def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
-
-
-def check_tokenizer(data_dir: str | Path, tokenizer: Path) -> bool:
-    """False if there is no shards.json. Raises InputError if another tokenizer made the shards, or it is damaged."""
-    path = Path(data_dir) / METADATA
-    recorded = _read_metadata(path)
-    if recorded is None:
-        return False
-    digest, vocab_size, _ = recorded
-    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != digest:
-        raise InputError(
-            f"{tokenizer} did not make these shards; {path} records one of {vocab_size:,} ids: "
-            "pass the tokenizer.json that `prepare` wrote beside them"
-        )
-    return True
 
 
 def _reason(error: OSError | InputError) -> str:

@@ -17,7 +17,7 @@ from .. import kernels
 from ..attention import attention_name
 from ..config import ModelConfig, brief, round_up
 from ..data import Shards, validation_loader
-from ..data.shards import METADATA, check_tokenizer
+from ..data.shards import METADATA
 from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
 from ..errors import (
@@ -94,7 +94,7 @@ class Trainer:
         known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
         self.shards = Shards(options.data_dir, known)
         self.tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
-        self.tokenizer_checked = not self.tokenizer_path or check_tokenizer(options.data_dir, self.tokenizer_path)
+        self.tokenizer_checked = not self.tokenizer_path or self.shards.check_tokenizer(self.tokenizer_path)
         self.config = model_config(options, tokenizer)
         if options.seq_len > self.config.max_seq_len:
             raise InputError(f"--seq_len {options.seq_len} is longer than the model's {self.config.max_seq_len}")
@@ -465,7 +465,7 @@ def _open_tokenizer(options: TrainOptions, scripts_dir: Path | None):
 def _check_paths(options: TrainOptions) -> TrainOptions:
     """The options with --resume as a path or auto. Raises InputError for a path that does not exist.
 
-    Before the lock creates save_dir, which would be listed among the files that are there.
+    Runs before the lock creates save_dir, which the error would list among the existing files.
     """
     if not Path(options.data_dir).is_dir():
         raise path_error("--data_dir", options.data_dir, "directory")

@@ -9,7 +9,7 @@ import pytest
 from counting_shards import ROWS, write_shards
 
 from acceleron.data import Shards
-from acceleron.data.shards import METADATA, check_tokenizer, metadata
+from acceleron.data.shards import METADATA, metadata
 from acceleron.errors import InputError
 
 SHARDS = {f"shard_{index:05d}.npy": rows for index, rows in enumerate(ROWS)}
@@ -31,15 +31,16 @@ def refusal(path) -> str:
 
 
 def test_the_tokenizer_is_checked_by_its_content(path, tmp_path):
-    assert Shards(tmp_path).num_rows.tolist() == list(ROWS)
+    shards = Shards(tmp_path)
+    assert shards.num_rows.tolist() == list(ROWS)
     assert json.loads(path.read_text())["tokenizer_sha256"] == hashlib.sha256(b"{}").hexdigest()
     (tmp_path / "same.json").write_text("{}")
     (tmp_path / "other.json").write_text("[]")
-    assert check_tokenizer(tmp_path, tmp_path / "same.json")
+    assert shards.check_tokenizer(tmp_path / "same.json")
     with pytest.raises(InputError, match=r"other\.json did not make these shards; .* one of 300 ids: pass"):
-        check_tokenizer(tmp_path, tmp_path / "other.json")
+        shards.check_tokenizer(tmp_path / "other.json")
     path.unlink()
-    assert not check_tokenizer(tmp_path, tmp_path / "other.json")
+    assert not Shards(tmp_path).check_tokenizer(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
