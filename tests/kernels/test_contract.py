@@ -284,6 +284,24 @@ def test_shapes_that_torch_would_broadcast_are_refused(argument, backend):
         REFUSED[argument]()
 
 
+def test_16_bit_weights_of_fp32_activations(backend):
+    """They are cast to fp32, and their gradients to their own dtype."""
+    x = randn(T, D)
+    narrow = [
+        randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate([(E, D), W13, W2, (8, D), (D, 4)])
+    ]
+    results = []
+    for weights in (narrow, [w.float() for w in narrow]):
+        leaves = [w.requires_grad_() for w in weights]
+        y = kernels.moe(x, *leaves).y_TD
+        results.append((y.detach(), torch.autograd.grad(y.square().sum(), leaves)))
+    (y, grads), (expected_y, expected) = results
+    assert torch.equal(y, expected_y)
+    for grad, wide in zip(grads, expected, strict=True):
+        assert grad.dtype == torch.bfloat16
+        torch.testing.assert_close(grad.float(), wide, rtol=2**-8, atol=1e-3)
+
+
 def test_the_router_of_a_16_bit_model_computes_in_fp32(backend):
     x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
     logits = kernels.router_logits(x, weight)
