@@ -20,14 +20,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of 1 / count, for a loss whose forward pass forms its gradients: one in (1, 2], and a power of two.
+    """A mantissa in [0.5, 1) and a power of two: 1 / count = power / mantissa. Both are 0 for a count of 0.
 
-    Forward multiplies by the first alone, so that gradients keep clear of fp16's smallest values; backward multiplies
-    by the second, which rounds nothing. count: a floating scalar; 0 counts as 1.
+    For a loss whose forward pass forms its gradients. Forward divides by the mantissa alone, so that gradients keep
+    clear of fp16's smallest values; backward multiplies by the power, which rounds nothing. count: a floating scalar.
     """
-    count = count.clamp(min=1)
     mantissa = torch.frexp(count).mantissa
-    return 1 / mantissa, mantissa / count
+    return mantissa, mantissa / count.clamp(min=1)
 
 
 def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:

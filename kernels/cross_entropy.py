@@ -33,10 +33,10 @@ def _exp2(x):
 # A chunk's labels and losses begin anywhere; by their alignment it would be compiled up to four times, for nothing.
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "losses_ptr"])
 def _cross_entropy_kernel(
-    logits_ptr, labels_ptr, losses_ptr, scale_ptr, V, ignore_index,
+    logits_ptr, labels_ptr, losses_ptr, mantissa_ptr, V, ignore_index,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: its loss, and (softmax - onehot) * scale written over its logits.
+    """One program a row: its loss, and (softmax - onehot) / mantissa written over its logits.
 
     The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum, and rescales the sum
     once per block; threads are not reduced before the end of the row. Maxima are multiplied by log2(e), so that a
@@ -55,7 +55,7 @@ def _cross_entropy_kernel(
     else:
         target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         target_logit = tl.load(logits_ptr + target, target >= 0, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr)  # loaded early, so that nothing waits for it
+        scale = 1.0 / tl.load(mantissa_ptr)  # loaded early, so that nothing waits for it
         # The lowest float and not -inf, whose difference to a masked logit would be NaN.
         largest = tl.full((THREADS,), -3.4028234e38, tl.float32)
         total = tl.zeros((THREADS,), tl.float32)
@@ -90,8 +90,8 @@ def _linear_cross_entropy(
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
     keep_T1 = (labels_T != ignore_index)[:, None]
-    count = keep_T1.sum()
-    scale, power = split_mean(count.float())
+    count = keep_T1.sum(dtype=torch.float32)
+    mantissa, power = split_mean(count)
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
     # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
@@ -111,7 +111,7 @@ def _linear_cross_entropy(
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
         with torch.cuda.device_of(x):
             _cross_entropy_kernel[(len(x),)](
-                logits, labels_T[chunk], losses_T[chunk], scale, V, ignore_index,
+                logits, labels_T[chunk], losses_T[chunk], mantissa, V, ignore_index,
                 BLOCK=block, THREADS=min(block, threads), WITH_GRADIENT=need_x or need_weight, num_warps=WARPS,
             )  # fmt: skip
         if need_x:

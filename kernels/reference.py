@@ -410,10 +410,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(x_TD.dtype)
         sum_dtype = wide(x_TD.dtype)
         keep_T = labels_T != ignore_index
-        target_T, count = labels_T.where(keep_T, 0), keep_T.sum()
-        scale, power = split_mean(count.to(sum_dtype))
-        # An ignored token's row is multiplied by 0, every other by scale, and in the end by power.
-        scale_T = torch.where(keep_T, scale, 0)
+        target_T, count = labels_T.where(keep_T, 0), keep_T.sum(dtype=sum_dtype)
+        mantissa, power = split_mean(count)
+        # An ignored token's row is multiplied by 0.
+        scale_T = torch.where(keep_T, 1 / mantissa, 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
         # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
         grad_weight = None

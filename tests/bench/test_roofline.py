@@ -51,7 +51,7 @@ def test_launches_and_their_bytes(steps):
     counts = Counter(launch.name for launch in launches)
     assert [counts[name] for name in ("_route_kernel", "_up_kernel", "attention", "attention backward")] == [L] * 4
     assert [counts[name] for name in ("_rows_kernel", "_weight_grad_kernel", "_gather_kernel")] == [3 * L, 2 * L, 3 * L]
-    assert counts.total() <= 342  # per micro-batch; each costs the host some microseconds, whatever the size
+    assert counts.total() <= 346  # per micro-batch; each costs the host some microseconds, whatever the size
     by_hand = {
         # Weight, both moments and the gradient, which it clips, are read and written: fp32.
         "_fused_adamw_": 32 * Acceleron(CONFIG).num_parameters()[0],
