@@ -58,7 +58,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
-    """Raise a ValueError that names the argument unless a kernel can read it; None is no argument.
+    """Raise a ValueError that names the argument unless a kernel can read it. An argument that is None is skipped.
 
     It must not be float64, must be where Triton can run, and contiguous, or at least so along its last axis.
     """

@@ -18,7 +18,7 @@ from acceleron.data.tokenizer import train_tokenizer
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
 from acceleron.training.checkpoint import FORMAT, load_checkpoint
-from acceleron.training.loop import _warn_of_changes
+from acceleron.training.resume import warn_of_changes
 from acceleron.training.run import Run
 from acceleron.training.saver import Saver
 
@@ -84,7 +84,7 @@ def use(run: Run, path: Path):
         load_model(contents, path, torch.device("cpu"), torch.float32)
         run.batches = []
         run.load_state_dict(contents, path)
-        _warn_of_changes(run.options, {"torch": "2"}, contents)
+        warn_of_changes(run.options, {"torch": "2"}, contents)
         assert 0 <= run.steps < 2**62
         assert 0 <= np.random.get_state()[2] <= 624  # beyond it numpy reads what isn't its own
         run.step(1e-3)

@@ -241,7 +241,7 @@ class Loader:
             if alive:
                 return None
             self._restart(self.position)
-            raise RuntimeError("a reader thread ended without a word") from None
+            raise RuntimeError("a reader thread ended without an error") from None
         if isinstance(item, Exception):
             self._restart(self.position)
             if isinstance(item, InputError):

@@ -58,7 +58,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         _check(json.loads(content, object_pairs_hook=without_duplicates))
         tokenizer = Tokenizer.from_buffer(content)
-        # A file may ask for either; text would be cut off, or padding mixed in, without a word.
+        # A file may ask for either; text would silently be cut off or padded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode("")  # fails if the post-processor would fail on every text

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -15,28 +15,20 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..attention import attention_name
-from ..config import ModelConfig, brief, round_up
+from ..config import ModelConfig, round_up
 from ..data import Shards, validation_loader
 from ..data.shards import METADATA
 from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
-from ..errors import (
-    OUT_OF_MEMORY,
-    InputError,
-    RunFailed,
-    RunStopped,
-    did_you_mean,
-    file_error,
-    is_out_of_memory,
-    path_error,
-)
+from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
 from ..files import replacing
 from ..log import say
 from ..self_check import require_correct_kernels
-from .checkpoint import FORMAT, find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
+from .checkpoint import FORMAT
 from .lock import DirectoryLock
 from .metrics import Metrics, describe, flops_per_token
 from .options import TrainOptions
+from .resume import check_paths, checkpoint_of, warn_of_changes
 from .run import POLL_SECONDS, Run
 from .saver import Saver
 from .schedule import learning_rate
@@ -58,7 +50,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     end the process.
     """
     with StopSignals() as stop:
-        options = _check_paths(options)
+        options = check_paths(options)
         if options.memory_test:
             Trainer(options, scripts_dir, stop).run.memory_test()
             return
@@ -89,7 +81,7 @@ class Trainer:
             provider = kernels.select(options.kernels, self.device)
         except ValueError as error:
             raise InputError(str(error)) from error
-        self.resumed_from, checkpoint = _find_checkpoint(options)
+        self.resumed_from, checkpoint = checkpoint_of(options)
         # What could not be read before is still a part of the data, if it is to be skipped.
         known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
         self.shards = Shards(options.data_dir, known)
@@ -116,7 +108,7 @@ class Trainer:
         self.run = Run(options, self.config, self.shards, self.device, dtype)
         if checkpoint:
             self.run.load_state_dict(checkpoint, self.resumed_from)
-            _warn_of_changes(options, self.environment, checkpoint)
+            warn_of_changes(options, self.environment, checkpoint)
             step = self.run.steps
             if step >= options.max_steps and options.resume != "auto":
                 raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
@@ -460,61 +452,3 @@ def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
 def _open_tokenizer(options: TrainOptions, scripts_dir: Path | None):
     path = find_tokenizer(options.tokenizer, Path(options.data_dir), scripts_dir)
     return path, load_tokenizer(path) if path else None
-
-
-def _check_paths(options: TrainOptions) -> TrainOptions:
-    """The options with --resume as a path or auto. Raises InputError for a path that does not exist.
-
-    Runs before the lock creates save_dir, which the error would list among the existing files.
-    """
-    if not Path(options.data_dir).is_dir():
-        raise path_error("--data_dir", options.data_dir, "directory")
-    if options.tokenizer and not Path(options.tokenizer).is_file():
-        load_tokenizer(options.tokenizer)  # raises
-    if options.resume in (None, "auto"):
-        return options
-    path = find_checkpoint(options.resume, Path(options.save_dir))
-    if path.is_file():
-        return replace(options, resume=str(path))
-    if question := did_you_mean(options.resume, ["auto"]).strip():
-        raise InputError(f"--resume {path} does not exist: {question}")
-    raise path_error("--resume", path, "file")
-
-
-def _find_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
-    """Path and contents of the checkpoint to continue from, if any. Raises InputError where runs would be mixed."""
-    save_dir = Path(options.save_dir)
-    present = {} if options.memory_test else list_checkpoints(save_dir)
-    if options.resume == "auto":
-        return newest_checkpoint(save_dir) or (None, None)
-    if options.resume is None:
-        if present:
-            raise InputError(
-                f"--save_dir {save_dir} holds the checkpoints of another run: continue it with --resume auto, "
-                "or name another directory"
-            )
-        return None, None
-    path = Path(options.resume)
-    checkpoint = load_checkpoint(path)
-    if present and path.resolve().parent != save_dir.resolve():
-        raise InputError(f"--save_dir {save_dir} holds the checkpoints of another run: name another directory")
-    if present and max(present) > checkpoint["step"]:
-        raise InputError(
-            f"--resume {path} is of step {checkpoint['step']}, but {save_dir} has {present[max(present)].name}: "
-            "continue with --resume auto, or name another --save_dir, or remove what is newer"
-        )
-    return path, checkpoint
-
-
-def _warn_of_changes(options: TrainOptions, environment: dict, checkpoint: dict):
-    """A changed setting is the user's right on resuming, but seldom meant."""
-    free = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
-    free |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
-    saved = checkpoint["options"]
-    for name, value in asdict(options).items():
-        if name not in free and name in saved and saved[name] != value:
-            say(f"warning: --{name} is {value}, but was {brief(saved[name])} before")
-    for name, value in environment.items():
-        before = checkpoint["environment"].get(name)
-        if before != value:
-            say(f"warning: {name}: {value}, before {brief(before)}: the run goes on, but not bit for bit the same")

@@ -77,7 +77,7 @@ def test_readers_end_when_their_loader_goes_elsewhere(shards):
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 20), (5, [5] * 4), (24, [24]), (25, [24])])
 def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shards, batch_size, sizes):
-    """24 chunks, of which at most 20 batches are taken: the reader reads no others."""
+    """At most 20 batches are taken from 24 chunks. The reader reads no other chunk."""
     read_rows, plain = [], Shards.read
     with ending_readers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
@@ -144,7 +144,7 @@ def test_closing_does_not_wait_for_a_stalled_reader(shards, monkeypatch, make):
     [
         (ZeroDivisionError("one over none"), "a reader thread failed: ZeroDivisionError: one over none"),
         (MemoryError("no room"), "a reader thread failed: MemoryError: no room"),
-        (SystemExit(0), "a reader thread ended without a word"),
+        (SystemExit(0), "a reader thread ended without an error"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [1, 3])

@@ -298,8 +298,10 @@ def test_16_bit_weights_of_fp32_activations(backend):
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), leaves)))
     (y, grads), (expected_y, expected) = results
     assert torch.equal(y, expected_y)
+    assert y.any()
     for grad, wide in zip(grads, expected, strict=True):
         assert grad.dtype == torch.bfloat16
+        assert wide.any()
         torch.testing.assert_close(grad.float(), wide, rtol=2**-8, atol=1e-3)
 
 

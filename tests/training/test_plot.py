@@ -42,7 +42,7 @@ def test_any_directory_and_any_backend_will_do(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["[1, 2]", "{}", '"x"', "9" * 400, "1e308", "Infinity"])
-def test_what_is_no_loss_is_refused(tmp_path, loss):
+def test_a_loss_that_is_no_finite_number_is_refused(tmp_path, loss):
     (tmp_path / "metrics.jsonl").write_text(f'{{"tokens": 1, "loss": {loss}}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl: not the metrics of a run"):
         plot_losses(tmp_path)
