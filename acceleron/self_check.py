@@ -17,8 +17,8 @@ from .errors import InputError, is_out_of_memory
 from .log import say
 from .model import Acceleron
 
-# A backend's error may be FACTOR times the reference's error in the same dtype plus FLOOR. The reference's bf16 error is
-# about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
+# A backend's error may be FACTOR times the reference's error in the same dtype, plus FLOOR. The reference's error in
+# bf16 is about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
 FACTOR, FLOOR = 2.0, 1e-4
 # Tokens for `require_correct_kernels`: enough for several tiles per persistent program of a grouped GEMM.
 MAX_TOKENS = 16384
