@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, brief
+from .config import ModelConfig, short_repr
 from .errors import InputError, path_error
 from .log import say
 
@@ -80,7 +80,7 @@ def verify_archive(path: Path):
         raise DamagedCheckpoint(f"{path}: damaged: its record {name} does not match its checksum; use another one")
     try:
         # As torch.load finds it: of a hostile archive zipfile might show another one.
-        calls = pickled_calls(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+        calls = pickle_globals(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
     except Exception as error:
         raise DamagedCheckpoint(f"{path}: not a checkpoint; use another one") from error
     if calls - CALLS:
@@ -88,7 +88,7 @@ def verify_archive(path: Path):
         raise DamagedCheckpoint(f"{path}: refused: it holds more than tensors and plain values, and would run {what}")
 
 
-def pickled_calls(pickled: bytes) -> set[str]:
+def pickle_globals(pickled: bytes) -> set[str]:
     """The functions and classes, as module.name, that unpickling would look up, by any opcode. Runs nothing.
 
     Raises one of many exceptions for what is no pickle.
@@ -147,7 +147,9 @@ def load_checkpoint(path: str | Path) -> dict:
     if not all(type(value) in (str, int, float, bool, type(None)) for pair in plain for value in pair):
         raise DamagedCheckpoint(f"{path}: damaged: its options or environment are no plain values; use another one")
     if not (0 <= contents["step"] < 2**62 and 0 <= contents["tokens"] < 2**62):
-        raise DamagedCheckpoint(f"{path}: damaged: step {brief(contents['step'])}, tokens {brief(contents['tokens'])}")
+        raise DamagedCheckpoint(
+            f"{path}: damaged: step {short_repr(contents['step'])}, tokens {short_repr(contents['tokens'])}"
+        )
     try:
         contents["config"] = ModelConfig.from_dict(contents["config"])
     except InputError as error:
@@ -186,14 +188,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: st
         shapes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
         if type(entry) is not dict or entry.keys() != shapes.keys():
             raise damaged
-        if not all(is_tensor_of(entry[name], shapes[name], torch.float32) for name in shapes):
+        if not all(is_cpu_tensor(entry[name], shapes[name], torch.float32) for name in shapes):
             raise damaged
         # In memory of its own: the loaded tensors are the file, mapped.
         copied[index] = {name: value.clone() for name, value in entry.items()}
     optimizer.load_state_dict({"state": copied, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def is_tensor_of(value, shape, dtype: torch.dtype) -> bool:
+def is_cpu_tensor(value, shape, dtype: torch.dtype) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype and value.device.type == "cpu"
 
 
@@ -213,6 +215,6 @@ def assign_weights(model: torch.nn.Module, contents: dict, path: str | Path, ass
     weights = contents["model"]
     if weights.keys() != expected.keys():
         raise damaged
-    if not all(is_tensor_of(weights[name], shape, torch.float32) for name, shape in expected.items()):
+    if not all(is_cpu_tensor(weights[name], shape, torch.float32) for name, shape in expected.items()):
         raise damaged
     model.load_state_dict(weights, assign=assign)

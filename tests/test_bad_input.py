@@ -222,7 +222,7 @@ def test_token_ids_outside_the_vocabulary(here, refusal, token):
     rows = ROWS.copy()
     rows[1, 20] = token
     save(rows)
-    assert_error(refusal(train, *TRAIN), f"{SHARD}: row 1 holds token id {token}", "384", announced=True)
+    assert_error(refusal(train, *TRAIN), f"{SHARD}: row 1 contains token id {token}", "384", announced=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', None])

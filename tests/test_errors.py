@@ -88,15 +88,18 @@ def test_blank_environment_variables_count_as_unset(monkeypatch):
         ("--data_dir x --bathc_size 2", "unknown flag --bathc_size: did you mean --batch_size?"),
         ("--batch-size=2", "did you mean --batch_size?"),
         ("-batch_size 2", "did you mean --batch_size?"),
-        ("--qqq", "unknown flag --qqq: --help"),
+        ("--qqq", "unknown flag --qqq: see --help"),
         ("--dtype fp23", "--dtype: invalid choice: 'fp23': did you mean fp32? Choose from bf16, fp32"),
         ("--dtype x", "--dtype: invalid choice: 'x': choose from bf16, fp32"),
         ("--batch_size two", "--batch_size: invalid int value: 'two'"),
         ("--data_dir caf\udce9", r"'caf\udce9' is not valid UTF-8"),
         ("--data_dir=", "--data_dir: expected a value, but it is empty"),
-        ("--data_dir -x", "unknown flag -x: --help lists all; if it is the value of --data_dir, write --data_dir=-x"),
-        ("--greedy -x", "unknown flag -x: --help lists all"),
-        ("--resume auto", "unknown flag --resume: --help lists all"),  # --greedy is not near
+        (
+            "--data_dir -x",
+            "unknown flag -x: see --help for all flags; if it is the value of --data_dir, write --data_dir=-x",
+        ),
+        ("--greedy -x", "unknown flag -x: see --help for all flags"),
+        ("--resume auto", "unknown flag --resume: see --help for all flags"),  # --greedy is not near
     ],
 )
 def test_a_bad_command_line_is_one_line(given, said):

@@ -31,7 +31,7 @@ from acceleron import Acceleron, ModelConfig
 from acceleron.checkpoint import load_checkpoint
 from acceleron.config import LIMITS
 from acceleron.data import Loader, Shards, validation_batches
-from acceleron.data.tokenizer import TextBytes, load_tokenizer
+from acceleron.data.tokenizer import ByteCounter, load_tokenizer
 from acceleron.errors import InputError
 
 CASES = int(os.environ.get("FUZZ_CASES", 2400))
@@ -253,7 +253,7 @@ def test_tokenizers(tmp_path):
         path.write_bytes(mutate(rng, content))
         tokenizer = load_tokenizer(path)
         assert max(tokenizer.get_vocab().values()) < LIMITS["vocab_size"]
-        assert (TextBytes(tokenizer, 512).table >= 0).all()
+        assert (ByteCounter(tokenizer, 512).table >= 0).all()
         ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
         assert len(ids) < 200
         tokenizer.decode(ids)

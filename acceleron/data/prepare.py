@@ -20,7 +20,15 @@ from tqdm import tqdm
 from ..errors import InputError, file_error, path_error
 from ..log import say
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
-from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, train_tokenizer, without_duplicates
+from .tokenizer import (
+    END_OF_TEXT,
+    encode,
+    load_tokenizer,
+    num_ids,
+    reject_duplicate_keys,
+    split_document,
+    train_tokenizer,
+)
 
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
@@ -81,7 +89,7 @@ def _text_of(line: bytes, where: str) -> str:
         raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; divide its text among several lines")
     decoded = _decode(line, where)
     try:
-        value = json.loads(decoded, object_pairs_hook=without_duplicates)
+        value = json.loads(decoded, object_pairs_hook=reject_duplicate_keys)
         text = value["text"] if isinstance(value, dict) and "text" in value else None
         if isinstance(text, str):
             text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
@@ -185,7 +193,7 @@ def _sample(documents: Iterator[str]) -> Iterator[str]:
     """Pieces of the documents up to TRAINING_CHARACTERS; short pieces let the trainer use all cores."""
     seen = 0
     for document in documents:
-        for piece in pieces(document, 1 << 16):
+        for piece in split_document(document, 1 << 16):
             yield piece
             seen += len(piece)
         if seen > TRAINING_CHARACTERS:
@@ -200,7 +208,7 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
     def marked_pieces():
         for document in documents:
-            *parts, last = pieces(document, PIECE_CHARACTERS, tokenizer)
+            *parts, last = split_document(document, PIECE_CHARACTERS, tokenizer)
             yield from ((part, False) for part in parts)
             yield last, True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ..config import MAX_VOCAB_SIZE, brief
+from ..config import MAX_VOCAB_SIZE, short_repr
 from ..errors import InputError, path_error
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,7 +56,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if len(content) > MAX_FILE_BYTES:
         raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer; name another file")
     try:
-        _check(json.loads(content, object_pairs_hook=without_duplicates))
+        _check(json.loads(content, object_pairs_hook=reject_duplicate_keys))
         tokenizer = Tokenizer.from_buffer(content)
         # A file may ask for either; text would silently be cut off or padded.
         tokenizer.no_truncation()
@@ -91,7 +91,7 @@ def _attempt(encode_batch: Callable, texts: list[str]) -> list[Encoding]:
         raise InputError(f"the tokenizer can't encode this text ({error}): use another one") from error
 
 
-def without_duplicates(pairs: list[tuple]) -> dict:
+def reject_duplicate_keys(pairs: list[tuple]) -> dict:
     """Of a key that comes twice, another reader might take the other value."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -116,7 +116,7 @@ def _check(document):
     for count, (place, part) in enumerate(parts, 1):  # the list grows: breadth first
         kind = part.get("type")
         if kind not in PARTS[place].split():
-            raise ValueError(f"a {place} of type {brief(kind)} is not supported")
+            raise ValueError(f"a {place} of type {short_repr(kind)} is not supported")
         if count > MAX_PARTS:
             raise ValueError(f"more than {MAX_PARTS} normalizers, pre-tokenizers, post-processors and decoders")
         if kind == "Replace":
@@ -179,7 +179,7 @@ SAMPLES = (
 )
 
 
-class TextBytes:
+class ByteCounter:
     """Counts the UTF-8 bytes of the text that tokens stand for.
 
     `table` is int64 [2, vocab_size]: the bytes of each id within a document, and as the first one of a document, where
@@ -252,7 +252,7 @@ CUT_CONTEXT = 1024  # characters on either side that decide whether a cut is saf
 MAX_CUTS_TRIED = 64
 
 
-def pieces(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
+def split_document(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """A long document in pieces of about `size` characters, whose tokens together are those of the whole.
 
     Where the tokenizer has no such cut, the rest is one piece. Without a tokenizer they are for one of train_tokenizer.

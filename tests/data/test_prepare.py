@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KINDS, some_text
+from sample_tokenizers import TOKENIZERS, random_text
 from tokenizers import Tokenizer
 
 from acceleron.data import __main__ as cli
 from acceleron.data import prepare as prepare_module
 from acceleron.data.prepare import prepare, read_documents
 from acceleron.data.shards import ROW_LENGTH, Shards
-from acceleron.data.tokenizer import END_OF_TEXT, PAD, TextBytes, find_tokenizer, pieces
+from acceleron.data.tokenizer import END_OF_TEXT, PAD, ByteCounter, find_tokenizer, split_document
 from acceleron.data.tokenizer import train_tokenizer as train
 from acceleron.errors import InputError, RunFailed
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train([some_text(0)], 400)
+    return train([random_text(0)], 400)
 
 
 # Anything Unicode can write, and separately what the cuts between pieces and the byte-level pattern turn on.
@@ -50,7 +50,7 @@ def assert_written(directory, documents: list[str]):
 
 
 def test_text_comes_back_from_the_shards(tmp_path):
-    documents = [some_text(seed) for seed in range(3)]
+    documents = [random_text(seed) for seed in range(3)]
     (tmp_path / "in.txt").write_text(END_OF_TEXT.join(documents), encoding="utf-8", newline="")
     prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", documents)
@@ -63,7 +63,7 @@ def test_text_comes_back_from_the_shards(tmp_path):
 
 def test_full_shards_and_a_last_smaller_one(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 3)
-    documents = [some_text(seed) for seed in range(3)]
+    documents = [random_text(seed) for seed in range(3)]
     (tmp_path / "in.txt").write_text(END_OF_TEXT.join(documents), encoding="utf-8", newline="")
     prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
     rows = [len(np.load(path)) for path in sorted((tmp_path / "out").glob("shard_*.npy"))]
@@ -76,7 +76,7 @@ def test_full_shards_and_a_last_smaller_one(tmp_path, monkeypatch):
 def test_shards_that_prepare_did_not_write_together_are_refused(tmp_path, monkeypatch):
     """One of another size, and one more; but not fewer, as a download of the first shards leaves them."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 3)
-    write(tmp_path / "in.txt", some_text(0))
+    write(tmp_path / "in.txt", random_text(0))
     prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
     first, second, *others = sorted((tmp_path / "out").glob("shard_*.npy"))
     for path in others:
@@ -91,7 +91,7 @@ def test_shards_that_prepare_did_not_write_together_are_refused(tmp_path, monkey
 
 
 def test_json_lines(tmp_path):
-    documents = [some_text(seed) for seed in range(3)]
+    documents = [random_text(seed) for seed in range(3)]
     lines = [json.dumps({"id": 7, "text": text}) + "\n" for text in documents]
     (tmp_path / "in.jsonl").write_text("".join(lines), encoding="utf-8")
     prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), vocab_size=400)
@@ -122,7 +122,7 @@ BINARY = {
 
 
 def test_a_directory_is_read_in_order_and_what_is_left_out_is_named(tmp_path, capsys):
-    documents = [some_text(seed, 2000) for seed in range(8)]
+    documents = [random_text(seed, 2000) for seed in range(8)]
     source = tmp_path / "in"
     names = ("a.txt", "b/deep/x.md", "b/y.txt", "c.JSONL", "d.NDJson", "e.json", "f.jsonlines", "g.JL")
     for name, text in zip(names, documents, strict=True):
@@ -147,7 +147,7 @@ def test_a_directory_is_read_in_order_and_what_is_left_out_is_named(tmp_path, ca
 
 
 def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
-    documents = [some_text(seed, 3000) for seed in range(3)]
+    documents = [random_text(seed, 3000) for seed in range(3)]
     source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     write(source / "a.txt", documents[0])
     write(elsewhere / "b.txt", documents[1])
@@ -167,7 +167,7 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path, capsys):
 
 def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "LEFT_OUT_NAMED", 3)
-    write(tmp_path / "in" / "a.txt", some_text(0))
+    write(tmp_path / "in" / "a.txt", random_text(0))
     for number in range(5):
         write(tmp_path / "in" / f"{number}.png", b"\x89")
     prepare([str(tmp_path / "in")], str(tmp_path / "out"), vocab_size=400)
@@ -178,7 +178,7 @@ def test_many_files_left_out_are_counted(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
 def test_a_byte_order_mark_is_not_text(tmp_path, name):
-    text = some_text(0)
+    text = random_text(0)
     write(tmp_path / name, b"\xef\xbb\xbf" + (lines_of(text) if "json" in name else text).encode())
     prepare([str(tmp_path / name)], str(tmp_path / "out"), vocab_size=400)
     assert_written(tmp_path / "out", [text])
@@ -186,7 +186,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path, name):
 
 def test_odd_json_lines_are_read(tmp_path):
     """NUL and escaped pairs of surrogates are text; other fields may hold anything but what JSON lacks."""
-    text = some_text(0) + "\0 🙂"
+    text = random_text(0) + "\0 🙂"
     line = json.dumps({"x": "\ud800", "n": 10**400, "text": text, "deep": {"text": None}})
     assert "\\ud83d\\ude42" in line
     write(tmp_path / "in.jsonl", f"\n{line}\r\n \n")
@@ -197,8 +197,8 @@ def test_odd_json_lines_are_read(tmp_path):
 def test_long_documents_have_the_tokens_of_the_whole(tmp_path, monkeypatch):
     """With a tokenizer that marks the start of a text, of documents that are cut and of such that are not."""
     for kind in ("Llama 2", "tokens of several words"):
-        documents = [some_text(seed, 3000) for seed in range(3)]
-        tokenizer = KINDS[kind]()
+        documents = [random_text(seed, 3000) for seed in range(3)]
+        tokenizer = TOKENIZERS[kind]()
         tokenizer.save(str(tmp_path / "given.json"))
         write(tmp_path / "in.txt", END_OF_TEXT.join(documents))
         monkeypatch.setattr(prepare_module, "PIECE_CHARACTERS", 5000)
@@ -212,7 +212,7 @@ def test_long_documents_have_the_tokens_of_the_whole(tmp_path, monkeypatch):
 
 def test_a_given_tokenizer_is_used_and_copied(tmp_path, tokenizer):
     """Also one that asks for truncation and padding, as fine-tuning leaves it: that must not cut the text."""
-    text = "Short." + END_OF_TEXT + some_text(1)
+    text = "Short." + END_OF_TEXT + random_text(1)
     (tmp_path / "in.txt").write_text(text, encoding="utf-8", newline="")
     other = Tokenizer.from_str(tokenizer.to_str())
     other.enable_truncation(8)
@@ -231,7 +231,7 @@ def test_the_trained_tokenizer_has_its_special_tokens_and_size(tokenizer):
     assert tokenizer.token_to_id(PAD) == 1
     assert tokenizer.get_vocab_size() == 400
     assert train(["too little to merge"], 8192).get_vocab_size() < 300
-    assert len(train([some_text(0)], 258).encode("rain").ids) == 4  # no room for merges: a token a byte
+    assert len(train([random_text(0)], 258).encode("rain").ids) == 4  # no room for merges: a token a byte
 
 
 @given(text=anything | mostly_spaces)
@@ -241,11 +241,11 @@ def test_the_trained_tokenizer_writes_any_text(tokenizer, text):
 
 @given(text=anything | mostly_spaces)
 def test_token_bytes_add_up_to_the_text(tokenizer, text):
-    assert TextBytes(tokenizer, 512).count(np.array([[0, *tokenizer.encode(text).ids]])) == len(text.encode())
+    assert ByteCounter(tokenizer, 512).count(np.array([[0, *tokenizer.encode(text).ids]])) == len(text.encode())
 
 
 def test_token_bytes_are_none_for_special_and_missing_entries(tokenizer):
-    table = TextBytes(tokenizer, 512).table
+    table = ByteCounter(tokenizer, 512).table
     assert table.shape == (2, 512)
     assert not table[:, [0, 1]].any()
     assert not table[:, 400:].any()
@@ -255,7 +255,7 @@ def test_token_bytes_are_none_for_special_and_missing_entries(tokenizer):
 @settings(max_examples=500)
 @given(text=mostly_spaces, size=st.integers(1, 8))
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
-    parts = list(pieces(text, size))
+    parts = list(split_document(text, size))
     assert "".join(parts) == text
     # The words, across which no merge reaches: so it holds for every vocabulary.
     split = tokenizer.pre_tokenizer.pre_tokenize_str
@@ -263,8 +263,8 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
 
 
 def test_a_long_document_is_cut_into_pieces_of_the_size_asked_for():
-    text = some_text(0, words=20_000)
-    lengths = [len(part) for part in pieces(text, 1000)]
+    text = random_text(0, words=20_000)
+    lengths = [len(part) for part in split_document(text, 1000)]
     assert len(lengths) > 40
     assert max(lengths) < 2000
 
@@ -290,7 +290,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
     return line
 
 
-LONG = some_text(0)
+LONG = random_text(0)
 REFUSALS = {
     "missing input": ({}, ["--input", "nowhere.txt"], "--input nowhere.txt does not exist"),
     "an empty directory": ({"below/.hidden": ""}, ["--input", "below"], "no files there"),
@@ -452,7 +452,7 @@ class Killed(BaseException):
 def test_stopped_between_two_files(tmp_path, monkeypatch, moves):
     """An error or Ctrl-C leaves nothing. After a kill prepare starts over, unless it has moved files by then."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 1)
-    write(tmp_path / "in.txt", some_text(0))
+    write(tmp_path / "in.txt", random_text(0))
     rename, left = Path.replace, []
 
     def replace(path, target):
@@ -483,7 +483,7 @@ def test_stopped_between_two_files(tmp_path, monkeypatch, moves):
             prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
     else:
         prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
-        assert_written(tmp_path / "out", [some_text(0)])
+        assert_written(tmp_path / "out", [random_text(0)])
 
 
 def test_real_text_with_the_published_tokenizer(tmp_path, pytestconfig):
@@ -496,4 +496,4 @@ def test_real_text_with_the_published_tokenizer(tmp_path, pytestconfig):
     tokenizer = Tokenizer.from_file(str(data / "pile_tokenizer.json"))
     ids = tokenizer.encode(text).ids  # in one piece, where prepare encodes several
     assert shard_ids(tmp_path).tolist() == ids[: len(ids) // ROW_LENGTH * ROW_LENGTH]
-    assert TextBytes(tokenizer, 50304).count(np.array([[0, *ids]])) == len(text.encode())
+    assert ByteCounter(tokenizer, 50304).count(np.array([[0, *ids]])) == len(text.encode())

@@ -153,8 +153,8 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
         ("prepare --input x --output=", "--output: expected a value"),
         ("prepare --input x --output y --tokenizer=", "--tokenizer: expected a value"),
         ("download --output=", "--output: expected a value"),
-        ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a whole number of at least 1"),
-        ("download --output y --shards 0", "--shards: expected a whole number of at least 1"),
+        ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a positive integer"),
+        ("download --output y --shards 0", "--shards: expected a positive integer"),
     ],
 )
 def test_a_bad_command_line_is_refused(given, said, monkeypatch):

@@ -118,7 +118,7 @@ def test_resuming_with_other_flags_uses_them_and_says_so(data_dir, tmp_path, cap
         (dict(seq_len=32), "seq_len 64, not 32"),
         (dict(dense=True), "dense False"),
         (dict(vocab_size=128), "vocab_size 64"),
-        (dict(data_dir="others"), "shard_00000.npy has other content"),
+        (dict(data_dir="others"), "shard_00000.npy has different content"),
     ],
 )
 def test_resuming_refuses_what_would_make_the_result_wrong(data_dir, tmp_path, changes, complaint):

@@ -11,7 +11,7 @@ WORDS = ["the", "rain", "Spain's", "1984", "—", "żółć", "数据", "🙂", 
 LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def some_text(seed: int, words: int = 8000) -> str:
+def random_text(seed: int, words: int = 8000) -> str:
     """Text of many lengths of tokens: words, numbers, code, spaces, three alphabets, an emoji."""
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice([" ", " ", "\n", ""]) for _ in range(words)).lstrip()
@@ -27,7 +27,7 @@ def _trained(model, trainer, pre_tokenizer, text: str) -> dict:
 def byte_level(pre_tokenizer) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
-    tokenizer = Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizer, some_text(0))))
+    tokenizer = Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizer, random_text(0))))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -35,7 +35,7 @@ def byte_level(pre_tokenizer) -> Tokenizer:
 def byte_fallback(prepend_scheme: str, split: bool = True) -> Tokenizer:
     """A BPE of ASCII words; newlines, tabs and all other characters are bytes. Without `split`, tokens span words."""
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT, "<unk>"])
-    text = "".join(character for character in some_text(0) if " " <= character <= "~")
+    text = "".join(character for character in random_text(0) if " " <= character <= "~")
     document = _trained(models.BPE(), trainer, pre_tokenizers.Metaspace(split=split), text)
     vocab = document["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
@@ -61,7 +61,7 @@ def llama_2() -> Tokenizer:
 
 def unigram() -> Tokenizer:
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=[END_OF_TEXT, "<unk>"], unk_token="<unk>")
-    document = _trained(models.Unigram(), trainer, pre_tokenizers.Metaspace(), some_text(0))
+    document = _trained(models.Unigram(), trainer, pre_tokenizers.Metaspace(), random_text(0))
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
@@ -70,7 +70,7 @@ def unigram() -> Tokenizer:
 def word_piece(pre_tokenizer=None) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[END_OF_TEXT, "<unk>"])
     model = models.WordPiece(unk_token="<unk>")
-    document = _trained(model, trainer, pre_tokenizer or pre_tokenizers.WhitespaceSplit(), some_text(0))
+    document = _trained(model, trainer, pre_tokenizer or pre_tokenizers.WhitespaceSplit(), random_text(0))
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return tokenizer
@@ -78,17 +78,17 @@ def word_piece(pre_tokenizer=None) -> Tokenizer:
 
 def bpe_of_words() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT])
-    text = some_text(0) + "".join(chr(code) for code in range(32, 127))
+    text = random_text(0) + "".join(chr(code) for code in range(32, 127))
     return Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizers.Whitespace(), text)))
 
 
 def word_level() -> Tokenizer:
     trainer = trainers.WordLevelTrainer(vocab_size=200, special_tokens=[END_OF_TEXT, "[UNK]"])
-    document = _trained(models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), some_text(0))
+    document = _trained(models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), random_text(0))
     return Tokenizer.from_str(json.dumps(document))
 
 
-KINDS = {
+TOKENIZERS = {
     "byte-level": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "byte-level with a space before the text": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "Llama 3": lambda: byte_level(
@@ -109,7 +109,7 @@ KINDS = {
 }
 
 # Tokenizers that lose or insert spaces, or replace what they do not know.
-INEXACT = {
+INEXACT_TOKENIZERS = {
     "Unigram": unigram,
     "WordPiece": word_piece,
     "WordPiece after BERT's pre-tokenizer": lambda: word_piece(pre_tokenizers.BertPreTokenizer()),
