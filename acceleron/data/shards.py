@@ -182,7 +182,7 @@ class Shards:
             self.num_validation_rows[-1] = 1
 
     def _check_metadata(self):
-        """Raises InputError for a shard that differs from shards.json. Missing shards are fine: downloads are partial."""
+        """Raises InputError for a shard that differs from shards.json. A partial download may lack some shards."""
         if self._metadata is None:
             return
         for index, (name, rows, *_) in enumerate(self._fingerprint):

@@ -95,7 +95,7 @@ def reject_duplicate_keys(pairs: list[tuple]) -> dict:
     """Of a key that comes twice, another reader might take the other value."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("duplicate key in an object")
     return values
 
 
