@@ -394,5 +394,5 @@ def test_an_error_in_a_worker_process_is_one_line_too(here):
 
 def test_the_generate_command(here, trap):
     Path("bad.pt").write_bytes(archived_pickle(b"", trap))
-    assert_error(command("generate.py", "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt", "refused")
+    assert_error(command("generate.py", "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt", "unsafe")
     assert not Path(trap.path).exists()

@@ -20,15 +20,7 @@ from tqdm import tqdm
 from ..errors import InputError, file_error, path_error
 from ..log import say
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
-from .tokenizer import (
-    END_OF_TEXT,
-    encode,
-    load_tokenizer,
-    num_ids,
-    reject_duplicate_keys,
-    split_document,
-    train_tokenizer,
-)
+from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, split_document, train_tokenizer, unique_keys
 
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # sample size for training the tokenizer; more text changes few merges
@@ -90,7 +82,7 @@ def _parse_line(line: bytes, where: str) -> str:
         raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; split its text into several lines")
     decoded = _decode(line, where)
     try:
-        value = json.loads(decoded, object_pairs_hook=reject_duplicate_keys)
+        value = json.loads(decoded, object_pairs_hook=unique_keys)
         text = value["text"] if isinstance(value, dict) and "text" in value else None
         if isinstance(text, str):
             text.encode()  # fails for half a surrogate pair, left by cutting an emoji in two
@@ -128,7 +120,7 @@ class _Corpus:
     def __init__(self, inputs: list[str], output: Path):
         self.named = {Path(name) for name in inputs}
         self.files: dict[Path, int] = {}  # path to size
-        self.skipped: dict[Path, str] = {}
+        self.skipped: set[Path] = set()
         self.hidden: list[Path] = []
         self._find([Path(name) for name in reversed(inputs)], Path(os.path.realpath(output)))
         if self.hidden:
@@ -159,14 +151,14 @@ class _Corpus:
                 elif stat.S_ISREG(status.st_mode):
                     self.files[path] = status.st_size
                 else:
-                    self._reject(path, InputError(f"{path}: neither a file nor a directory; save it to a file"))
+                    self._raise_or_skip(path, InputError(f"{path}: neither a file nor a directory; save it to a file"))
             except OSError as error:
                 if path in self.named and not path.exists():
                     raise path_error("--input", path, "file") from error
-                self._reject(path, InputError(f"{path}: cannot be read ({error.strerror})"))
+                self._raise_or_skip(path, InputError(f"{path}: cannot be read ({error.strerror})"))
 
-    def _reject(self, path: Path, error: InputError):
-        """Raise the error for a named file or JSON Lines. Skip other files: directories can contain images."""
+    def _raise_or_skip(self, path: Path, error: InputError):
+        """Raise for a named file or JSON Lines. Skip other files, because directories can contain images."""
         if path in self.named or path.suffix.lower() in JSON_LINES:
             raise error
         self._skip(path, str(error).removeprefix(f"{path}: "))
@@ -174,7 +166,7 @@ class _Corpus:
     def _skip(self, path: Path, reason: str):
         if path not in self.skipped and len(self.skipped) < MAX_SKIPPED_LOGGED:
             say(f"skipped: {path} ({reason})")
-        self.skipped[path] = reason
+        self.skipped.add(path)
 
     def documents(self, label: str) -> Iterator[str]:
         """Yield all documents, with a progress bar over the files' bytes."""
@@ -184,7 +176,7 @@ class _Corpus:
                 try:
                     yield from read_documents(path)
                 except InputError as error:
-                    self._reject(path, error)
+                    self._raise_or_skip(path, error)
                 bar.update(size)
 
 

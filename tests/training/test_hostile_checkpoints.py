@@ -69,7 +69,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(small_checkpoint, tmp_p
     monkeypatch.chdir(tmp_path)
     rewritten(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
     with pytest.raises(
-        InputError, match=r"bad\.pt: refused: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
+        InputError, match=r"bad\.pt: unsafe: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
     ):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "sprung").exists()
@@ -118,5 +118,5 @@ def test_compressed_records(small_checkpoint, tmp_path, level):
 @pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
 def test_tensors_larger_than_the_file(small_checkpoint, tmp_path, extra):
     torch.save(torch.load(small_checkpoint, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
-    with pytest.raises(InputError, match=r"bad\.pt: its tensors are larger than the file"):
+    with pytest.raises(InputError, match=r"bad\.pt: damaged: its tensors are larger than the file"):
         load_checkpoint(tmp_path / "bad.pt")
