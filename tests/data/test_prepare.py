@@ -196,7 +196,7 @@ def test_unusual_but_valid_json_lines_are_read(tmp_path):
 
 def test_splitting_long_documents_keeps_their_tokens(tmp_path, monkeypatch):
     """Tokenizers that mark the start of the text: one that allows splits, and one that does not."""
-    for kind in ("Llama 2", "tokens of several words"):
+    for kind in ("Llama 2", "tokens that span words"):
         documents = [random_text(seed, 3000) for seed in range(3)]
         tokenizer = TOKENIZERS[kind]()
         tokenizer.save(str(tmp_path / "given.json"))

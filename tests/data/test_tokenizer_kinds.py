@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: the bytes counted are the text's, and a long document has the tokens of the whole."""
+"""Byte counts and document splits for every kind of tokenizer."""
 
 import unicodedata
 from functools import cache
@@ -34,15 +34,15 @@ def tokenizer(kind):
     return tokenizer_of(kind)
 
 
-def writable(kind: str, text: str) -> str:
-    """The part of the text that this kind can write: some have no tokens for a character, or for its spaces."""
+def representable(kind: str, text: str) -> str:
+    """The text with whatever spacing this kind can represent."""
     return " ".join(text.split()) if kind == "WordPiece" else text
 
 
-def test_the_bytes_of_real_text(kind, tokenizer):
-    """Of two documents in one row, and in rows cut anywhere."""
+def test_byte_counts_match_the_text(kind, tokenizer):
+    """Two documents in one row, and the same tokens as rows of two."""
     counter = ByteCounter(tokenizer, 1024)
-    documents = [writable(kind, random_text(seed, 2000)) for seed in range(2)]
+    documents = [representable(kind, random_text(seed, 2000)) for seed in range(2)]
     ids = [counter.end_id]
     for tokens in encode(tokenizer, documents):
         ids += [*tokens, counter.end_id]
@@ -53,7 +53,7 @@ def test_the_bytes_of_real_text(kind, tokenizer):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS | INEXACT_TOKENIZERS)
-def test_only_tokenizers_that_reproduce_text_count_it_exactly(kind):
+def test_exact_is_true_only_for_lossless_tokenizers(kind):
     assert ByteCounter(tokenizer_of(kind), 1024).exact == (kind not in INEXACT_TOKENIZERS)
 
 
@@ -71,14 +71,14 @@ LOSSY = {
 
 @pytest.mark.parametrize("normalizer", LOSSY)
 @pytest.mark.parametrize("kind", ["byte-level", "Metaspace first"])
-def test_a_normalizer_that_changes_text_is_not_exact(kind, normalizer):
+def test_normalizers_that_change_text_are_not_exact(kind, normalizer):
     tokenizer = TOKENIZERS[kind]()
     assert ByteCounter(tokenizer, 1024).exact
     tokenizer.normalizer = LOSSY[normalizer]
     assert not ByteCounter(tokenizer, 1024).exact
 
 
-def test_nfc_counts_the_bytes_of_the_nfc_text():
+def test_nfc_normalizer_counts_the_nfc_text():
     tokenizer = TOKENIZERS["byte-level"]()
     tokenizer.normalizer = normalizers.NFC()
     counter = ByteCounter(tokenizer, 1024)
@@ -92,23 +92,23 @@ def test_nfc_counts_the_bytes_of_the_nfc_text():
 @example(" leading spaces")
 @example("  ")
 @example("żółć\n🙂")
-def test_the_bytes_of_any_text_with_byte_fallback(text):
+def test_byte_fallback_counts_any_text(text):
     assume(text != END_OF_TEXT)
     counter = ByteCounter(tokenizer := tokenizer_of("Llama 2"), 1024)
     assert counter.count(np.array([[counter.end_id, *tokenizer.encode(text).ids]])) == len(text.encode())
 
 
 @pytest.mark.parametrize("size", [30, 1000])
-def test_pieces_have_the_tokens_of_the_whole_document(tokenizer, size):
+def test_split_documents_keep_their_tokens(tokenizer, size):
     text = random_text(3, 1000)
     parts = list(split_document(text, size, tokenizer))
     assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_all_kinds_are_cut_but_where_tokens_span_words(kind, tokenizer):
+def test_every_kind_splits_unless_tokens_span_words(kind, tokenizer):
     assert max(len(part) for part in split_document(random_text(3), 1000, tokenizer)) < 2000
     parts = list(split_document("the rain " * 1000, 1000, tokenizer))
-    assert len(parts) == (1 if kind == "tokens of several words" else 9)
+    assert len(parts) == (1 if kind == "tokens that span words" else 9)
 
 
 LINES = {
@@ -121,7 +121,7 @@ LINES = {
 
 @pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Metaspace never"])
-def test_text_without_single_spaces_is_cut(kind, lines):
+def test_text_without_single_spaces_is_split(kind, lines):
     text, tokenizer = LINES[lines] * 1000, tokenizer_of(kind)
     parts = list(split_document(text, 1000, tokenizer))
     assert max(len(part) for part in parts) < 2000
