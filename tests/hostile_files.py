@@ -1,4 +1,4 @@
-"""What the tests of hostile files share: limits, a small run with a checkpoint of it, and a tokenizer."""
+"""Shared by the tests of hostile files: resource limits, a small run with a checkpoint, and a tokenizer."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from acceleron.training.saver import Saver
 
 resource = pytest.importorskip("resource")
 
-SECONDS, BYTES = 10, 1 << 30  # of CPU time and memory that a case may take
+SECONDS, BYTES = 10, 1 << 30  # limits on CPU time and memory per case
 VOCAB_SIZE, ROW_LENGTH = 64, 32
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, d_ff=16, d_ff_shared=16
@@ -38,7 +38,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
 
 @contextmanager
 def limits(case: str):
-    """Too much memory is a MemoryError within, too much time a failure."""
+    """Exceeding the memory limit raises MemoryError; exceeding the time limit fails the test."""
 
     def too_slow(*_):
         pytest.fail(f"{case}: above {SECONDS} s of CPU time")
@@ -57,14 +57,14 @@ def limits(case: str):
 
 
 def small_run(directory: Path) -> Run:
-    """A run of CONFIG on the data that it writes to `directory`."""
+    """A run of CONFIG on data written to `directory`."""
     np.save(directory / "shard_00000.npy", np.arange(40 * ROW_LENGTH, dtype=np.int32).reshape(40, -1) % VOCAB_SIZE)
     options = TrainOptions(data_dir=str(directory), batch_size=2, seq_len=ROW_LENGTH, num_workers=1)
     return Run(options, CONFIG, Shards(directory), torch.device("cpu"), torch.float32)
 
 
 def write_checkpoint(run: Run, directory: Path) -> Path:
-    """Of a new run: a checkpoint as train.py writes it, of step 2."""
+    """Train a new run for two steps and save a checkpoint in train.py's format."""
     for _ in range(2):
         run.step(1e-3)
     run.judgements()
@@ -77,7 +77,7 @@ def write_checkpoint(run: Run, directory: Path) -> Path:
 
 
 def use(run: Run, path: Path):
-    """What train.py and generate.py do with a checkpoint. The random states stay as they were."""
+    """Use a checkpoint like train.py and generate.py do. Restores the random states."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         contents = load_checkpoint(path)
@@ -86,16 +86,16 @@ def use(run: Run, path: Path):
         run.load_state_dict(contents, path)
         warn_of_changes(run.options, {"torch": "2"}, contents)
         assert 0 <= run.steps < 2**62
-        assert 0 <= np.random.get_state()[2] <= 624  # beyond it numpy reads what isn't its own
+        assert 0 <= np.random.get_state()[2] <= 624  # numpy reads out of bounds beyond it
         run.step(1e-3)
-    finally:  # also if a damaged checkpoint's came into force
+    finally:  # a damaged checkpoint can set invalid states
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
 
 
 def rewritten(original: Path, path: Path, change, **kwargs):
-    """The archive with the records (name, content) that `change` makes of each; their checksums fit."""
+    """Copy an archive, replacing each record by the (name, content) pairs from `change`, with valid checksums."""
     with zipfile.ZipFile(original) as archive, zipfile.ZipFile(path, "w", **kwargs) as output:
         for record in archive.infolist():
             for name, content in change(record.filename, archive.read(record)):
@@ -103,7 +103,7 @@ def rewritten(original: Path, path: Path, change, **kwargs):
 
 
 def doubled(depth: int) -> list:
-    """Of few objects, and 2^depth to one who walks it without care."""
+    """A list of few objects that looks 2^depth large to a naive traversal."""
     value = [1]
     for _ in range(depth):
         value = [value, value]
