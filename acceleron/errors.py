@@ -16,7 +16,7 @@ import torch
 BAD_INPUT = 2  # same as argparse: the same command would fail again
 FAILED = 3  # the run cannot continue or its output cannot be written; the message says what to change
 STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command, nothing is lost; restart it (train.py: --resume auto)
-INTERRUPTED = 130  # Ctrl-C, without saving
+INTERRUPTED = 130  # Ctrl-C
 PIPE_CLOSED = 141  # the reader of the output has exited
 
 # A full or failing disk, a file size limit, or a closed terminal.
@@ -51,9 +51,7 @@ def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 def path_error(what: str, path: str | Path, wanted: str) -> InputError:
     """An error that says why `path` is unusable, what exists instead, and the closest name.
 
-    Args:
-        what: the flag, or another name for the path.
-        wanted: "file" or "directory".
+    `what` is the flag or another name for the path; `wanted` is "file" or "directory".
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):

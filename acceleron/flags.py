@@ -37,11 +37,10 @@ class Parser(argparse.ArgumentParser):
             for before, argument in pairwise(["", *args[: args.index("--") if "--" in args else None]]):
                 flag = "" if " " in argument else argument.partition("=")[0]  # an argument with a space is a value
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
-                    # The shared "--" already scores high, so the default cutoff of 0.6 is too low.
-                    suggestion = did_you_mean(f"--{flag.lstrip('-')}", known, cutoff=0.7)
+                    suggestion = did_you_mean(f"--{flag.lstrip('-')}", known, cutoff=0.7)  # "--" alone scores high
                     takes_value = before in known and known[before].nargs is None
                     value = f"; if it is the value of {before}, write {before}={argument}" if takes_value else ""
-                    raise InputError(f"unknown flag {flag}: {suggestion}see --help for all flags{value}")
+                    raise InputError(f"unknown flag {flag}: {suggestion}see --help{value}")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):

@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, d_ff=16, d_ff_shared=16
 )
 
-TRAINED = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
+TOKENIZER = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
 PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 1, "pad_type_id": 0}
 PADDING["pad_token"] = "<|pad|>"
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
@@ -76,7 +76,7 @@ def write_checkpoint(run: Run, directory: Path) -> Path:
     return directory / "checkpoint_2.pt"
 
 
-def use(run: Run, path: Path):
+def use_checkpoint(run: Run, path: Path):
     """Use a checkpoint like train.py and generate.py do. Restores the random states."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
@@ -94,7 +94,7 @@ def use(run: Run, path: Path):
         random.setstate(states[2])
 
 
-def rewritten(original: Path, path: Path, change, **kwargs):
+def rewrite(original: Path, path: Path, change, **kwargs):
     """Copy an archive, replacing each record by the (name, content) pairs from `change`, with valid checksums."""
     with zipfile.ZipFile(original) as archive, zipfile.ZipFile(path, "w", **kwargs) as output:
         for record in archive.infolist():
@@ -102,7 +102,7 @@ def rewritten(original: Path, path: Path, change, **kwargs):
                 output.writestr(name, content)
 
 
-def doubled(depth: int) -> list:
+def exponential_list(depth: int) -> list:
     """A list of few objects that looks 2^depth large to a naive traversal."""
     value = [1]
     for _ in range(depth):

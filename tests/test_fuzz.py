@@ -18,12 +18,12 @@ from hostile_files import (
     PADDING,
     REPLACE,
     ROW_LENGTH,
-    TRAINED,
+    TOKENIZER,
     VOCAB_SIZE,
-    doubled,
+    exponential_list,
     limits,
-    rewritten,
-    use,
+    rewrite,
+    use_checkpoint,
 )
 
 from acceleron import Acceleron, ModelConfig
@@ -81,25 +81,13 @@ BYTE_MUTATORS = [flip_bits, flip_bits_near_the_ends, truncate, splice, zero_bloc
 # Mutators of nested dicts and lists
 
 
-def nested_lists(depth: int) -> list:
-    return [nested_lists(depth - 1)] if depth else []
+def deep(depth: int) -> list:
+    return [deep(depth - 1)] if depth else []
 
 
 NUMBERS = [-1, 0, 1, 623, 2**24, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64, 10**400, 1e308, 1e-308, -1.5]
 NUMBERS += [float("inf"), float("nan")]
-VALUES = [
-    None,
-    True,
-    "",
-    "x" * 2000,
-    "\0",
-    "\ud800",
-    "../../etc/passwd",
-    [],
-    {},
-    {"type": "Precompiled"},
-    nested_lists(100),
-]
+VALUES = [None, True, "", "x" * 2000, "\0", "\ud800", "../../etc/passwd", [], {}, {"type": "Precompiled"}, deep(100)]
 TENSORS = [torch.zeros(()), torch.zeros(3, dtype=torch.float64), torch.zeros(1).expand(10**10), torch.zeros(0, 2**40)]
 TENSORS += [torch.full((4, 4), torch.nan), torch.zeros(5, dtype=torch.uint8), torch.zeros(2, 2).to_sparse()]
 
@@ -193,14 +181,14 @@ def test_damaged_archives_are_detected(small_checkpoint, tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_hostile_checkpoints_with_valid_checksums(small_run, small_checkpoint, tmp_path):
     path = tmp_path / "bad.pt"
-    everything = torch.load(small_checkpoint, weights_only=True)
+    valid = torch.load(small_checkpoint, weights_only=True)
 
     def extreme_values(rng):
-        torch.save(damage_values(rng, copy.deepcopy(everything), NUMBERS + VALUES + TENSORS + [doubled(40)]), path)
+        torch.save(damage_values(rng, copy.deepcopy(valid), NUMBERS + VALUES + TENSORS + [exponential_list(40)]), path)
 
     def damaged_pickle(rng):
         damage = BYTE_MUTATORS[rng.integers(len(BYTE_MUTATORS))]
-        rewritten(small_checkpoint, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
+        rewrite(small_checkpoint, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
 
     def mixed_up_records(rng):
         with zipfile.ZipFile(small_checkpoint) as archive:
@@ -208,18 +196,18 @@ def test_hostile_checkpoints_with_valid_checksums(small_run, small_checkpoint, t
         chosen, other = rng.choice(names, 2, replace=False)
         changes = [[], [(other, b"x")], [(chosen, b"")], [(chosen, b"1"), (chosen, b"2")], [(chosen.upper(), b"3")]]
         change = changes[rng.integers(len(changes))]
-        rewritten(small_checkpoint, path, lambda name, content: change if name == chosen else [(name, content)])
+        rewrite(small_checkpoint, path, lambda name, content: change if name == chosen else [(name, content)])
 
     def read(mutate, rng):
         mutate(rng)
-        use(small_run, path)
+        use_checkpoint(small_run, path)
 
     fuzz("checkpoints", [extreme_values, damaged_pickle, mixed_up_records], read)
 
 
 def test_damaged_configs():
     def extreme_values(rng):
-        return damage_values(rng, CONFIG.to_dict(), NUMBERS + VALUES + [doubled(40)])
+        return damage_values(rng, CONFIG.to_dict(), NUMBERS + VALUES + [exponential_list(40)])
 
     def read(mutate, rng):
         config = ModelConfig.from_dict(mutate(rng))
@@ -233,11 +221,11 @@ def test_damaged_configs():
 def test_damaged_tokenizers(tmp_path):
     parts = {
         "normalizer": [{"type": "NFC"}, REPLACE],
-        "pre_tokenizer": [TRAINED["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
-        "decoder": [TRAINED["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        "pre_tokenizer": [TOKENIZER["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
+        "decoder": [TOKENIZER["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
     }
     children = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-    document = TRAINED | {place: {"type": "Sequence", children[place]: items} for place, items in parts.items()}
+    document = TOKENIZER | {place: {"type": "Sequence", children[place]: items} for place, items in parts.items()}
     document["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     document["padding"] = PADDING
     path = tmp_path / "tokenizer.json"

@@ -37,9 +37,7 @@ def test_check_tokenizer_compares_content(path, tmp_path):
     (tmp_path / "same.json").write_text("{}")
     (tmp_path / "other.json").write_text("[]")
     assert shards.check_tokenizer(tmp_path / "same.json")
-    with pytest.raises(
-        InputError, match=r"other\.json is not the tokenizer of these shards; .* one with 300 ids: pass"
-    ):
+    with pytest.raises(InputError, match=r"other\.json is not the tokenizer of .* one with 300 ids: pass"):
         shards.check_tokenizer(tmp_path / "other.json")
     path.unlink()
     assert not Shards(tmp_path).check_tokenizer(tmp_path / "other.json")

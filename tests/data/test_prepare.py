@@ -299,11 +299,7 @@ REJECTED = {
     "a device": ({}, ["--input", "/dev/null"], "/dev/null: neither a file nor a directory"),
     "empty text": ({"in.txt": " \n"}, [], "fills 0 rows"),
     "too little text": ({"in.txt": "Once. " * 600}, ["--vocab_size", "258"], "fills 1 rows"),
-    "a tokenizer and a vocabulary size": (
-        {"in.txt": LONG},
-        ["--tokenizer", "t.json", "--vocab_size", "300"],
-        "--vocab_size",
-    ),
+    "a tokenizer and a size": ({"in.txt": LONG}, ["--tokenizer", "t.json", "--vocab_size", "300"], "--vocab_size"),
     "too small a vocabulary": ({"in.txt": LONG}, ["--vocab_size", "10"], "--vocab_size 10"),
     "a missing tokenizer": ({"in.txt": LONG}, ["--tokenizer", "t.json"], "t.json does not exist"),
     "a damaged tokenizer": ({"in.txt": LONG, "t.json": "{"}, ["--tokenizer", "t.json"], "t.json"),

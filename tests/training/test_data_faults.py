@@ -63,10 +63,7 @@ FAULTS = {
     "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of the"),
     "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header changed from"),
     "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header changed from"),
-    "becomes another": (
-        lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)),
-        "its content changed since the",
-    ),
+    "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "its content changed"),
     "gets wrong ids": (put_wrong_ids, "contains token id 64"),
 }
 

@@ -126,7 +126,5 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
 )
 def test_damaged_metadata(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
-    with pytest.raises(
-        InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data again"
-    ):
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data"):
         train(options(data_dir, tmp_path / "run", **ONE_STEP))
