@@ -167,7 +167,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
         except DamagedCheckpoint as error:
             say(f"warning: skipped: {error}")
     if paths:
-        raise InputError(f"--resume auto: no checkpoint in {directory} is valid; move them away to start a new run")
+        raise InputError(f"--resume auto: {directory} has no valid checkpoint; move its files to start a new run")
     return None
 
 

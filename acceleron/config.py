@@ -85,7 +85,7 @@ class ModelConfig:
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if not 2 <= self.num_experts <= MAX_EXPERTS:
-            raise InputError(f"config: num_experts {self.num_experts} must be from 2 (top-2 routing) to {MAX_EXPERTS}")
+            raise InputError(f"config: num_experts {self.num_experts} must be 2 (for top-2 routing) to {MAX_EXPERTS}")
 
     @property
     def head_dim(self) -> int:

@@ -27,9 +27,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or above, and finite")
+            raise InputError(f"--temperature {self.temperature}: must be finite and at least 0 (greedy)")
         if self.top_k < 0:
-            raise InputError(f"--top_k {self.top_k}: must be 0 (keep all) or above")
+            raise InputError(f"--top_k {self.top_k}: must be at least 0 (keep all)")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 

@@ -77,7 +77,7 @@ def write_checkpoint(run: Run, directory: Path) -> Path:
 
 
 def use_checkpoint(run: Run, path: Path):
-    """Use a checkpoint like train.py and generate.py do. Restores the random states."""
+    """Load and use a checkpoint as train.py and generate.py do, then restore the random states."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         contents = load_checkpoint(path)
@@ -103,7 +103,7 @@ def rewrite(original: Path, path: Path, change, **kwargs):
 
 
 def exponential_list(depth: int) -> list:
-    """A list of few objects that looks 2^depth large to a naive traversal."""
+    """A list of few objects that a naive traversal visits 2^depth times."""
     value = [1]
     for _ in range(depth):
         value = [value, value]

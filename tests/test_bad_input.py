@@ -116,8 +116,8 @@ def trap(workdir):
     [
         ("--data_dir nowhere", "nowhere"),
         ("--data_dir data/shard_00000.npy", "name its directory, data"),
-        ("--tokenizer gpt2", "Hub names are not supported yet"),
-        ("--tokenizer EleutherAI/gpt-neox-20b", "Hub names are not supported yet"),
+        ("--tokenizer gpt2", "Hub model names are not supported yet"),
+        ("--tokenizer EleutherAI/gpt-neox-20b", "Hub model names are not supported yet"),
         ("--save_dir caf\udce9", "not valid UTF-8"),
         ("--tokenizer nowhere.json", "nowhere.json"),
         ("--tokenizer=", "--tokenizer: expected a value"),

@@ -29,7 +29,7 @@ def download(repo: str, num_shards: int, output: str):
         if len(shards) < num_shards:
             raise InputError(f"--shards {num_shards}: {repo} has only {len(shards)} shards")
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
-            raise InputError(f"--repo {repo}: several folders have a shard of the same name; download one by hand")
+            raise InputError(f"--repo {repo}: two folders have shards of the same name; download one by hand")
         if (Path(output) / METADATA).exists() and not _has_metadata(repo, names, Path(output) / METADATA):
             raise InputError(f"--output {output} contains the {METADATA} of other shards: name another directory")
         wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]

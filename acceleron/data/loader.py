@@ -123,7 +123,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def _prefetch(
     chunks: Chunks, positions: Iterable[int], batch_size: int, pin_memory: bool, queue: Queue, stop: threading.Event
 ):
-    """Reader thread: queue (batch, warnings) until `stop` is set, or an exception and exit.
+    """Reader thread: queue (batch, warnings) pairs until `stop` is set. On an error, queue the exception and exit.
 
     It holds no reference to its Loader, so the Loader can be garbage collected.
     """
@@ -289,7 +289,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict):
-        """Raises InputError if the state is damaged or comes from other data, where the position means other rows."""
+        """Raises InputError if the state is damaged or from other data, where the position refers to other rows."""
         current = self.state_dict()
         if not isinstance(state, dict):
             raise InputError("cannot resume: the checkpoint has no data loader state; it is damaged")

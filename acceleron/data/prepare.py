@@ -114,7 +114,7 @@ def _split(text: str) -> list[str]:
 class _Corpus:
     """The documents of all inputs: the named files and all files below the named directories, in a fixed order.
 
-    Logs every skipped file. Hidden files and __pycache__ are skipped.
+    Skips and logs hidden, duplicate and unreadable files, and __pycache__.
     """
 
     def __init__(self, inputs: list[str], output: Path):

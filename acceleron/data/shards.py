@@ -30,7 +30,7 @@ METADATA, METADATA_FORMAT, MAX_METADATA_BYTES = "shards.json", 1, 1 << 24
 STAGING = ".prepare"  # directory of an unfinished `prepare`, beside the shards
 MAX_OPEN_FILES = 128
 MAX_TOKENS = 2**36  # per shard listed in a checkpoint or shards.json: 256 GiB as int32
-MAX_UNUSABLE_ROWS = 2**24  # per unusable shard listed in a checkpoint: its rows still take up memory in permutations
+MAX_UNUSABLE_ROWS = 2**24  # per unusable shard listed in a checkpoint: its rows still take memory in permutations
 _HEADER_BYTES = 2**14  # numpy rejects longer headers
 
 
@@ -188,7 +188,7 @@ class Shards:
         for index, (name, rows, *_) in enumerate(self._fingerprint):
             expected, path = self._metadata[2].get(name), self.paths[index]
             if expected != rows and index not in self._unusable:
-                found = f"has {rows:,} rows, {expected:,}" if expected else "is not"
+                found = f"has {rows:,} rows, but {expected:,}" if expected else "is not"
                 raise InputError(f"{path} {found} in {path.with_name(METADATA)}: prepare all shards together")
 
     def check_tokenizer(self, path: Path) -> bool:

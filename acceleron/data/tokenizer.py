@@ -43,7 +43,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).exists() and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.json)", str(path)):
         raise InputError(
-            f"--tokenizer {path} does not exist, and Hub names are not supported yet: "
+            f"--tokenizer {path} does not exist, and Hub model names are not supported yet: "
             f"run `hf download {path} tokenizer.json --local-dir .` and pass --tokenizer tokenizer.json"
         )
     if not Path(path).is_file():
@@ -155,7 +155,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _run_in_thread(function: Callable[[], None]):
-    """Run a long native call in a thread, so the main thread can run signal handlers meanwhile."""
+    """Run a long native call in a thread, so the main thread can run signal handlers."""
     finished = Future()
 
     def work():
@@ -183,8 +183,8 @@ class ByteCounter:
     """Counts the UTF-8 bytes of the text that tokens encode.
 
     Attributes:
-        table: int64 [2, vocab_size]. Row 0 has the bytes of each id inside a document; row 1 at its start, where some
-            tokenizers insert a space that is not in the text. Special tokens and missing ids count 0.
+        table: int64 [2, vocab_size]. Row 0 counts each id inside a document; row 1, at the start of one, where some
+            tokenizers insert a space that is not in the text. Special tokens and missing ids count as 0.
         exact: whether the counts of SAMPLES are correct. If False, the tokenizer drops, inserts or replaces characters,
             so do not use the counts. A tokenizer that normalizes to NFC is exact: it counts the bytes of the NFC text.
     """
@@ -244,7 +244,7 @@ class ByteCounter:
         return int(self.table[(ids[:, :-1] == self.end_id).astype(int), ids[:, 1:]].sum())
 
 
-# Word starts of most pre-tokenizers. For the tokenizer of train_tokenizer, every match of the first is a word start.
+# Where most pre-tokenizers start words. train_tokenizer's tokenizers start one at every match of the first pattern.
 _WORD_START = re.compile(r"(?=[ \t\n]\S)")
 _WORD_OR_LINE_START = re.compile(r"(?=[ \t\n]\S)|(?<=[\r\n])(?=\S)")
 SPLIT_CONTEXT = 1024  # characters to check on either side of a split; at least MAX_TOKEN_LENGTH
@@ -254,7 +254,7 @@ MAX_SPLITS_TRIED = 64
 def split_document(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """Yield pieces of about `size` characters whose tokens, concatenated, equal the tokens of the whole document.
 
-    If the tokenizer allows no safe split, the rest is one piece. Without a tokenizer, assume one of train_tokenizer.
+    If the tokenizer allows no safe split, the rest is one piece. Without `tokenizer`, assume one from train_tokenizer.
     """
     start, pattern = 0, _WORD_OR_LINE_START if tokenizer else _WORD_START
     while len(document) - start > size:
@@ -270,7 +270,7 @@ def split_document(document: str, size: int, tokenizer: Tokenizer | None = None)
 
 
 def _is_safe_split(tokenizer: Tokenizer, document: str, end: int, resume: int) -> bool:
-    """Whether splitting keeps the surrounding tokens, and no token could ever span the split.
+    """Whether the split keeps the surrounding tokens, and no token can span it.
 
     No token spans two pre-tokenizer words, or two characters that are adjacent in no vocabulary entry.
     """

@@ -76,7 +76,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 @pytest.mark.parametrize("max_open", [1, 128])
 def test_damage_between_two_reads_raises_shard_error(shards, monkeypatch, case, max_open):
-    """With one open file at most, the damaged shard is reopened; with 128, it is still open."""
+    """With at most one open file, the damaged shard is reopened; with 128, it is still open."""
     monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", max_open)
     damage, cause = DAMAGE[case]
     for shard in (0, BAD, 0):
@@ -99,7 +99,7 @@ def test_restored_shard_is_readable_again(shards):
 
 
 @pytest.mark.parametrize("row", [0, 102, 204])
-def test_changed_content_of_a_shard_raises(shards, row):
+def test_changed_shard_content_raises(shards, row):
     """The checksum covers the first, middle and last row. An unchanged row of a changed shard raises too."""
     path = shards.paths[BAD]
     assert np.array_equal(read(shards, BAD, 50), row_of(BAD, 50))
@@ -143,7 +143,7 @@ def test_io_error_is_retried_once_then_raised(shards, monkeypatch):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc/self/fd")
 def test_concurrent_reads_keep_few_files_open(tmp_path, monkeypatch):
-    """With one open file at most, every read closes a file that another thread can be reading."""
+    """With at most one open file, every read closes a file that another thread can be reading."""
     monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 1)
     before, wrong, most = len(os.listdir("/proc/self/fd")), [], []
     shards = write_shards(tmp_path / "data", (4,) * 32)
@@ -208,7 +208,7 @@ def test_bad_data_skip_replaces_rows_from_the_moment_of_damage(shards, case):
 
 
 def write_bad_ids(path, rows):
-    """Alternate between a too large id inside the row and a negative id at its end."""
+    """Write too-large ids inside every other row, and negative ids at the end of the rest."""
     array = np.load(path)
     array[rows[::2], 5] = VOCAB_SIZE
     array[rows[1::2], -1] = -1

@@ -125,7 +125,7 @@ def test_download_fetches_the_first_shards_and_skips_complete_files(hub, tmp_pat
 
 
 def test_output_with_other_shards_is_rejected(hub, tmp_path):
-    """This holds for repositories with and without shards.json. An equal shards.json is accepted."""
+    """This holds for repositories with and without shards.json. An identical shards.json is accepted."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "shards.json").write_bytes(b"[1]")

@@ -83,7 +83,7 @@ def test_shards_that_differ_from_shards_json_are_rejected(tmp_path, monkeypatch)
         path.unlink()
     assert Shards(tmp_path / "out").num_rows.tolist() == [3, 3]
     np.save(second, np.load(first)[:2])
-    with pytest.raises(InputError, match=r"shard_00001\.npy has 2 rows, 3 in .*shards\.json"):
+    with pytest.raises(InputError, match=r"shard_00001\.npy has 2 rows, but 3 in .*shards\.json"):
         Shards(tmp_path / "out")
     second.rename(tmp_path / "out" / "shard_00077.npy")
     with pytest.raises(InputError, match=r"shard_00077\.npy is not in .*shards\.json"):

@@ -85,7 +85,7 @@ def test_resuming_continues_with_the_next_batch(shards, num_workers):
         assert torch.equal(next(resumed), batch)
 
 
-def test_resuming_with_another_world_and_batch_size_is_exact(shards):
+def test_resuming_with_another_world_size_and_batch_size_is_exact(shards):
     ranks = [make_loader(shards, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
     seen = [batch for rank in ranks for batch in islice(rank, 30)]  # 180 of 337 chunks
     assert ranks[0].state_dict() == ranks[1].state_dict()

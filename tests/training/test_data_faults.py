@@ -60,7 +60,7 @@ def put_wrong_ids(path):
 
 FAULTS = {
     "vanishes": (os.remove, "the file is missing"),
-    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of the"),
+    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of"),
     "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header changed from"),
     "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header changed from"),
     "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "its content changed"),
