@@ -60,10 +60,10 @@ def verify_archive(path: Path):
             stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
             # torch.save never compresses and writes each record once. Reject archives that would expand when read.
             if not stored or len(names) < len(records) or sum(r.file_size for r in records) > path.stat().st_size:
-                raise DamagedCheckpoint(f"{path}: not written by torch.save; use another one")
+                raise DamagedCheckpoint(f"{path}: not written by torch.save; use another checkpoint")
             if any(r.filename.endswith(".pkl") and r.file_size > MAX_PICKLE_BYTES for r in records):
                 raise DamagedCheckpoint(
-                    f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB; use another one"
+                    f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB; use another checkpoint"
                 )
             damaged = archive.testzip()
     except (DamagedCheckpoint, MemoryError):
@@ -72,15 +72,17 @@ def verify_archive(path: Path):
         # A seek to an offset from a damaged directory gives EINVAL. After any other I/O error the file can be valid.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
+        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another checkpoint") from error
     if damaged:
         name = repr(damaged)[1:-1]  # control characters escaped
-        raise DamagedCheckpoint(f"{path}: damaged: its record {name} does not match its checksum; use another one")
+        raise DamagedCheckpoint(
+            f"{path}: damaged: its record {name} does not match its checksum; use another checkpoint"
+        )
     try:
         # Use torch's reader: zipfile could find another record in a hostile archive.
         found = pickle_globals(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
     except Exception as error:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint; use another one") from error
+        raise DamagedCheckpoint(f"{path}: not a checkpoint; use another checkpoint") from error
     if found - ALLOWED_GLOBALS:
         names = repr(", ".join(sorted(found - ALLOWED_GLOBALS))[:200])[1:-1]
         raise DamagedCheckpoint(f"{path}: unsafe: unpickling it would run {names}; use a checkpoint you trust")
@@ -132,21 +134,23 @@ def load_checkpoint(path: str | Path) -> dict:
     except MemoryError:
         raise
     except Exception as error:  # damage inside the pickle fails in many ways: IndexError, AssertionError, …
-        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another one") from error
+        raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another checkpoint") from error
     if tensor_bytes(contents) > path.stat().st_size:  # strides of 0, or tensors that share storage
-        raise DamagedCheckpoint(f"{path}: damaged: its tensors are larger than the file; use another one")
+        raise DamagedCheckpoint(f"{path}: damaged: its tensors are larger than the file; use another checkpoint")
     version = contents.get("format") if isinstance(contents, dict) else None
     if type(version) is not int or version != FORMAT:
         raise DamagedCheckpoint(f"{path}: not a checkpoint of this version (format {FORMAT})")
     wrong = [name for name, kind in FIELD_TYPES.items() if type(contents.get(name)) not in (kind, OrderedDict)]
     if wrong:
-        raise DamagedCheckpoint(f"{path}: damaged: wrong type of {', '.join(wrong)}; use another one")
+        raise DamagedCheckpoint(f"{path}: damaged: wrong type of {', '.join(wrong)}; use another checkpoint")
     plain = [*contents["options"].items(), *contents["environment"].items()]
     if not all(type(value) in (str, int, float, bool, type(None)) for pair in plain for value in pair):
-        raise DamagedCheckpoint(f"{path}: damaged: its options or environment are not plain values; use another one")
+        raise DamagedCheckpoint(
+            f"{path}: damaged: its options or environment are not plain values; use another checkpoint"
+        )
     for name in ("step", "tokens"):
         if not 0 <= contents[name] < 2**62:
-            raise DamagedCheckpoint(f"{path}: damaged: {name} is {short_repr(contents[name])}; use another one")
+            raise DamagedCheckpoint(f"{path}: damaged: {name} is {short_repr(contents[name])}; use another checkpoint")
     try:
         contents["config"] = ModelConfig.from_dict(contents["config"])
     except InputError as error:
@@ -155,7 +159,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
-    """Return the path and contents of the newest valid checkpoint, or None if the directory has none.
+    """Return the path and contents of the newest valid checkpoint, or None if there are no checkpoints.
 
     Logs a warning for each damaged checkpoint. Raises InputError if all are damaged, because a new run would overwrite
     them, or if one is unreadable, which can be temporary.

@@ -61,7 +61,7 @@ def workdir(original, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def expect_error(workdir, monkeypatch, capsys):
+def stderr_of(workdir, monkeypatch, capsys):
     """Run a command that must reject its input. Returns its stderr as lines."""
 
     def run(script, *arguments):
@@ -150,34 +150,34 @@ def trap(workdir):
         ("--resume good.pt --max_steps 2 --vocab_size 512", "vocab_size"),
     ],
 )
-def test_invalid_train_flags(expect_error, flags, culprit):
-    assert_error(expect_error(train, *TRAIN, *flags.split()), culprit)
+def test_invalid_train_flags(stderr_of, flags, culprit):
+    assert_error(stderr_of(train, *TRAIN, *flags.split()), culprit)
 
 
 @pytest.mark.parametrize("flags", ["--data_dir nowhere", "--tokenizer nowhere.json", "--resume nowhere.pt"])
-def test_error_does_not_list_files_created_by_train(expect_error, flags):
-    [line] = expect_error(train, *TRAIN, *flags.split())
+def test_error_does_not_list_files_created_by_train(stderr_of, flags):
+    [line] = stderr_of(train, *TRAIN, *flags.split())
     assert line.endswith("urrent directory contains data, good.pt, large.json")
 
 
-def test_resume_finds_a_checkpoint_name_in_save_dir(workdir, expect_error):
+def test_resume_finds_a_checkpoint_name_in_save_dir(workdir, stderr_of):
     (workdir / "run").mkdir()
     shutil.copy(workdir / "good.pt", workdir / "run" / "checkpoint_1.pt")
-    note, error = expect_error(train, *TRAIN, "--resume", "checkpoint_1.pt")
+    note, error = stderr_of(train, *TRAIN, "--resume", "checkpoint_1.pt")
     assert note == "note: checkpoint_1.pt does not exist: using run/checkpoint_1.pt"
     assert error == "error: --resume run/checkpoint_1.pt is at step 1: pass --max_steps above 1"
 
 
-def test_triton_without_a_gpu_is_rejected(expect_error, monkeypatch):
+def test_triton_without_a_gpu_is_rejected(stderr_of, monkeypatch):
     monkeypatch.setattr(launch, "cpu_device", None)  # conftest.py enables the interpreter
-    assert_error(expect_error(train, *TRAIN, "--kernels", "triton"), "--kernels triton")
+    assert_error(stderr_of(train, *TRAIN, "--kernels", "triton"), "--kernels triton")
 
 
 @pytest.mark.parametrize("flags", ["--model_size huge", "--batch_size two", "--bathc_size 2", "--dtype fp64"])
 @pytest.mark.parametrize("script", [train, generate], ids=["train", "generate"])
-def test_flags_rejected_by_argparse(expect_error, script, flags):
+def test_flags_rejected_by_argparse(stderr_of, script, flags):
     required = ["--checkpoint", "good.pt"] if script is generate else []
-    assert_error(expect_error(script, *required, *flags.split()), flags.split()[0])
+    assert_error(stderr_of(script, *required, *flags.split()), flags.split()[0])
 
 
 def save(array, path=SHARD):
@@ -204,40 +204,40 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_invalid_shards(workdir, expect_error, case):
+def test_invalid_shards(workdir, stderr_of, case):
     damage, culprit = BAD_SHARDS[case]
     damage()
-    assert_error(expect_error(train, *TRAIN), "data", culprit)
+    assert_error(stderr_of(train, *TRAIN), "data", culprit)
 
 
 @pytest.mark.parametrize("as_array", [True, False])
-def test_pickled_shard_does_not_run_code(expect_error, trap, as_array):
+def test_pickled_shard_does_not_run_code(stderr_of, trap, as_array):
     save(np.array([[trap]])) if as_array else SHARD.write_bytes(pickle.dumps(trap))
-    assert_error(expect_error(train, *TRAIN), SHARD.name)
+    assert_error(stderr_of(train, *TRAIN), SHARD.name)
     assert not Path(trap.path).exists()
 
 
 @pytest.mark.parametrize("token", [384, -1])
-def test_token_ids_outside_the_vocabulary(workdir, expect_error, token):
+def test_token_ids_outside_the_vocabulary(workdir, stderr_of, token):
     rows = ROWS.copy()
     rows[1, 20] = token
     save(rows)
-    assert_error(expect_error(train, *TRAIN), f"{SHARD}: row 1 contains token id {token}", "384", after_log=True)
+    assert_error(stderr_of(train, *TRAIN), f"{SHARD}: row 1 contains token id {token}", "384", after_log=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', None])
-def test_invalid_tokenizers(original, workdir, expect_error, content):
+def test_invalid_tokenizers(original, workdir, stderr_of, content):
     path = workdir / "data" / "tokenizer.json"
     # None: a tokenizer without the document separator.
     path.write_text(content or path.read_text().replace("<|endoftext|>", "<|end|>"))
-    assert_error(expect_error(train, *TRAIN), "tokenizer.json")
-    assert_error(expect_error(generate, "--checkpoint", "good.pt", "--tokenizer", str(path)), "tokenizer.json")
+    assert_error(stderr_of(train, *TRAIN), "tokenizer.json")
+    assert_error(stderr_of(generate, "--checkpoint", "good.pt", "--tokenizer", str(path)), "tokenizer.json")
 
 
-def test_missing_tokenizer(workdir, expect_error):
+def test_missing_tokenizer(workdir, stderr_of):
     (workdir / "data" / "tokenizer.json").unlink()
-    assert_error(expect_error(train, *TRAIN), "--tokenizer")
-    assert_error(expect_error(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "--tokenizer", "good.pt")
+    assert_error(stderr_of(train, *TRAIN), "--tokenizer")
+    assert_error(stderr_of(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "--tokenizer", "good.pt")
 
 
 def truncated(content: bytes, trap):
@@ -270,35 +270,35 @@ def noise(content: bytes, trap):
 
 
 @pytest.mark.parametrize("make", [truncated, bare_pickle, archived_pickle, damaged_pickle, other_object, noise])
-def test_invalid_checkpoints(workdir, expect_error, trap, make):
+def test_invalid_checkpoints(workdir, stderr_of, trap, make):
     (workdir / "bad.pt").write_bytes(make((workdir / "good.pt").read_bytes(), trap))
-    assert_error(expect_error(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
-    assert_error(expect_error(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
+    assert_error(stderr_of(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
     assert not Path(trap.path).exists()
 
 
-def test_checkpoint_with_weights_that_do_not_fit_its_config(workdir, expect_error):
+def test_checkpoint_with_weights_that_do_not_fit_its_config(workdir, stderr_of):
     contents = torch.load("good.pt", weights_only=True)
     contents["model"]["embedding"] = contents["model"]["embedding"][:-1].clone()
     torch.save(contents, "bad.pt")
-    assert_error(expect_error(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
-    assert_error(expect_error(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
+    assert_error(stderr_of(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
 
 
-def test_resuming_with_other_data(workdir, expect_error):
+def test_resuming_with_other_data(workdir, stderr_of):
     save(ROWS[:3])
-    assert_error(expect_error(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "other shards")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "other shards")
 
 
 @pytest.mark.parametrize("path", ["good.pt", "good.pt/below"])  # a file, and a path that even root cannot create
-def test_unwritable_save_dir(expect_error, path):
-    assert_error(expect_error(train, *TRAIN, "--save_dir", path), f"--save_dir {path}")
+def test_unwritable_save_dir(stderr_of, path):
+    assert_error(stderr_of(train, *TRAIN, "--save_dir", path), f"--save_dir {path}")
 
 
-def test_directory_of_an_earlier_run_is_not_overwritten(workdir, expect_error):
+def test_directory_of_an_earlier_run_is_not_overwritten(workdir, stderr_of):
     (workdir / "run").mkdir()
     (workdir / "run" / "checkpoint_7.pt").write_text("precious")
-    assert_error(expect_error(train, *TRAIN), "--save_dir run", "--resume")
+    assert_error(stderr_of(train, *TRAIN), "--save_dir run", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -325,9 +325,9 @@ def test_directory_of_an_earlier_run_is_not_overwritten(workdir, expect_error):
         ("--tokenizer data/tokenizer.json --prompt " + "~" * 3000, "prompt has 3000 tokens"),
     ],
 )
-def test_invalid_generate_flags(expect_error, flags, culprit):
+def test_invalid_generate_flags(stderr_of, flags, culprit):
     flags = ["--checkpoint", "good.pt", "--prompt", "word1", "--device", "cpu", *flags.split(" ")]
-    assert_error(expect_error(generate, *flags), culprit)
+    assert_error(stderr_of(generate, *flags), culprit)
 
 
 def test_generate_ends_the_line_before_an_error(workdir, monkeypatch, capsys):

@@ -88,7 +88,7 @@ def _encode_batch(encode_batch: Callable, texts: list[str]) -> list[Encoding]:
     try:
         return encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # for example, a word-level model without its unknown token
-        raise InputError(f"the tokenizer cannot encode this text ({error}): use another one") from error
+        raise InputError(f"the tokenizer cannot encode this text ({error}): use another tokenizer") from error
 
 
 def unique_keys(pairs: list[tuple]) -> dict:
