@@ -19,10 +19,10 @@ from ..checkpoint import FORMAT
 from ..config import ModelConfig, round_up
 from ..data import Shards, validation_loader
 from ..data.shards import METADATA
-from ..data.tokenizer import TextBytes, find_tokenizer, load_tokenizer, num_ids
+from ..data.tokenizer import ByteCounter, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, peak_flops, peak_memory, resolve_device, resolve_dtype
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_error, is_out_of_memory
-from ..files import replacing
+from ..files import atomic_write
 from ..log import say
 from ..self_check import require_correct_kernels
 from .lock import DirectoryLock
@@ -94,7 +94,7 @@ class Trainer:
         copy, given = self.tokenizer_copy, self.tokenizer_path
         if given and copy.is_file() and copy.read_bytes() != given.read_bytes():
             raise InputError(f"{copy} is another tokenizer than {given}: name another --save_dir")
-        self.text_bytes = TextBytes(tokenizer, self.config.vocab_size) if tokenizer else None
+        self.text_bytes = ByteCounter(tokenizer, self.config.vocab_size) if tokenizer else None
         if self.text_bytes and not self.text_bytes.exact:
             say("val_bits_per_byte is not reported: the tokenizer does not reproduce its text")
             self.text_bytes = None
@@ -127,7 +127,7 @@ class Trainer:
         try:
             self.saver = Saver(self.save_dir, self.options.keep_last, self.device)
             if self.tokenizer_path and not self.tokenizer_copy.exists():
-                with replacing(self.tokenizer_copy) as file:
+                with atomic_write(self.tokenizer_copy) as file:
                     file.write(self.tokenizer_path.read_bytes())
             if self.options.resume is None:
                 _move_aside(self.save_dir / "metrics.jsonl")
@@ -387,7 +387,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def validate(run: Run, shards: Shards, text_bytes: TextBytes | None, stopped: Callable[[], bool]) -> dict | None:
+def validate(run: Run, shards: Shards, text_bytes: ByteCounter | None, stopped: Callable[[], bool]) -> dict | None:
     """val_loss, nats a token over the held-out batches; val_bits_per_byte with `text_bytes`.
 
     Both are None if the loss is not finite; the result is None if `stopped` became true before the end.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..files import replacing
+from ..files import atomic_write
 from ..log import say
 
 
@@ -53,7 +53,7 @@ class Metrics:
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     file.writelines(kept)
         self._file = path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []

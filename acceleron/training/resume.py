@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
-from ..config import brief
+from ..config import short_repr
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError, did_you_mean, path_error
 from ..log import say
@@ -62,8 +62,8 @@ def warn_of_changes(options: TrainOptions, environment: dict, checkpoint: dict):
     saved = checkpoint["options"]
     for name, value in asdict(options).items():
         if name not in free and name in saved and saved[name] != value:
-            say(f"warning: --{name} is {value}, but was {brief(saved[name])} before")
+            say(f"warning: --{name} is {value}, but was {short_repr(saved[name])} before")
     for name, value in environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:
-            say(f"warning: {name}: {value}, before {brief(before)}: the run goes on, but not bit for bit the same")
+            say(f"warning: {name}: {value}, before {short_repr(before)}: the run goes on, but not bit for bit the same")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import best_sdpa
-from ..checkpoint import is_tensor_of, load_weights, restore_optimizer
+from ..checkpoint import is_cpu_tensor, load_weights, restore_optimizer
 from ..config import ModelConfig
 from ..data import Loader, Shards
 from ..device import deterministic_algorithms, peak_memory, synchronize, total_memory
@@ -115,13 +115,13 @@ class Run:
             now = time.perf_counter()
             if batch is None and now - told > STALL_SECONDS:
                 told = now
-                say(f"warning: no data for {now - start:.0f} s: {loader.origin(loader.position)}")
-        for complaint in loader.complaints[: self._untold]:
+                say(f"warning: no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
+        for complaint in loader.warnings[: self._untold]:
             say(f"warning: skipped: {complaint}")
             self._untold -= 1
             if not self._untold:
                 say("warning: further skipped rows are not told, but those of the training counted, as skipped_rows")
-        loader.complaints.clear()
+        loader.warnings.clear()
         return batch
 
     def step(self, lr: float):
@@ -169,7 +169,7 @@ class Run:
     def origin(self, judgement: Judgement) -> str:
         """The shards and rows of a step's batches."""
         starts = (judgement.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
-        return "; ".join(self.loader.origin(start) for start in starts)
+        return "; ".join(self.loader.describe_rows(start) for start in starts)
 
     def read_statistics(self) -> dict:
         """Means of the losses, and the experts' health, since the last call. Waits for the device.
@@ -244,7 +244,7 @@ class Run:
 
 def _alike(value, example) -> bool:
     if isinstance(example, Tensor):
-        return is_tensor_of(value, example.shape, example.dtype)
+        return is_cpu_tensor(value, example.shape, example.dtype)
     return type(value) is int and 0 <= value < 2**62
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
 from ..errors import InputError
-from ..files import PARTIAL, replacing
+from ..files import PARTIAL, atomic_write
 from ..log import say
 
 
@@ -81,7 +81,7 @@ class Saver:
             if ready:
                 ready.synchronize()
             self.directory.mkdir(parents=True, exist_ok=True)  # it may have been moved away
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 torch.save(contents, file)
                 file.flush()
                 os.fsync(file.fileno())

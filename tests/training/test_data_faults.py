@@ -59,12 +59,12 @@ def put_wrong_ids(path):
 
 
 FAULTS = {
-    "vanishes": (os.remove, "the file has vanished"),
-    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of the"),
-    "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header tells of"),
-    "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header tells of"),
-    "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "other content than at the"),
-    "gets wrong ids": (put_wrong_ids, "holds token id 64"),
+    "vanishes": (os.remove, "the file is missing"),
+    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of"),
+    "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header changed from"),
+    "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header changed from"),
+    "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "its content changed"),
+    "gets wrong ids": (put_wrong_ids, "contains token id 64"),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_repaired_shard_lets_the_run_go_on_as_if_nothing_had_been(data_dir, tm
     shard = data_dir / "shard_00001.npy"
     with monkeypatch.context():
         before_batch(6, lambda: shard.rename(tmp_path / "away.npy"))
-        with pytest.raises(InputError, match="has vanished"):
+        with pytest.raises(InputError, match="is missing"):
             train(run)
     (tmp_path / "away.npy").rename(shard)
     train(dataclasses.replace(run, resume="auto"))
@@ -119,7 +119,7 @@ def test_rows_that_can_not_be_read_are_skipped_on_every_resume_alike(
         (tmp_path / "part").mkdir(exist_ok=True)
         (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     train(dataclasses.replace(run, save_dir=str(tmp_path / "part"), resume="auto"))
-    assert f"warning: {gone}: the file has vanished; none of its rows can be read" in capsys.readouterr().err
+    assert f"warning: {gone}: the file is missing; none of its rows can be read" in capsys.readouterr().err
     assert_same_bits(learned(tmp_path / "part", 12), learned(tmp_path / "whole", 12))
 
 
@@ -142,7 +142,7 @@ def test_data_and_disk_that_both_fail_are_both_told(data_dir, tmp_path, before_b
 
     monkeypatch.setattr(torch, "save", full)
     before_batch(5, lambda: os.remove(data_dir / "shard_00001.npy"))
-    with pytest.raises(InputError, match=r"has vanished; stopped at step .*could not be saved in 3 attempts"):
+    with pytest.raises(InputError, match=r"is missing; stopped at step .*could not be saved in 3 attempts"):
         train(options(data_dir, tmp_path / "run", max_steps=30, eval_interval=30, save_interval=100))
 
 

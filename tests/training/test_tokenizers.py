@@ -89,7 +89,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
         with pytest.raises(InputError) as raised:
             train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
         assert str(raised.value) == (
-            f"{path} did not make these shards; {data_dir / METADATA} records one of 150 ids: "
+            f"{path} is not the tokenizer of these shards; {data_dir / METADATA} records one with 150 ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
         assert not (tmp_path / "run").exists()
@@ -126,5 +126,5 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
 )
 def test_damaged_metadata(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=rf"{METADATA}: damaged, or of another version \(.*\); prepare the data again"):
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data"):
         train(options(data_dir, tmp_path / "run", **ONE_STEP))
