@@ -212,14 +212,15 @@ class Trainer:
                 return
             self.diverged = validation["val_loss"] is None
         steps = run.steps - self.interval_steps
-        speed = steps * options.tokens_per_step / (seconds - self.save_wait)
+        tokens_per_second = steps * options.tokens_per_step / (seconds - self.save_wait)
         record = {"step": run.steps, "lr": learning_rate(run.steps - 1, options), "tokens": run.tokens}
-        record |= run.read_statistics() | {"tokens_per_second": speed, "mfu": speed * self.peak_seconds_per_token}
+        record |= run.read_statistics() | {"tokens_per_second": tokens_per_second}
+        record["mfu"] = tokens_per_second * self.peak_seconds_per_token
         record["data_wait"] /= seconds
         record |= {"save_wait": self.save_wait / seconds, "memory_bytes": peak_memory(self.device)} | validation
         self.metrics.write(record)
-        left = seconds / max(1, steps) * (options.max_steps - run.steps)
-        say(format_line(record, options.max_steps, left), sys.stdout)
+        seconds_left = seconds / max(1, steps) * (options.max_steps - run.steps)
+        say(format_line(record, options.max_steps, seconds_left), sys.stdout)
         self._begin_interval()
 
     def _report_anomalies(self):

@@ -25,7 +25,7 @@ class TrainOptions:
     seq_len: int = option(2048, "tokens per sequence; must divide the shards' row length", minimum=2)
     lr: float = option(6e-4, "peak learning rate", minimum=0)
     min_lr: float | None = option(None, "final learning rate (default: lr / 10)", minimum=0)
-    schedule: str = option("cosine", "cosine, or wsd (warmup-stable-decay)", choices=("cosine", "wsd"))
+    schedule: str = option("cosine", "learning rate schedule; wsd is warmup-stable-decay", choices=("cosine", "wsd"))
     warmup_steps: int | None = option(None, "linear warmup steps (default: max_steps / 10, at most 1000)", minimum=0)
     max_steps: int = option(100_000, "optimizer steps", minimum=1)
     weight_decay: float = option(0.1, "AdamW weight decay for matrices; norms have none", minimum=0)
@@ -48,7 +48,7 @@ class TrainOptions:
     skip_spikes: bool = option(False, "skip the update if the loss is 6 sigma above its running mean")
     seed: int = option(42, "seed of the initial weights and the data order", minimum=0)
     tokenizer: str | None = option(
-        None, "tokenizer.json (default: the one in data_dir, else pile_tokenizer.json beside train.py)"
+        None, "tokenizer.json (default: the one in data_dir, else pile_tokenizer.json next to train.py)"
     )
     vocab_size: int | None = option(None, "embedding rows (default: the size's; for nano, the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and how the run differs from the one that wrote it."""
+"""Selection of the checkpoint to resume from, and warnings about changed settings."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,11 +57,11 @@ def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
 
 def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dict):
     """Warn about settings and versions that differ from the checkpoint's."""
-    free = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
-    free |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
+    ignored = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
+    ignored |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
     saved = checkpoint["options"]
     for name, value in asdict(options).items():
-        if name not in free and name in saved and saved[name] != value:
+        if name not in ignored and name in saved and saved[name] != value:
             say(f"warning: --{name} is {value}, but was {brief(saved[name])} before")
     for name, value in environment.items():
         before = checkpoint["environment"].get(name)

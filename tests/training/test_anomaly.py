@@ -115,7 +115,7 @@ def test_run_stops_after_max_bad_steps_and_names_the_last_good_checkpoint(data_d
     run = options(data_dir, tmp_path, max_steps=40, save_interval=2, max_bad_steps=3, log_interval=50, eval_interval=50)
     with pytest.raises(RunFailed) as failure:
         train(run)
-    # Steps 5 and 6 are only two, steps 8 to 10 are three. The model of step 7 may have caused them.
+    # Steps 5 and 6 are only two in a row; steps 8 to 10 are three. The model of step 7 may have diverged already.
     assert "stopped at step 10 without saving, after 3 skipped steps in a row" in str(failure.value)
     assert f"the last good checkpoint is {tmp_path / 'checkpoint_4.pt'}" in str(failure.value)
     assert list(list_checkpoints(tmp_path)) == [2, 4]

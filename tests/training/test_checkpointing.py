@@ -18,7 +18,7 @@ from waiting import HANG
 from acceleron.checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint, verify_archive
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
-from acceleron.training.checkpointing import CheckpointManager
+from acceleron.training.checkpointing import CheckpointManager, SaveResult
 from acceleron.training.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("small_nano")
@@ -61,10 +61,16 @@ def contents(step: int, seed: int = 0) -> dict:
     return {"format": FORMAT, "step": step, "model": dict(enumerate(weights)), "plain": [1, 2.5, ("a", None)]}
 
 
+def save(manager: CheckpointManager, step: int, good_step: int = 0) -> SaveResult:
+    manager.save(contents(step), good_step)
+    manager.wait()
+    return manager.result()
+
+
 def test_save_writes_a_snapshot_in_the_background(tmp_path, monkeypatch):
     """`save` returns while the write is blocked, and later changes do not reach the file."""
-    gate, save = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda given, file: save(given, SplitWriter(file, lambda: gate.wait(HANG))))
+    gate, write = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda given, file: write(given, SplitWriter(file, lambda: gate.wait(HANG))))
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):  # the second reuses the buffers of the first
         given = contents(step, seed=step)
@@ -87,9 +93,7 @@ def test_keep_last_deletes_only_older_checkpoints(tmp_path):
         (tmp_path / name).write_text("a file of the user, or a newer damaged checkpoint")
     manager = CheckpointManager(tmp_path, keep_last=2)
     for step in range(1, 6):
-        manager.save(contents(step), step)
-        manager.wait()
-        assert manager.result().error is None
+        assert save(manager, step, good_step=step).error is None
     assert list(list_checkpoints(tmp_path)) == [4, 5, 9]
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -97,8 +101,7 @@ def test_keep_last_deletes_only_older_checkpoints(tmp_path):
 def test_keep_last_counts_only_valid_checkpoints_and_keeps_a_good_one(tmp_path):
     manager = CheckpointManager(tmp_path)
     for step in range(1, 6):
-        manager.save(contents(step), 0)
-        manager.wait()
+        save(manager, step)
     for step in (3, 5):
         path = tmp_path / f"checkpoint_{step}.pt"
         path.write_bytes(path.read_bytes()[:-100])
@@ -111,9 +114,7 @@ def test_keep_last_counts_only_valid_checkpoints_and_keeps_a_good_one(tmp_path):
         (8, 4, [4, 5, 6, 7, 8]),
         (9, 8, [8, 9]),
     ):
-        again.save(contents(step), good_step)
-        again.wait()
-        assert again.result().error is None
+        assert save(again, step, good_step).error is None
         assert sorted(list_checkpoints(tmp_path)) == expected
     assert (tmp_path / "checkpoint_2.pt").is_dir()
 
@@ -122,10 +123,8 @@ def test_keep_last_counts_only_valid_checkpoints_and_keeps_a_good_one(tmp_path):
 def test_failed_save_changes_nothing(tmp_path, monkeypatch, fault):
     """keep_last deletes nothing before the new checkpoint is verified."""
     manager = CheckpointManager(tmp_path, keep_last=1)
-    manager.save(contents(1), 100)
-    manager.wait()
+    save(manager, 1, good_step=100)
     before = (tmp_path / "checkpoint_1.pt").read_bytes()
-    manager.result()
     if fault == "write":
         monkeypatch.setattr(torch, "save", lambda contents, file: FullDisk(file, 0).write(b"x"))
         reason = "No space left on device"
@@ -133,19 +132,17 @@ def test_failed_save_changes_nothing(tmp_path, monkeypatch, fault):
         monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output")))
         reason = "Input/output"
     else:
-        save = torch.save
+        write = torch.save
 
         def save_and_flip(contents, file):
-            save(contents, file)
+            write(contents, file)
             file.seek(5000)
             byte = contents["model"][0].numpy().tobytes()[0]
             file.write(bytes([byte ^ 1, byte ^ 2, byte ^ 3]))
 
         monkeypatch.setattr(torch, "save", save_and_flip)
         reason = "does not match its checksum"
-    manager.save(contents(2), 100)
-    manager.wait()
-    result = manager.result()
+    result = save(manager, 2, good_step=100)
     assert (result.step, result.path.name) == (2, "checkpoint_2.pt")
     assert reason in result.error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"checkpoint_1.pt": before}
@@ -159,19 +156,15 @@ def test_partial_checkpoint_of_a_killed_process_is_removed(tmp_path):
 
 def test_moved_directory_is_created_again(tmp_path):
     manager = CheckpointManager(tmp_path / "run")
-    manager.save(contents(1), 0)
-    manager.wait()
+    save(manager, 1)
     (tmp_path / "run").rename(tmp_path / "away")
-    manager.save(contents(2), 1)
-    manager.wait()
+    save(manager, 2)
     verify_archive(tmp_path / "run" / "checkpoint_2.pt")
 
 
 def test_flipped_bits_are_detected_in_every_record(tmp_path):
     """In the first, middle and last byte of each record. torch.load alone accepts any bit flip in a tensor."""
-    manager = CheckpointManager(tmp_path)
-    manager.save(contents(1), 100)
-    manager.wait()
+    save(CheckpointManager(tmp_path), 1)
     path = tmp_path / "checkpoint_1.pt"
     original = path.read_bytes()
     found = 0
@@ -334,8 +327,7 @@ def test_auto_does_not_skip_an_unreadable_checkpoint(tmp_path, monkeypatch):
     """It may be valid. Continuing from an older one would lose its progress."""
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):
-        manager.save(contents(step), 0)
-        manager.wait()
+        save(manager, step)
 
     def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -50,7 +50,7 @@ def before_batch(monkeypatch):
     return set_up
 
 
-def put_wrong_ids(path):
+def write_invalid_ids(path):
     """Not in the rows that identify the shard."""
     ids = np.load(path)
     ids[1:25] = ids[26:49] = 64
@@ -62,8 +62,8 @@ FAULTS = {
     "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of the"),
     "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header tells of"),
     "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header tells of"),
-    "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "other content than at the"),
-    "gets wrong ids": (put_wrong_ids, "holds token id 64"),
+    "is replaced": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "other content than at the"),
+    "has invalid ids": (write_invalid_ids, "holds token id 64"),
 }
 
 

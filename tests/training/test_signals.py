@@ -121,9 +121,9 @@ def test_signal_saves_and_stops_the_run_within_one_step(data_dir, tmp_path, unin
     child.signal(number)
     child.wait_for(f"{number.name}: saving and stopping after this step")
     (tmp_path / "gate").touch()
-    assert child.status() == STOPPED, child.output.read_text()
+    status, output = child.status(), child.output.read_text()
+    assert status == STOPPED, output
     step = max(list_checkpoints(tmp_path / "run"))
-    output = child.output.read_text()
     assert (
         f"{number.name}: stopped at step {step}; everything is saved in {tmp_path}/run/checkpoint_{step}.pt" in output
     )
@@ -131,7 +131,6 @@ def test_signal_saves_and_stops_the_run_within_one_step(data_dir, tmp_path, unin
     assert not (tmp_path / "run" / "run.lock").exists()
     assert step in steps
     assert "poll 2" not in output or "stall" in phase  # no evaluation batch after the signal
-
     again = Child(run, tmp_path / "output", shrink_nano)
     assert again.status() == 0, again.output.read_text()
     log, state = final_state(tmp_path / "run", STEPS)
@@ -221,8 +220,7 @@ def pause_second_save(gate: str):
     save, saves = torch.save, itertools.count(1)
 
     def save_and_pause(contents, file):
-        second = next(saves) == 2
-        save(contents, SplitWriter(file, lambda: pause(gate)) if second else file)
+        save(contents, SplitWriter(file, lambda: pause(gate)) if next(saves) == 2 else file)
 
     torch.save = save_and_pause
 

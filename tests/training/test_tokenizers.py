@@ -79,7 +79,7 @@ def test_tokenizer_of_the_shards_is_accepted_under_any_name(data_dir, tokenizer,
 
 
 def test_tokenizer_that_did_not_make_the_shards_is_refused(data_dir, tmp_path):
-    """Whether it is passed by flag, found beside the scripts, or replaces the one in data_dir."""
+    """Whether it is passed by flag, found next to the scripts, or replaces the one in data_dir."""
     scripts, path = tmp_path / "scripts", tmp_path / "scripts" / "pile_tokenizer.json"
     scripts.mkdir()
     train_tokenizer([TEXT], 270).save(str(path))
