@@ -11,11 +11,11 @@ if __name__ == "__main__":
     if on_interrupt != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports, which take seconds
 
+from acceleron.checkpoint import find_checkpoint, load_checkpoint
 from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError, run_command
 from acceleron.flags import Parser, nonempty
 from acceleron.generation import Sampling, load_model, open_tokenizer, stream_text
-from acceleron.training.checkpoint import find_checkpoint, load_checkpoint
 
 
 def parse_arguments() -> Namespace:

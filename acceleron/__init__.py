@@ -1,16 +1,21 @@
-"""Acceleron: small Mixture-of-Experts language models, pretrained fast."""
+"""Acceleron: pretrains small Mixture-of-Experts language models."""
 
-from pathlib import Path
-
-_package = Path(__file__).resolve().parent
-if not (_package / "kernels").is_dir():
-    # A bare checkout, where kernels/ stands beside this package: the root joins the path on which `acceleron.kernels`
-    # is looked up. A wheel carries acceleron/kernels.
-    __path__.append(str(_package.parent))
-
-from .config import ModelConfig  # noqa: E402
-from .model import Acceleron  # noqa: E402
-from .moe import MoE  # noqa: E402
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["Acceleron", "MoE", "ModelConfig"]
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .model import Acceleron
+    from .moe import MoE
+else:
+
+    def __getattr__(name: str):
+        """Import on first use, so that reading a config imports no kernel and commands start fast."""
+        from importlib import import_module
+
+        modules = {"Acceleron": ".model", "MoE": ".moe", "ModelConfig": ".config"}
+        if name not in modules:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(modules[name], __name__), name)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import kernels
+from . import ops
 from .config import ModelConfig
 
 # FlashAttention-3 first (Hopper alone), then FlashAttention-2 (Ampere and later): name, module, compute capabilities.
@@ -138,7 +138,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, layer: int = 0):
         """x (B, S, D) -> (B, S, D); cos and sin are those of x's S positions."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = kernels.split_rope(qkv, cos_SC, sin_SC, *self.splits[:2])
+        q, k, v = ops.split_rope(qkv, cos_SC, sin_SC, *self.splits[:2])
         if cache is not None:
             k, v = cache.append(layer, k, v)
         return self.out(causal_attention(q, k, v).flatten(-2))

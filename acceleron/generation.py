@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .attention import KVCache, best_sdpa
+from .checkpoint import assign_weights
 from .data.tokenizer import END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
 from .errors import InputError
 from .model import Acceleron
-from .training.checkpoint import assign_weights
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte-fallback tokenizer's token of one byte
 

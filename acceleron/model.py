@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from . import kernels
+from . import ops
 from .attention import Attention, KVCache
 from .config import ModelConfig
+from .kernels.autograd import autocast_dtype, no_autocast
 from .moe import MoE, MoEStats, SwiGLU
 
 
 class ModelOutput(NamedTuple):
     """`loss` is the objective: cross_entropy + z_loss_coef * z_loss + balance_loss_coef * balance_loss.
 
-    With labels, `logits` is None: they are never built. Without, `loss` and `cross_entropy` are. The router losses
-    are unweighted sums over the layers (0 for the dense baseline). `counts_LE` (layers, experts) are the assignments of
-    each expert, None for the dense baseline.
+    With labels, `logits` is None: they are never built. Without labels, `loss` and `cross_entropy` are None. The
+    router losses are unweighted sums over the layers, 0 for the dense baseline. `tokens_per_expert_LE` has a row per
+    layer; None for the dense baseline.
     """
 
     loss: Tensor | None
@@ -27,7 +28,7 @@ class ModelOutput(NamedTuple):
     cross_entropy: Tensor | None
     z_loss: Tensor
     balance_loss: Tensor
-    counts_LE: Tensor | None
+    tokens_per_expert_LE: Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -38,11 +39,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum; without a residual it is x."""
-        return kernels.rms_norm(x, self.weight, self.eps, residual)
+        return ops.rms_norm(x, self.weight, self.eps, residual)
 
 
 def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kernels.ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in ops.ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -137,16 +138,16 @@ class Acceleron(nn.Module):
         if labels is not None and labels.dtype != torch.int64:
             raise ValueError(f"labels: expected int64, but got {labels.dtype}; call .long()")
         x, layers = self.hidden_states(input_ids)
-        z_loss, balance_loss, counts_LE = *x.new_zeros(2, dtype=torch.float32), None
+        z_loss, balance_loss, tokens_per_expert_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
-            z_loss, balance_loss, counts_LE = (torch.stack(values) for values in zip(*layers, strict=True))
+            z_loss, balance_loss, tokens_per_expert_LE = (torch.stack(values) for values in zip(*layers, strict=True))
             z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
         if labels is None:
-            return ModelOutput(None, self.head(x), None, z_loss, balance_loss, counts_LE)
+            return ModelOutput(None, self.head(x), None, z_loss, balance_loss, tokens_per_expert_LE)
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
-        cross_entropy = kernels.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
+        cross_entropy = ops.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
         loss = cross_entropy + self.config.z_loss_coef * z_loss + self.config.balance_loss_coef * balance_loss
-        return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, counts_LE)
+        return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, tokens_per_expert_LE)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
         """The final norm's output (B, S, D) and each layer's router statistics.
@@ -163,8 +164,8 @@ class Acceleron(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         dtype, layers = self.compute_dtype, []
         if cache is None:  # which is in the compute dtype
-            dtype = kernels.autocast_dtype(input_ids.device) or dtype
-        with kernels.no_autocast(input_ids.device):
+            dtype = autocast_dtype(input_ids.device) or dtype
+        with no_autocast(input_ids.device):
             x = F.embedding(input_ids, self.embedding).to(dtype)
             for index, block in enumerate(self.blocks):
                 if cache:

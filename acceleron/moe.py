@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
+from . import ops
 from .config import ModelConfig
+from .kernels.torch_ops import expert_mlp_token
 
 
 class MoEStats(NamedTuple):
@@ -15,7 +16,7 @@ class MoEStats(NamedTuple):
 
     z_loss: Tensor
     balance_loss: Tensor
-    counts_E: Tensor
+    tokens_per_expert_E: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -27,7 +28,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Parameter(torch.empty(d_model, d_ff))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(kernels.swiglu(F.linear(x, self.w13.to(x.dtype))), self.w2.to(x.dtype))
+        return F.linear(ops.swiglu(F.linear(x, self.w13.to(x.dtype))), self.w2.to(x.dtype))
 
 
 class MoE(nn.Module):
@@ -35,7 +36,7 @@ class MoE(nn.Module):
 
     Dropless: every token gets its two experts, weighted by the softmax of their two logits, plus the shared expert.
     To train with it elsewhere, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
-    stats.balance_loss` to the loss. Legend of the shapes: kernels/reference.py.
+    stats.balance_loss` to the loss. Legend of the shapes: ops.py.
     """
 
     def __init__(self, config: ModelConfig):
@@ -50,7 +51,7 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """A residual of x's shape is added to y. The steps are those of `kernels.reference.moe`.
+        """A residual of x's shape is added to y. The steps are those of `kernels.torch_ops.moe`.
 
         Under torch.autocast y is in its dtype, as F.linear's result is, and the router computes in fp32 from x as it
         is. Raises ValueError for an x of another width, and for a residual of another shape.
@@ -63,10 +64,10 @@ class MoE(nn.Module):
         shared = self.shared
         weights = (self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2)
         force = self.force_load_balance and self.training
-        y_TD, *stats = kernels.moe(x_TD, *weights, residual_TD=residual_TD, force_load_balance=force)
+        y_TD, *stats = ops.moe(x_TD, *weights, residual_TD=residual_TD, force_load_balance=force)
         return y_TD.view_as(x), MoEStats(*stats)
 
     def decode_token(self, x: Tensor) -> Tensor:
         """y of a single token, x (1, 1, D), on a CPU and without gradients: `forward` with less around it."""
         logits_E = F.linear(x.to(self.router.dtype), self.router).flatten()
-        return kernels.expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF) + self.shared(x)
+        return expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF) + self.shared(x)

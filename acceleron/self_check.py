@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import ops
 from .attention import best_sdpa
 from .config import ModelConfig
 from .device import reset_peak_memory
@@ -61,14 +61,14 @@ def check_gradients(
     model = _random_model(replace(config, debug_force_load_balance=True), device, generator)
     ids = torch.randint(config.vocab_size, (batch_size, seq_len), device=device, generator=generator)
     with best_sdpa() if device.type == "cuda" else nullcontext():
-        with kernels.selected("reference", device):
+        with ops.using_backend("reference", device):
             model.gradient_checkpointing = True
             truth = {name: value.cpu() for name, value in _loss_and_gradients(model, ids, torch.float32).items()}
             allowed = dict.fromkeys(truth, FLOOR)
             if dtype != torch.float32:
                 plain = _errors(_loss_and_gradients(model, ids, dtype), truth)
                 allowed = {name: FACTOR * error + FLOOR for name, error in plain.items()}
-        with kernels.selected(backend, device):
+        with ops.using_backend(backend, device):
             model.gradient_checkpointing = checkpointing
             if compiled:
                 model.compile_blocks()

@@ -15,9 +15,9 @@ from statistics import median
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from acceleron.checkpoint import load_checkpoint
 from acceleron.device import dtype_name, synchronize
 from acceleron.errors import RunFailed
-from acceleron.training.checkpoint import load_checkpoint
 from acceleron.training.loop import Trainer
 from acceleron.training.options import TrainOptions
 from acceleron.training.stop import StopSignals

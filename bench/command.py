@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from acceleron import kernels
+from acceleron import ops
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES, resolve_device, resolve_dtype
 from acceleron.errors import InputError
@@ -48,7 +48,7 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
             raise InputError(f"--{name} {value}: expected a number above 0")
     arguments.device = resolve_device(arguments.device)
     try:
-        kernels.select("auto", arguments.device)
+        ops.set_backend("auto", arguments.device)
     except ValueError as error:  # of an environment variable
         raise InputError(str(error)) from error
     if "dtype" in arguments:

@@ -35,12 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from acceleron import ModelConfig, kernels
+from acceleron import ModelConfig, ops
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES as TRAINING_DTYPES
 from acceleron.errors import InputError
 from acceleron.flags import Parser
-from acceleron.kernels import configs, launch
+from acceleron.kernels import configs, launch, torch_ops
 from acceleron.kernels.launch import Device
 
 from .op_cases import Draw, cases
@@ -104,7 +104,7 @@ def offline(arch: str, run: Callable, device_name: str = "any", offset: int = 0)
     triton.runtime.driver.set_active(driver)
     with (
         mock.patch.object(launch, "cpu_device", Device(device_name, arch, TARGETS[arch].processors)),
-        mock.patch.object(kernels, "_choice", "triton"),
+        mock.patch.object(ops, "_choice", "triton"),
         mock.patch.object(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs)),
         mock.patch.object(FakeTensor, "data_ptr", address, create=True),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -170,21 +170,21 @@ def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
 def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     """Run every op of a size and of its dense baseline, forward and backward, and forward alone."""
     draw = Draw(dtype, torch.device("cpu"))
-    inputs = {case.op: case.make(draw) for case in cases("", config, tokens, dtype) if case.op in kernels.OPS}
+    inputs = {case.op: case.make(draw) for case in cases("", config, tokens, dtype) if case.op in torch_ops.__all__}
     x, scores, ids, *weights = inputs["expert_mlp"]
-    inputs["expert_mlp"] = x, scores, kernels.dispatch_plan(ids, config.num_experts), *weights
+    inputs["expert_mlp"] = x, scores, ops.dispatch_plan(ids, config.num_experts), *weights
     x, weight, residual = inputs["rms_norm"]
     inputs["rms_norm"] = x, weight, config.norm_eps, residual
     more = [("rms_norm", (x, weight, config.norm_eps)), ("swiglu", (draw(tokens, 2 * config.d_ff_dense),))]
     for name, values in [*inputs.items(), *more]:
-        op = getattr(kernels, name)
+        op = getattr(ops, name)
         with torch.no_grad():
             op(*values)
         outputs = op(*values)
         outputs = [y for y in ([outputs] if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-    normed, _ = kernels.rms_norm(*inputs["rms_norm"])  # the model's last, whose sum is not used
+    normed, _ = ops.rms_norm(*inputs["rms_norm"])  # the model's last, whose sum is not used
     normed.backward(torch.empty_like(normed))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, ops
 from acceleron.config import PRESETS
 from acceleron.device import dtype_name
 from acceleron.generation import Sampling, generate, prepare_for_inference
@@ -72,7 +72,7 @@ def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterato
         return TOKENS / (time.perf_counter() - start)
 
     yield rate
-    with kernels.selected("reference", prompt.device):
+    with ops.using_backend("reference", prompt.device):
         row.error = distance(deciding_model(size).to(prompt.device), prompt, tokens)
     row.check = "mean distance from the fp32 reference's choices, in standard deviations of the logits"
     row.allowed = ALLOWED[dtype]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from acceleron import ModelConfig
-from acceleron.kernels import reference
+from acceleron.kernels import torch_ops
+from acceleron.kernels.contract import TOP_K
 from acceleron.kernels.expert_mlp import expert_up, hidden_grad
 from acceleron.kernels.grouped_gemm import grouped_rows, grouped_weight_grad
-from acceleron.kernels.reference import grouped_gemm
+from acceleron.kernels.torch_ops import grouped_gemm
 
 
 class Gemm(NamedTuple):
@@ -30,16 +31,16 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-    routing = reference.route_top2(torch.randn(T, E, generator=generator, device=device))
-    order, _, offsets = plan = reference.dispatch_plan(routing.experts_TK, E)
-    scores_TK = routing.weights_TK
-    scores_N1 = scores_TK.flatten()[order][:, None]
+    routing = torch_ops.route_top2(torch.randn(T, E, generator=generator, device=device))
+    gather_idx, _, offsets = plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
+    tokens_N, scores_TK = gather_idx // TOP_K, routing.topk_scores_TK
+    scores_N1 = scores_TK.flatten()[gather_idx][:, None]
     x_TD, dy_ND, h_N2F, act_NF = randn(T, D), randn(2 * T, D), randn(2 * T, 2 * F), randn(2 * T, F)
     w13, w2 = randn(E, 2 * F, D, scale=D**-0.5), randn(E, D, F, scale=F**-0.5)
 
     def plain_up(x, w):
-        h = grouped_gemm(x[order // 2], w, plan)
-        return h, reference.swiglu(h)
+        h = grouped_gemm(x[tokens_N], w, plan)
+        return h, torch_ops.swiglu(h)
 
     def plain_transposed(x, w):
         return grouped_gemm(x, w.transpose(1, 2).contiguous(), plan)
@@ -47,24 +48,24 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
     def plain_hidden_grad(dy, w, h):
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            act = reference.swiglu(h)
+            act = torch_ops.swiglu(h)
         r = plain_transposed(dy, w)
         (dh,) = torch.autograd.grad(act, h, (r * scores_N1).to(h.dtype))
         act = act.detach()
-        dscores = scores_TK.new_empty(2 * T).index_copy_(0, order.long(), (r * act).float().sum(dim=-1))
+        dscores = scores_TK.new_empty(2 * T).index_copy_(0, gather_idx.long(), (r * act).float().sum(dim=-1))
         return dh, (act * scores_N1).to(h.dtype), dscores.view(T, 2)
 
-    def weight_grad(a, b, order: Tensor | None = None) -> Tensor:  # in fp32, as parameters are
-        return grouped_weight_grad(a, b, offsets, order, torch.float32)
+    def weight_grad(a, b, idx: Tensor | None = None) -> Tensor:  # in fp32, as parameters are
+        return grouped_weight_grad(a, b, offsets, idx, torch.float32)
 
     def plain_weight_grad(a, b) -> Tensor:
-        return reference._grouped_weight_grad(a, b, offsets)
+        return torch_ops._grouped_weight_grad(a, b, offsets)
 
     return [
-        Gemm(lambda x, w: expert_up(x, w, order, offsets, True), plain_up, (x_TD, w13)),
+        Gemm(lambda x, w: expert_up(x, w, gather_idx, offsets, True), plain_up, (x_TD, w13)),
         Gemm(lambda x, w: grouped_rows(x, w, offsets, True), lambda x, w: grouped_gemm(x, w, plan), (act_NF, w2)),
-        Gemm(lambda *x: hidden_grad(*x, scores_TK, order, offsets), plain_hidden_grad, (dy_ND, w2, h_N2F)),
+        Gemm(lambda *x: hidden_grad(*x, scores_TK, gather_idx, offsets), plain_hidden_grad, (dy_ND, w2, h_N2F)),
         Gemm(lambda x, w: grouped_rows(x, w, offsets, False), plain_transposed, (h_N2F, w13)),
-        Gemm(partial(weight_grad, order=order), lambda a, b: plain_weight_grad(a, b[order // 2]), (h_N2F, x_TD)),
+        Gemm(partial(weight_grad, idx=gather_idx), lambda a, b: plain_weight_grad(a, b[tokens_N]), (h_N2F, x_TD)),
         Gemm(weight_grad, plain_weight_grad, (dy_ND, act_NF)),
     ]

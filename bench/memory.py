@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from acceleron import ModelConfig, kernels
+from acceleron import ModelConfig, ops
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
 from acceleron.kernels.contract import TOP_K
@@ -42,9 +42,9 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
     """Bytes per token that the Triton kernels save for the backward pass of an MoE block, by design.
 
     The MoE: x; the pre-activations (2 F) of K routed experts and the shared one, and the shared one's activation;
-    4 bytes per logit, and for weight, expert, order and inverse of each of the K assignments. Around it: the block's
-    input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and k;
-    attention's output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
+    4 bytes per logit, and for score, expert id, gather index and scatter index of each of the K assignments. Around it:
+    the block's input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and
+    k; attention's output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
     """
     D, kv, routing = config.d_model, config.num_kv_heads * config.head_dim, 16 * TOP_K
     if checkpointing:
@@ -65,7 +65,7 @@ def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
     class Routing(TorchDispatchMode):  # selective checkpointing keeps the routing itself, unseen by autograd's hooks
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             results = function(*args, **(kwargs or {}))
-            return tree_map_only(Tensor, keep, results) if function in kernels.ROUTING_OPS else results
+            return tree_map_only(Tensor, keep, results) if function in ops.ROUTING_OPS else results
 
     def counted(self, x: Tensor, *tables, **others):
         recompute = any(argument is True for argument in tables)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from acceleron import ModelConfig
-from acceleron.kernels import reference
+from acceleron.kernels import torch_ops
+from acceleron.kernels.contract import Routing
 
 from .gemms import gemm_cases
 
@@ -35,8 +36,8 @@ class Draw:
         """A matrix, or one per expert, that keeps unit scale."""
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
-    def routing(self, T: int, E: int) -> reference.Routing:
-        return reference.route_top2(self(T, E, dtype=torch.float32, grad=False))
+    def routing(self, T: int, E: int) -> Routing:
+        return torch_ops.route_top2(self(T, E, dtype=torch.float32, grad=False))
 
     def labels(self, T: int, V: int) -> Tensor:
         return torch.randint(V, (T,), generator=self.generator, device=self.device)
@@ -82,7 +83,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
 
     def routed(draw: Draw) -> tuple:
         routing = draw.routing(T, E)
-        return draw(T, D), routing.weights_TK.requires_grad_(), routing.experts_TK, *experts(draw)
+        return draw(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(draw)
 
     def layer(draw: Draw) -> tuple:
         shared = draw.weight(2 * W, D, dtype=fp32), draw.weight(D, W, dtype=fp32)
@@ -105,7 +106,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         ),
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
-            lambda draw: (draw(2 * T, D), experts(draw)[0], reference.dispatch_plan(draw.routing(T, E).experts_TK, E)),
+            lambda draw: (draw(2 * T, D), experts(draw)[0], torch_ops.dispatch_plan(draw.routing(T, E).topk_ids_TK, E)),
             8 * T * D * F,
         ),
         Case(
@@ -118,8 +119,8 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
             scalar_grad=T,  # the losses are means over the tokens: this makes their gradients as large as the scores'
         ),
         Case(
-            "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("order", "inverse", "offsets"),
-            lambda draw: (draw.routing(T, E).experts_TK, E),
+            "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),
+            lambda draw: (draw.routing(T, E).topk_ids_TK, E),
         ),
         Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda draw: (draw(T, 2 * W),)),
         Case(

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acceleron import kernels
+from acceleron import ops
 from acceleron.attention import FLASH_PACKAGES, best_sdpa, causal_attention, find_flash_packages
 from acceleron.device import missing_compiler
-from acceleron.kernels import reference
+from acceleron.kernels import torch_ops
 
 from .op_cases import Case
 from .rows import describe
@@ -43,9 +43,9 @@ def ours(op: str, functions: dict[str, Callable]) -> Callable:
     """Our op as a function of the case's inputs; `functions` has Triton's or the reference's, by name."""
     if op == "expert_mlp":
         # From the top-k ids on: the peers build their dispatch plans in here, too.
-        def run(x_TD, weights_TK, experts_TK, w13_E2FD, w2_EDF):
-            plan = functions["dispatch_plan"](experts_TK, w13_E2FD.shape[0])
-            return functions["expert_mlp"](x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
+        def run(x_TD, topk_scores_TK, topk_ids_TK, w13_E2FD, w2_EDF):
+            plan = functions["dispatch_plan"](topk_ids_TK, w13_E2FD.shape[0])
+            return functions["expert_mlp"](x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
 
         return run
     if op == "moe":
@@ -60,7 +60,7 @@ def plain(case: Case) -> Callable:
     """The op in plain PyTorch, which gives the truth."""
     if case.op == "attention":
         return partial(sdpa, backend=SDPBackend.MATH)
-    return case.plain or ours(case.op, vars(reference))
+    return case.plain or ours(case.op, vars(torch_ops))
 
 
 def sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, backend: SDPBackend) -> Tensor:
@@ -85,7 +85,7 @@ def moe_ops_expert_mlp():
 
     def run(x, scores, ids, w13, w2):
         rows, row_map, offsets = moe_ops.permute(x, ids, E=w13.shape[0])
-        act = reference.swiglu(moe_ops.grouped_gemm(rows, w13, offsets))
+        act = torch_ops.swiglu(moe_ops.grouped_gemm(rows, w13, offsets))
         return moe_ops.unpermute(moe_ops.grouped_gemm(act, w2, offsets), row_map, scores, *ids.shape)
 
     return run, FACTOR
@@ -165,8 +165,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     """All providers of a case's op; the absent ones with the reason."""
     if case.op == "attention":
         return attention_providers(device)
-    absent = kernels._missing or kernels.launch.unavailable(device)
-    run = case.ours or (None if absent else ours(case.op, kernels._triton))
+    absent = ops.triton_unavailable(device)
+    run = case.ours or (None if absent else ours(case.op, vars(ops.triton_ops)))
     found = [Provider("triton", run, absent), Provider("reference", plain(case))]
     if case.ours:
         return found

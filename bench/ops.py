@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from acceleron import kernels
 from acceleron.config import PRESETS
 from acceleron.device import DTYPES
 from acceleron.errors import InputError
@@ -318,10 +317,10 @@ def main():
     flags = dict(model_size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
     arguments = parse(__doc__, choices, **flags)
     device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
-    if not check_only and not kernels._missing and kernels.launch.INTERPRETED:
+    if not check_only and os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
-    sizes, ops = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
-    settings = Settings(tuple(sizes), tuple(ops), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
+    sizes, names = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
+    settings = Settings(tuple(sizes), tuple(names), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
     known = {provider.name for case in settings.cases() for provider in providers(case, device)}
     if unknown := sorted(set(wanted or ()) - known):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")

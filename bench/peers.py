@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, ops
 from acceleron.attention import best_sdpa
 from acceleron.config import PRESETS
 from acceleron.device import dtype_name, missing_compiler, synchronize
@@ -84,7 +84,7 @@ class Contender:
         model.to(device)
 
         def run():
-            with kernels.selected(backend, device), best_sdpa() if device.type == "cuda" else nullcontext():
+            with ops.using_backend(backend, device), best_sdpa() if device.type == "cuda" else nullcontext():
                 model(input_ids=ids, labels=ids).loss.backward()
 
         return model, run, lambda: {name: torch.cat([p.grad for p in ps]).cpu() for name, ps in parameters.items()}
@@ -104,7 +104,7 @@ class Contender:
 
 
 def our_backend(device: torch.device, dtype: torch.dtype) -> str:
-    return "triton" if kernels.uses_triton(device, dtype) else "reference"
+    return "triton" if ops.uses_triton(device, dtype) else "reference"
 
 
 @cache

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from scipy.stats import ttest_1samp
 
-from acceleron import Acceleron, kernels
+from acceleron import Acceleron, ops
+from acceleron.checkpoint import assign_weights, load_checkpoint
 from acceleron.data import Shards
 from acceleron.data.loader import VALIDATION_BATCHES, Chunks
 from acceleron.errors import InputError
-from acceleron.training.checkpoint import assign_weights, load_checkpoint
 
 from .command import parse
 from .corpus import write_corpus
@@ -158,7 +158,7 @@ def main():
     arguments = parse(__doc__)
     plan = Namespace(**PRESETS[arguments.device.type], **vars(arguments))
     results = Results(plan.output, plan.device)
-    kernels.select("reference", plan.device)  # for the scores, which check train.py's own
+    ops.set_backend("reference", plan.device)  # for the scores, which check train.py's own
     torch.set_num_threads(max(1, torch.get_num_threads() // plan.at_once))  # for each run, and the scores
     with tempfile.TemporaryDirectory() as data:
         say("preparing the text")

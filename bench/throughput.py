@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from acceleron import Acceleron, kernels
+from acceleron import Acceleron, ops
 from acceleron import device as devices
 from acceleron.device import dtype_name, peak_memory, synchronize
 from acceleron.errors import InputError
@@ -240,7 +240,7 @@ def main():
     on_gpu = device.type == "cuda"
     try:
         for backend in arguments.kernels or ():
-            kernels.select(backend, device)
+            ops.set_backend(backend, device)
     except ValueError as error:
         raise InputError(str(error)) from error
     sizes = arguments.model_size or (["tiny", "small", "medium", "large"] if on_gpu else ["nano", "tiny"])

@@ -16,7 +16,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast on this device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
 def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:

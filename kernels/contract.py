@@ -19,24 +19,24 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """What the router decided. The losses are unweighted fp32 scalars, `counts_E` the assignments of each expert."""
+    """The router's decisions and unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32."""
 
-    weights_TK: Tensor
-    experts_TK: Tensor
+    topk_scores_TK: Tensor
+    topk_ids_TK: Tensor
     z_loss: Tensor
     balance_loss: Tensor
-    counts_E: Tensor
+    tokens_per_expert_E: Tensor
 
 
 class Plan(NamedTuple):
     """The expert-sorted order of the T * K assignments; assignment `t * K + k` is token t's k-th choice.
 
-    order: int32 [N], the assignment in each expert-sorted row (stable). inverse_TK: int32, the row of each
+    gather_idx: int32 [N], the assignment in each expert-sorted row (stable). scatter_idx_TK: int32, the row of each
     assignment. offsets: int32 [E + 1], expert e owns the rows offsets[e]:offsets[e + 1].
     """
 
-    order: Tensor
-    inverse_TK: Tensor
+    gather_idx: Tensor
+    scatter_idx_TK: Tensor
     offsets: Tensor
 
 
@@ -46,7 +46,7 @@ class MoEOutput(NamedTuple):
     y_TD: Tensor
     z_loss: Tensor
     balance_loss: Tensor
-    counts_E: Tensor
+    tokens_per_expert_E: Tensor
 
 
 def check(
@@ -84,8 +84,9 @@ def _check_experts(argument: str, experts: int):
 
 
 def _check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
-    for name, shape in (("order", (tokens * TOP_K,)), ("inverse_TK", (tokens, TOP_K)), ("offsets", (experts + 1,))):
-        check(f"{op}: plan.{name}", getattr(plan, name), shape, torch.int32, like)
+    check(f"{op}: plan.gather_idx", plan.gather_idx, (tokens * TOP_K,), torch.int32, like)
+    check(f"{op}: plan.scatter_idx_TK", plan.scatter_idx_TK, (tokens, TOP_K), torch.int32, like)
+    check(f"{op}: plan.offsets", plan.offsets, (experts + 1,), torch.int32, like)
 
 
 def check_route_top2(logits_TE: Tensor):
@@ -93,8 +94,8 @@ def check_route_top2(logits_TE: Tensor):
     _check_experts("route_top2: logits_TE", logits_TE.shape[1])
 
 
-def check_dispatch_plan(experts_TK: Tensor, num_experts: int):
-    check("dispatch_plan: experts_TK", experts_TK, (None, TOP_K), (torch.int32, torch.int64))
+def check_dispatch_plan(topk_ids_TK: Tensor, num_experts: int):
+    check("dispatch_plan: topk_ids_TK", topk_ids_TK, (None, TOP_K), (torch.int32, torch.int64))
     _check_experts("dispatch_plan: num_experts", num_experts)
 
 
@@ -104,7 +105,7 @@ def check_router_logits(x_TD: Tensor, weight_ED: Tensor):
 
 
 def check_grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan):
-    check("grouped_gemm: x_ND", x_ND, (plan.order.numel(), None))
+    check("grouped_gemm: x_ND", x_ND, (plan.gather_idx.numel(), None))
     check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
     _check_experts("grouped_gemm: w_EFD", w_EFD.shape[0])
     _check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
@@ -117,11 +118,11 @@ def _check_weights(op: str, D: int, w13_E2FD: Tensor, w2_EDF: Tensor, like: Tens
     check(f"{op}: w13_E2FD", w13_E2FD, (E, 2 * F, D), like=like)
 
 
-def check_expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor):
+def check_expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor):
     check("expert_mlp: x_TD", x_TD, (None, None))
     T, D = x_TD.shape
     _check_weights("expert_mlp", D, w13_E2FD, w2_EDF, x_TD)
-    check("expert_mlp: weights_TK", weights_TK, (T, TOP_K), wide(x_TD.dtype), x_TD)
+    check("expert_mlp: topk_scores_TK", topk_scores_TK, (T, TOP_K), wide(x_TD.dtype), x_TD)
     _check_plan("expert_mlp", plan, T, w2_EDF.shape[0], x_TD)
 
 
@@ -174,12 +175,12 @@ def check_rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor):
     _check_angles("rope", q_BSHC, cos_SC, sin_SC)
 
 
-def check_split_rope(qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int):
+def check_split_rope(qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int):
     if num_heads < 1 or num_kv_heads < 1:
         heads = f"{num_heads} and {num_kv_heads}"
         raise ValueError(f"split_rope: num_heads and num_kv_heads: expected at least 1 of each, but got {heads}")
-    _check_heads("split_rope: qkv_BSNC", qkv_BSNC, num_heads + 2 * num_kv_heads)
-    _check_angles("split_rope", qkv_BSNC, cos_SC, sin_SC)
+    _check_heads("split_rope: qkv_BSAC", qkv_BSAC, num_heads + 2 * num_kv_heads)
+    _check_angles("split_rope", qkv_BSAC, cos_SC, sin_SC)
 
 
 def check_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None):

@@ -148,16 +148,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy of the logits x @ weight.T against the labels, without ever holding the logits of all tokens.
+    """`ops.linear_cross_entropy` on contiguous tensors.
 
-    x_TD: bf16, fp16 or fp32, the compute dtype. weight_VD: any of the three; it is cast to x's for the GEMMs, and its
-    gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
-    token does not count, and whose row of x may hold anything; the mean is over the tokens that count (NaN when there
-    are none, as in torch). All contiguous. Returns an fp32 scalar. The logits exist for LOGITS_PER_CHUNK values at a
-    time; without gradients (`torch.no_grad`, or inputs that need none) theirs are not formed.
-
-    Labels are not checked, which would be a host sync: one outside 0..V-1 matches no logit, and the loss is then
-    meaningless. Raises ValueError for other shapes, dtypes and strides, and for a device that Triton can't run on.
+    LOGITS_PER_CHUNK logits exist at a time. Their gradients are formed only if x or the weight needs a gradient.
     """
     check_launch("linear_cross_entropy", x_TD=x_TD, weight_VD=weight_VD, labels_T=labels_T)
     check_linear_cross_entropy(x_TD, weight_VD, labels_T)

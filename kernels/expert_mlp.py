@@ -18,36 +18,16 @@ from .autograd import first_order
 from .configs import choose
 from .contract import Plan, check_expert_mlp
 from .grouped_gemm import (
-    dot,
     expert_rows,
     gather_rows,
+    grouped_dot,
     grouped_rows,
     grouped_weight_grad,
     locate,
     persistent_grid,
-    row_tile,
 )
 from .launch import check_launch, device_of
 from .swiglu import sigmoid
-
-
-@triton.jit
-def _gate_up_tile(
-    w, expert, f, d, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """The [BLOCK_K, 2 * BLOCK_N] tile of w13[e].T: BLOCK_N gate columns from f on, then their up columns.
-
-    w is a descriptor of [2 * E, F, D] with TMA, where columns past F read as zeros, else a pointer.
-    """
-    if TMA:
-        tile = tl.reshape(w.load([2 * expert, f, d]), (2 * BLOCK_N, BLOCK_K)).T
-    else:
-        column = tl.arange(0, 2 * BLOCK_N)[None, :]
-        fs = f + column % BLOCK_N
-        ds = d + tl.arange(0, BLOCK_K)[:, None]
-        ptrs = w + expert.to(tl.int64) * (2 * F * D) + (column // BLOCK_N * F + fs) * D + ds
-        tile = tl.load(ptrs, mask=(fs < F) & (ds < D), other=0.0)
-    return tile
 
 
 @triton.jit
@@ -66,12 +46,8 @@ def _up_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         f = (tile % column_tiles) * BLOCK_N
+        acc = grouped_dot(x, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
-        safe = tl.minimum(rows, end - 1)
-        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-        for d in range(0, D, BLOCK_K):
-            a = x.load([row, d]) if TMA else row_tile(x, safe, d, D, BLOCK_K)
-            acc = dot(a, _gate_up_tile(w, expert, f, d, D, F, TMA, BLOCK_N, BLOCK_K), acc)
         if not WITH_H:
             acc += 0.0  # or ptxas moves fp16's conversions between the wgmmas, which it then serialises (C7514)
         h = acc.to(h_ptr.dtype.element_ty)
@@ -91,7 +67,7 @@ def _up_kernel(
 
 @triton.jit
 def _hidden_grad_kernel(
-    act_ptr, h_ptr, dh_ptr, order_ptr, weights_ptr, dweights_ptr, N,
+    act_ptr, h_ptr, dh_ptr, gather_idx_ptr, topk_scores_ptr, dtopk_scores_ptr, N,
     F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """dh, and the weighted act (dW2's operand) in place of r = w2[e].T @ dy; dweights, the row sums of r * act.
@@ -100,8 +76,8 @@ def _hidden_grad_kernel(
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    assignments = tl.load(order_ptr + rows, mask=inside, other=0)
-    scale = tl.load(weights_ptr + assignments, mask=inside, other=0.0)[:, None]
+    assignments = tl.load(gather_idx_ptr + rows, mask=inside, other=0)
+    scale = tl.load(topk_scores_ptr + assignments, mask=inside, other=0.0)[:, None]
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for f in range(0, F, BLOCK_F):
@@ -120,15 +96,15 @@ def _hidden_grad_kernel(
         tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
         tl.store(dh_ptr + wide, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
         tl.store(dh_ptr + wide + F, (dact * silu).to(dtype), mask=mask)
-    tl.store(dweights_ptr + assignments, sums, mask=inside)
+    tl.store(dtopk_scores_ptr + assignments, sums, mask=inside)
 
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, inverse_ptr, weights_ptr, shared_ptr, residual_ptr, y_ptr, T,
+    rows_ptr, scatter_idx_ptr, topk_scores_ptr, shared_ptr, residual_ptr, y_ptr, T,
     D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum over k of weights[t, k] * rows[inverse[t, k]], plus shared[t], plus residual[t]."""
+    """y[t] = sum over k of weights[t, k] * rows[scatter_idx[t, k]], plus shared[t], plus residual[t]."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -136,8 +112,8 @@ def _combine_kernel(
     mask = inside[:, None] & (ds < D)[None, :]
     y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for k in tl.static_range(2):
-        row = tl.load(inverse_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
-        weight = tl.load(weights_ptr + 2 * ts + k, mask=inside, other=0.0)
+        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
+        weight = tl.load(topk_scores_ptr + 2 * ts + k, mask=inside, other=0.0)
         y += weight[:, None] * tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
     tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
     if SHARED:
@@ -149,11 +125,11 @@ def _combine_kernel(
 
 @triton.jit
 def _token_grad_kernel(
-    rows_ptr, inverse_ptr, shared_ptr, dlogits_ptr, router_ptr, dx_ptr, T,
+    rows_ptr, scatter_idx_ptr, shared_ptr, dlogits_ptr, router_ptr, dx_ptr, T,
     D: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, ROUTER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx[t] = sum over k of rows[inverse[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
+    """dx[t] = sum over k of rows[scatter_idx[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -161,7 +137,7 @@ def _token_grad_kernel(
     mask = inside[:, None] & (ds < D)[None, :]
     dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for k in tl.static_range(2):
-        row = tl.load(inverse_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
+        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
         dx += tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
     tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
     if SHARED:
@@ -187,14 +163,16 @@ def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
 
 
 @torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
-def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor, with_h: bool) -> tuple[Tensor, Tensor]:
+def expert_up(
+    x_TD: Tensor, w13_E2FD: Tensor, gather_idx: Tensor, offsets: Tensor, with_h: bool
+) -> tuple[Tensor, Tensor]:
     """The pre-activation h_N2F (empty unless asked for) and act_NF = silu(gate) * up of each expert-sorted row."""
-    (E, F2, D), N = w13_E2FD.shape, order.numel()
+    (E, F2, D), N = w13_E2FD.shape, gather_idx.numel()
     F = F2 // 2
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
     if N == 0:
         return h_N2F, act_NF
-    device, x_ND = device_of(x_TD), gather_rows(x_TD, order)
+    device, x_ND = device_of(x_TD), gather_rows(x_TD, gather_idx)
     config, tma = choose("up", device, (E, D, F), D, x_ND, w13_E2FD)
     x, w = x_ND, w13_E2FD
     if tma:
@@ -209,8 +187,8 @@ def expert_up(x_TD: Tensor, w13_E2FD: Tensor, order: Tensor, offsets: Tensor, wi
 
 
 @expert_up.register_fake
-def _(x_TD, w13_E2FD, order, offsets, with_h):
-    N, F2 = order.shape[0], w13_E2FD.shape[1]
+def _(x_TD, w13_E2FD, gather_idx, offsets, with_h):
+    N, F2 = gather_idx.shape[0], w13_E2FD.shape[1]
     return x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F2 // 2)
 
 
@@ -218,14 +196,14 @@ def _(x_TD, w13_E2FD, order, offsets, with_h):
 def expert_down(
     act_NF: Tensor,
     w2_EDF: Tensor,
-    weights_TK: Tensor,
-    inverse_TK: Tensor,
+    topk_scores_TK: Tensor,
+    scatter_idx_TK: Tensor,
     offsets: Tensor,
     shared_TD: Tensor | None,
     residual_TD: Tensor | None,
 ) -> Tensor:
     """y_TD: each token's weighted sum of its two rows of w2[e] @ act, plus shared and residual."""
-    T, D = weights_TK.shape[0], w2_EDF.shape[1]
+    T, D = topk_scores_TK.shape[0], w2_EDF.shape[1]
     rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
     y_TD = rows_ND.new_empty(T, D)
     if T == 0:
@@ -233,55 +211,55 @@ def expert_down(
     grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
-            rows_ND, inverse_TK, weights_TK, shared_TD, residual_TD, y_TD, T,
+            rows_ND, scatter_idx_TK, topk_scores_TK, shared_TD, residual_TD, y_TD, T,
             D=D, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, **blocks,
         )  # fmt: skip
     return y_TD
 
 
 @expert_down.register_fake
-def _(act_NF, w2_EDF, weights_TK, inverse_TK, offsets, shared_TD, residual_TD):
-    return act_NF.new_empty(weights_TK.shape[0], w2_EDF.shape[1])
+def _(act_NF, w2_EDF, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residual_TD):
+    return act_NF.new_empty(topk_scores_TK.shape[0], w2_EDF.shape[1])
 
 
 @torch.library.custom_op("acceleron_triton::hidden_grad", mutates_args=())
 def hidden_grad(
-    dy_ND: Tensor, w2_EDF: Tensor, h_N2F: Tensor, weights_TK: Tensor, order: Tensor, offsets: Tensor
+    dy_ND: Tensor, w2_EDF: Tensor, h_N2F: Tensor, topk_scores_TK: Tensor, gather_idx: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F; act_NF times its row's routing weight; and dweights_TK, the gradient of the routing weights.
+    """dh_N2F; act_NF times its row's routing weight; and dtopk_scores_TK, the gradient of the routing weights.
 
     A GEMM and an elementwise kernel, as the latter, with few registers, runs at the memory's rate. In the GEMM's
     epilogue, with the GEMM's registers, eight warps wait for h (bench/LOG.md, 2026-11-26).
     """
     act_NF, dh_N2F = grouped_rows(dy_ND, w2_EDF, offsets, False), torch.empty_like(h_N2F)
-    dweights_TK = torch.empty_like(weights_TK)
+    dtopk_scores_TK = torch.empty_like(topk_scores_TK)
     N, F = act_NF.shape
     if N:
         block_f = min(256, triton.next_power_of_2(F))
         block_n = 2048 // block_f
         with torch.cuda.device_of(h_N2F):
             _hidden_grad_kernel[(triton.cdiv(N, block_n),)](
-                act_NF, h_N2F, dh_N2F, order, weights_TK, dweights_TK, N,
+                act_NF, h_N2F, dh_N2F, gather_idx, topk_scores_TK, dtopk_scores_TK, N,
                 F=F, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=8,
             )  # fmt: skip
-    return dh_N2F, act_NF, dweights_TK
+    return dh_N2F, act_NF, dtopk_scores_TK
 
 
 @hidden_grad.register_fake
-def _(dy_ND, w2_EDF, h_N2F, weights_TK, order, offsets):
-    return torch.empty_like(h_N2F), h_N2F.new_empty(dy_ND.shape[0], w2_EDF.shape[2]), torch.empty_like(weights_TK)
+def _(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets):
+    return torch.empty_like(h_N2F), h_N2F.new_empty(dy_ND.shape[0], w2_EDF.shape[2]), torch.empty_like(topk_scores_TK)
 
 
 @torch.library.custom_op("acceleron_triton::token_grad", mutates_args=())
 def token_grad(
     rows_ND: Tensor,
-    inverse_TK: Tensor,
+    scatter_idx_TK: Tensor,
     shared_TD: Tensor | None,
     dlogits_TE: Tensor | None,
     router_ED: Tensor | None,
 ) -> Tensor:
     """dx_TD: the sum of each token's two rows, plus shared, plus dlogits @ router."""
-    T, D = inverse_TK.shape[0], rows_ND.shape[1]
+    T, D = scatter_idx_TK.shape[0], rows_ND.shape[1]
     dx_TD = rows_ND.new_empty(T, D)
     if T == 0:
         return dx_TD
@@ -289,70 +267,63 @@ def token_grad(
     grid, blocks = _token_blocks(T, D)
     with torch.cuda.device_of(dx_TD):
         _token_grad_kernel[grid](
-            rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,
+            rows_ND, scatter_idx_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,
             D=D, E=E, SHARED=shared_TD is not None, ROUTER=router_ED is not None, **blocks,
         )  # fmt: skip
     return dx_TD
 
 
 @token_grad.register_fake
-def _(rows_ND, inverse_TK, shared_TD, dlogits_TE, router_ED):
-    return rows_ND.new_empty(inverse_TK.shape[0], rows_ND.shape[1])
+def _(rows_ND, scatter_idx_TK, shared_TD, dlogits_TE, router_ED):
+    return rows_ND.new_empty(scatter_idx_TK.shape[0], rows_ND.shape[1])
 
 
 def expert_grads(
     dy_TD: Tensor,
     x_TD: Tensor,
     h_N2F: Tensor,
-    weights_TK: Tensor,
-    order: Tensor,
+    topk_scores_TK: Tensor,
+    gather_idx: Tensor,
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
     dtype13: torch.dtype | None,
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dX's expert-sorted rows, and the gradients of weights_TK and, in these dtypes if any, of w13 and w2."""
-    dy_ND = gather_rows(dy_TD, order)
-    dh_N2F, act_NF, dweights_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, weights_TK, order, offsets)
+    """dX's expert-sorted rows, and the gradients of topk_scores_TK and, in these dtypes if any, of w13 and w2."""
+    dy_ND = gather_rows(dy_TD, gather_idx)
+    dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
     dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
     del act_NF, dy_ND
-    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, order, dtype13)
+    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, gather_idx, dtype13)
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
-    return rows_ND, dweights_TK, dw13_E2FD, dw2_EDF
+    return rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, order, inverse_TK, offsets, w13_E2FD, w2_EDF, with_h):
+    def forward(ctx, x_TD, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13_E2FD, w2_EDF, with_h):
         w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
-        h_N2F, act_NF = expert_up(x_TD, w13, order, offsets, with_h)
+        h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_h)
         if with_h:
-            ctx.save_for_backward(inverse_TK, x_TD, h_N2F, weights_TK, order, offsets, w13, w2)
+            ctx.save_for_backward(scatter_idx_TK, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2)
             ctx.dtypes = w13_E2FD.dtype, w2_EDF.dtype
-        return expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, None, None)
+        return expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, None, None)
 
     @staticmethod
     @first_order("expert_mlp")
     def backward(ctx, dy_TD):
-        inverse_TK, *saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
+        scatter_idx_TK, *saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
-        rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
-        dx_TD = token_grad(rows_ND, inverse_TK, None, None, None)
-        return dx_TD, dweights_TK, None, None, None, dw13_E2FD, dw2_EDF, None
+        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
+        dx_TD = token_grad(rows_ND, scatter_idx_TK, None, None, None)
+        return dx_TD, dtopk_scores_TK, None, None, None, dw13_E2FD, dw2_EDF, None
 
 
-def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)).
-
-    x_TD is bf16, fp16 or fp32, which is the result's dtype; w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF,
-    of any of the three, are cast to x's for the GEMMs, and get gradients in their own dtype, from fp32 sums;
-    weights_TK is fp32. All contiguous. `plan` is `dispatch_plan`'s for the same T and E. For backward it keeps x, the
-    pre-activation, the weights and the plan: 2 D + 8 F bytes a token in bf16, and 24 more. Deterministic. Raises
-    ValueError for other dtypes, shapes, devices or strides, and names the argument.
-    """
-    check_launch("expert_mlp", x_TD=x_TD, weights_TK=weights_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
-    check_expert_mlp(x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
+def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """`ops.expert_mlp` on contiguous tensors."""
+    check_launch("expert_mlp", x_TD=x_TD, topk_scores_TK=topk_scores_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
+    check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     # What backward alone reads is not written for an evaluation.
-    with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, weights_TK, w13_E2FD, w2_EDF))
-    return _ExpertMLP.apply(x_TD, weights_TK, *plan, w13_E2FD, w2_EDF, with_h)
+    with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, topk_scores_TK, w13_E2FD, w2_EDF))
+    return _ExpertMLP.apply(x_TD, topk_scores_TK, *plan, w13_E2FD, w2_EDF, with_h)

@@ -56,21 +56,33 @@ def locate(tile, begin_E, end_E, last_E, E_PAD: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def weight_tile(
-    w, expert, o, i, O: tl.constexpr, I: tl.constexpr, OUT_FIRST: tl.constexpr, TMA: tl.constexpr,
+def _weight_tile(
+    w, expert, o, i, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The [BLOCK_K, BLOCK_N] tile at (i, o) of w_EOI (OUT_FIRST) or w_EIO, a pointer or a descriptor.
+    """The [BLOCK_K, BLOCK_N] tile at (i, o) of a weight, a pointer or a descriptor, in one of the layouts
 
-    A descriptor's tile may run into the next expert's rows: such outputs are never stored, and I is a multiple of
-    BLOCK_K where TMA is used.
+    - "EOI" and "EIO". A descriptor's tile may run into the next expert's rows: such outputs are never stored, and I is
+      a multiple of BLOCK_K where TMA is used.
+    - "E2OI", gate rows and then up rows: BLOCK_N // 2 gate columns from o on, and then the same up columns. Its
+      descriptor is of [2 * E, O, I], where columns past O read as zeros.
     """
-    if TMA:
-        tile = w.load([expert * O + o, i]).T if OUT_FIRST else w.load([expert * I + i, o])
+    if LAYOUT == "E2OI":
+        if TMA:
+            tile = tl.reshape(w.load([2 * expert, o, i]), (BLOCK_N, BLOCK_K)).T
+        else:
+            HALF: tl.constexpr = BLOCK_N // 2
+            column = tl.arange(0, BLOCK_N)[None, :]
+            os = o + column % HALF
+            ks = i + tl.arange(0, BLOCK_K)[:, None]
+            ptrs = w + expert.to(tl.int64) * (2 * O * I) + (column // HALF * O + os) * I + ks
+            tile = tl.load(ptrs, mask=(os < O) & (ks < I), other=0.0)
+    elif TMA:
+        tile = w.load([expert * O + o, i]).T if LAYOUT == "EOI" else w.load([expert * I + i, o])
     else:
         os = o + tl.arange(0, BLOCK_N)[None, :]
         ks = i + tl.arange(0, BLOCK_K)[:, None]
-        ptrs = w + expert.to(tl.int64) * (O * I) + (os * I + ks if OUT_FIRST else ks * O + os)
+        ptrs = w + expert.to(tl.int64) * (O * I) + (os * I + ks if LAYOUT == "EOI" else ks * O + os)
         tile = tl.load(ptrs, mask=(os < O) & (ks < I), other=0.0)
     return tile
 
@@ -86,10 +98,23 @@ def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def grouped_dot(
+    x, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The fp32 tile [BLOCK_M, BLOCK_N] of x_NI's rows from `row` on times the expert's weight at columns from o on."""
+    safe = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(0, I, BLOCK_K):
+        a = x.load([row, i]) if TMA else row_tile(x, safe, i, I, BLOCK_K)
+        acc = dot(a, _weight_tile(w, expert, o, i, O, I, LAYOUT, TMA, BLOCK_N, BLOCK_K), acc)
+    return acc
+
+
+@triton.jit
 def _rows_kernel(
     x, w, y_ptr, offsets_ptr,
-    E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, OUT_FIRST: tl.constexpr, TMA: tl.constexpr,
-    E_PAD: tl.constexpr,
+    E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """y_NO[n] = x_NI[n] @ w[e]: persistent over the tiles, the columns of a row tile one after another."""
@@ -99,12 +124,8 @@ def _rows_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         o = (tile % column_tiles) * BLOCK_N
+        acc = grouped_dot(x, w, expert, row, end, o, O, I, LAYOUT, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
-        safe = tl.minimum(rows, end - 1)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for i in range(0, I, BLOCK_K):
-            a = x.load([row, i]) if TMA else row_tile(x, safe, i, I, BLOCK_K)
-            acc = dot(a, weight_tile(w, expert, o, i, O, I, OUT_FIRST, TMA, BLOCK_N, BLOCK_K), acc)
         os = o + tl.arange(0, BLOCK_N)
         y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * O + os[None, :]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (os < O)[None, :])
@@ -113,22 +134,22 @@ def _rows_kernel(
 @triton.jit
 def _weight_grad_kernel(
     a, b, out_ptr, offsets_ptr, split,
-    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out_EMN[e] = a[rows].T @ b[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
+    """out_EOI[e] = a_NO[rows].T @ b_NI[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
 
     Ragged TMA descriptors read zeros past the expert's last row; without TMA such rows are masked.
     """
-    row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    row_tiles: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
+    column_tiles: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), E * split * row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         part = tile // (row_tiles * column_tiles)
         expert = part // split
-        m = (tile // column_tiles % row_tiles) * BLOCK_M
-        n = (tile % column_tiles) * BLOCK_N
-        ms = m + tl.arange(0, BLOCK_M)
-        ns = n + tl.arange(0, BLOCK_N)
+        o = (tile // column_tiles % row_tiles) * BLOCK_M
+        i = (tile % column_tiles) * BLOCK_N
+        os = o + tl.arange(0, BLOCK_M)
+        ks = i + tl.arange(0, BLOCK_N)
         begin = tl.load(offsets_ptr + expert)
         end = tl.load(offsets_ptr + expert + 1)
         share = (end - begin + split * BLOCK_K - 1) // (split * BLOCK_K) * BLOCK_K
@@ -137,22 +158,22 @@ def _weight_grad_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for row in range(begin, end, BLOCK_K):
             if TMA:
-                a_tile = load_ragged(a, begin, end - begin, [row - begin, m])
-                b_tile = load_ragged(b, begin, end - begin, [row - begin, n])
+                a_tile = load_ragged(a, begin, end - begin, [row - begin, o])
+                b_tile = load_ragged(b, begin, end - begin, [row - begin, i])
             else:
                 rows = row + tl.arange(0, BLOCK_K).to(tl.int64)[:, None]
-                a_tile = tl.load(a + rows * M + ms, mask=(rows < end) & (ms < M)[None, :], other=0.0)
-                b_tile = tl.load(b + rows * N + ns, mask=(rows < end) & (ns < N)[None, :], other=0.0)
+                a_tile = tl.load(a + rows * O + os, mask=(rows < end) & (os < O)[None, :], other=0.0)
+                b_tile = tl.load(b + rows * I + ks, mask=(rows < end) & (ks < I)[None, :], other=0.0)
             acc = dot(a_tile.T, b_tile, acc)
-        # The shares of one expert are E * M * N apart, so that their sum is one over the leading axis.
-        out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (M * N)
-        out_ptrs = out + ms.to(tl.int64)[:, None] * N + ns[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+        # The shares of one expert are E * O * I apart: a sum over the leading axis adds them.
+        out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (O * I)
+        out_ptrs = out + os.to(tl.int64)[:, None] * I + ks[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(os < O)[:, None] & (ks < I)[None, :])
 
 
 @triton.jit
 def _gather_kernel(
-    x_ptr, order_ptr, out_ptr, N,
+    x_ptr, gather_idx_ptr, out_ptr, N,
     D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[n] = x[token of n]."""
@@ -160,33 +181,33 @@ def _gather_kernel(
     rows = tl.program_id(0) // column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (ds < D)[None, :]
-    tokens = (tl.load(order_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
+    tokens = (tl.load(gather_idx_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
     x = tl.load(x_ptr + tokens[:, None] * D + ds[None, :], mask=mask)
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + ds[None, :], x, mask=mask)
 
 
 @torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
-def gather_rows(x_TD: Tensor, order: Tensor) -> Tensor:
+def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
     """x_ND: the token's row of x for each expert-sorted row.
 
     The GEMMs load their tiles of this copy by TMA. GEMMs that gather rows themselves, by cp.async, avoid the copy but
     take up to 1.4 times as long (bench/LOG.md, 2026-11-26).
     """
-    (_, D), N = x_TD.shape, order.numel()
+    (_, D), N = x_TD.shape, gather_idx.numel()
     x_ND = x_TD.new_empty(N, D)
     if N:
         block_d = min(256, triton.next_power_of_2(D))
         block_n = 1024 // block_d
         with torch.cuda.device_of(x_TD):
             _gather_kernel[(triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
-                x_TD, order, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_N=block_n, BLOCK_D=block_d
+                x_TD, gather_idx, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_N=block_n, BLOCK_D=block_d
             )
     return x_ND
 
 
 @gather_rows.register_fake
-def _(x_TD, order):
-    return x_TD.new_empty(order.shape[0], x_TD.shape[1])
+def _(x_TD, gather_idx):
+    return x_TD.new_empty(gather_idx.shape[0], x_TD.shape[1])
 
 
 def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -211,10 +232,11 @@ def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> T
     config, tma = choose("rows", device, (E, I, O, int(out_first)), I, x_NI, w)
     x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k]) if tma else x_NI
     block = (config.block_n, config.block_k) if out_first else (config.block_k, config.block_n)
+    layout = "EOI" if out_first else "EIO"
     with torch.cuda.device_of(x_NI):
         _rows_kernel[persistent_grid(device, config, N, E, O)](
             x, weight_operand(w, tma, *block), y_NO, offsets,
-            E=E, I=I, O=O, OUT_FIRST=out_first, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
+            E=E, I=I, O=O, LAYOUT=layout, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
         )  # fmt: skip
     return y_NO
 
@@ -226,35 +248,35 @@ def _(x_NI, w, offsets, out_first):
 
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
 def grouped_weight_grad(
-    a_NM: Tensor, b_NI: Tensor, offsets: Tensor, order: Tensor | None, dtype: torch.dtype
+    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """out_EMI[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
+    """out_EOI[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
 
-    With `order`, b is [T, I], and its rows are gathered. Here, as torch.compile would find that backward needs what
-    forward has gathered already, and keep it.
+    With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
+    find the same rows in the forward pass and keep them for backward.
     """
-    (N, M), I, E = a_NM.shape, b_NI.shape[1], offsets.numel() - 1
+    (N, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
     if N == 0:
-        return a_NM.new_zeros((E, M, I), dtype=dtype)
-    b_NI = b_NI if order is None else gather_rows(b_NI, order)
-    device = device_of(a_NM)
-    config, tma = choose("weight_grad", device, (E, M, I), 0, a_NM, b_NI)
-    a, b, split = a_NM, b_NI, config.split
+        return a_NO.new_zeros((E, O, I), dtype=dtype)
+    b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
+    device = device_of(a_NO)
+    config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
+    a, b, split = a_NO, b_NI, config.split
     if tma:
-        a = create_ragged_descriptor(a_NM, [config.block_k, config.block_m])
+        a = create_ragged_descriptor(a_NO, [config.block_k, config.block_m])
         b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
-    out = a_NM.new_empty((split, E, M, I), dtype=dtype if split == 1 else torch.float32)
-    tiles = E * split * triton.cdiv(M, config.block_m) * triton.cdiv(I, config.block_n)
-    with torch.cuda.device_of(a_NM):
+    out = a_NO.new_empty((split, E, O, I), dtype=dtype if split == 1 else torch.float32)
+    tiles = E * split * triton.cdiv(O, config.block_m) * triton.cdiv(I, config.block_n)
+    with torch.cuda.device_of(a_NO):
         _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            a, b, out, offsets, split, E=E, M=M, N=I, TMA=tma, **config.blocks()
+            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, **config.blocks()
         )
     return out[0] if split == 1 else out.sum(dim=0).to(dtype)
 
 
 @grouped_weight_grad.register_fake
-def _(a_NM, b_NI, offsets, order, dtype):
-    return a_NM.new_empty((offsets.numel() - 1, a_NM.shape[1], b_NI.shape[1]), dtype=dtype)
+def _(a_NO, b_NI, offsets, gather_idx, dtype):
+    return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -273,11 +295,7 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
-    """y_NF: every expert-sorted row times its expert's weight, y[n] = w[e] @ x[n] for the rows n of expert e.
-
-    x_ND and w_EFD are contiguous and of one dtype, bf16, fp16 or fp32; sums are fp32. Experts without rows are fine.
-    Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
-    """
+    """`ops.grouped_gemm` on contiguous tensors."""
     check_launch("grouped_gemm", x_ND=x_ND, w_EFD=w_EFD)
     check_grouped_gemm(x_ND, w_EFD, plan)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)

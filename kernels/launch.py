@@ -15,6 +15,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 
 
+# Programs of a kernel whose sums a second kernel adds: few enough that 256 x 256 of them take 5 µs to read.
+MAX_PROGRAMS = 256
+
+
 class Device(NamedTuple):
     """What decides a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: SMs or compute units."""
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .autograd import first_order
 from .contract import MoEOutput, check_moe
+from .dispatch import build_plan
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
 from .launch import check_launch
 from .router import router_logits_forward, router_weight_grad
-from .routing import plan, route, route_backward
+from .routing import route, route_backward
 from .swiglu import swiglu_backward, swiglu_forward
 
 
@@ -26,26 +27,26 @@ class _MoE(torch.autograd.Function):
         weights = (w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
         w13, w2, shared_w13, shared_w2 = (w.to(x_TD.dtype) for w in weights)
         logits_TE = router_logits_forward(x_TD, router_ED)
-        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE, force)
-        order, inverse_TK, offsets = plan(experts_TK, router_ED.shape[0])
+        topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E = route(logits_TE, force)
+        gather_idx, scatter_idx_TK, offsets = build_plan(topk_ids_TK, router_ED.shape[0])
         gate_up_T2W = x_TD @ shared_w13.t()
         shared_act_TW = swiglu_forward(gate_up_T2W)
         shared_TD = shared_act_TW @ shared_w2.t()
-        h_N2F, act_NF = expert_up(x_TD, w13, order, offsets, with_grad)
-        y_TD = expert_down(act_NF, w2, weights_TK, inverse_TK, offsets, shared_TD, residual_TD)
-        ctx.mark_non_differentiable(counts_E)
+        h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_grad)
+        y_TD = expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residual_TD)
+        ctx.mark_non_differentiable(tokens_per_expert_E)
         if with_grad:
-            routing = (logits_TE, weights_TK, experts_TK, counts_E, order, inverse_TK, offsets)
+            routing = (logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets)
             shared = (gate_up_T2W, shared_act_TW, shared_w13, shared_w2)
             ctx.save_for_backward(x_TD, router_ED, *routing, h_N2F, w13, w2, *shared)
             ctx.dtypes = [w.dtype for w in (router_ED, *weights)]
-        return y_TD, z_loss, balance_loss, counts_E
+        return y_TD, z_loss, balance_loss, tokens_per_expert_E
 
     @staticmethod
     @first_order("moe")
     def backward(ctx, dy_TD, dz, dbalance, _counts):
         x_TD, router_ED, *routing, h_N2F, w13, w2, gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = ctx.saved_tensors
-        logits_TE, weights_TK, experts_TK, counts_E, order, inverse_TK, offsets = routing
+        logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets = routing
         need_x, *need_weights, need_residual = ctx.needs_input_grad[:7]
         dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, need_weights, strict=True)]
         router_dtype, dtype13, dtype2, shared_dtype13, shared_dtype2 = dtypes
@@ -57,14 +58,14 @@ class _MoE(torch.autograd.Function):
             dshared_w13 = (dgate_up_T2W.t() @ x_TD).to(shared_dtype13)
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
-        rows_ND, dweights_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, weights_TK, order, offsets, w13, w2, dtype13, dtype2
+        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
+            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2, dtype13, dtype2
         )
-        dlogits_TE = route_backward(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance)
+        dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
         if router_dtype:
             drouter_ED = router_weight_grad(dlogits_TE, x_TD).to(router_dtype)
         if need_x:
-            dx_TD = token_grad(rows_ND, inverse_TK, dgate_up_T2W @ shared_w13, dlogits_TE, router_ED)
+            dx_TD = token_grad(rows_ND, scatter_idx_TK, dgate_up_T2W @ shared_w13, dlogits_TE, router_ED)
         dresidual_TD = dy_TD if need_residual else None
         return dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD, None, None
 
@@ -79,14 +80,7 @@ def moe(
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    """The layer's output with the router's losses and counts; step by step it is `reference.moe`.
-
-    x_TD and residual_TD are of one dtype, bf16, fp16 or fp32, which is the output's. All weights may be of any of the
-    three and get gradients in their own; the experts' (gate rows w1 first, then up rows w3) are cast to x's dtype.
-    2 <= E <= 256. All contiguous. For backward it keeps x, logits, routing and plan, and the pre-activations:
-    2 D + 8 F + 6 W bytes a token in bf16, and 4 E + 32 more; and the weights in x's dtype. Deterministic. Raises
-    ValueError for other dtypes, shapes, devices or strides, and names the argument.
-    """
+    """`ops.moe` on contiguous tensors; `torch_ops.moe` shows the layer step by step."""
     names = ("router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW")
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     check_launch("moe", x_TD=x_TD, **dict(zip(names, weights, strict=True)), residual_TD=residual_TD)

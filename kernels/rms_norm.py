@@ -153,15 +153,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
-
-    Returns `(norm, sum)`. With a `residual` the sum is x + residual, rounded to the dtype before it is normed; without
-    one it is x itself. Who goes on with the sum, and not with x, has its gradient added to the norm's in one kernel.
-
-    x: (..., D), contiguous, bf16, fp16 or fp32, D of at most 64 KiB. weight: (D,), any of these dtypes, cast to x's;
-    its gradient is summed in fp32 and has its own dtype. residual: like x. Backward keeps the (summed) input and 4
-    bytes a row. Raises ValueError for anything else, and for a device that Triton can't run on.
-    """
+    """`ops.rms_norm` on contiguous tensors. Backward keeps the (summed) input and 4 bytes per row."""
     check_launch("rms_norm", x=x, weight=weight, residual=residual)
     check_rms_norm(x, weight, residual)
     D = x.shape[-1]

@@ -154,13 +154,9 @@ class _SplitRope(torch.autograd.Function):
 
 
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
+    """`ops.rope`. q and k may be views of one qkv tensor: only their last axis must be contiguous.
 
-    q_BSHC, k_BSGC: one dtype of bf16, fp16 and fp32, an even head_dim C, last axis contiguous, other strides as they
-    come: views of one qkv tensor are read in place. cos_SC, sin_SC: one dtype, fp32 for its precision, contiguous, the
-    angles of the S positions; both halves must be alike, as only the first is read, and they get no gradient. Computed
-    in fp32. Returns new contiguous tensors. Raises ValueError for anything else, and for a device that Triton can't
-    run on.
+    Only the first half of cos_SC and sin_SC is read. The results are new contiguous tensors.
     """
     check_launch("rope", contiguous=False, q_BSHC=q_BSHC, k_BSGC=k_BSGC)
     check_launch("rope", cos_SC=cos_SC, sin_SC=sin_SC)
@@ -169,15 +165,10 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
 
 
 def split_rope(
-    qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
+    qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q_BSHC, k_BSGC and v_BSGC of one qkv, which has the query heads first, then the key, then the value heads.
-
-    q and k are rotated as by `rope`, new and contiguous; v is a view. The gradient of qkv is written by one kernel.
-    qkv_BSNC: N = H + 2 G, of H = num_heads and G = num_kv_heads; otherwise, and cos_SC and sin_SC, as `rope` takes
-    them. Raises ValueError for anything else, and for a device that Triton can't run on.
-    """
-    check_launch("split_rope", contiguous=False, qkv_BSNC=qkv_BSNC)
+    """`ops.split_rope`. Only the last axis of qkv_BSAC must be contiguous."""
+    check_launch("split_rope", contiguous=False, qkv_BSAC=qkv_BSAC)
     check_launch("split_rope", cos_SC=cos_SC, sin_SC=sin_SC)
-    check_split_rope(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)
-    return _SplitRope.apply(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)
+    check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
+    return _SplitRope.apply(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)

@@ -195,11 +195,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32, of an x in any dtype: bf16 logits would tie.
-
-    x_TD, weight_ED: each bf16, fp16 or fp32, the weight fp32 for its precision; contiguous. Deterministic. An infinite
-    value may give NaN. Raises ValueError for other dtypes, shapes, devices or strides, and names the argument.
-    """
+    """`ops.router_logits` on contiguous tensors. An infinite value may give NaN."""
     check_launch("router_logits", x_TD=x_TD, weight_ED=weight_ED)
     check_router_logits(x_TD, weight_ED)
     return _RouterLogits.apply(x_TD, weight_ED)

@@ -1,10 +1,9 @@
-"""Fused top-2 routing, and the plan that sorts the assignments by expert; nothing syncs with the host, and no atomics.
+"""Fused top-2 routing, without a host sync and without atomics.
 
-Legend: T tokens, E experts, K = 2, N = T * K assignments, B programs.
+Legend: T tokens, E experts, K = 2, B programs.
 
-Routing reads the logits once: a program writes its tokens' weights and experts, and its sums for the two losses; a
-second kernel adds the programs' sums in a fixed order. The plan is a stable counting sort: each program counts its
-assignments of each expert, and then places them after those of the programs before it.
+The logits are read once: a program writes its tokens' scores and expert ids, and its sums for the two losses; a second
+kernel adds the programs' sums in a fixed order.
 """
 
 from math import nan
@@ -15,11 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .contract import TOP_K, Plan, Routing, check_dispatch_plan, check_route_top2
-from .launch import check_launch
-
-# At most this many programs, so that the second kernel of each pair reads few sums: 256 x 256 of them take 5 µs.
-MAX_PROGRAMS = 256
+from .contract import TOP_K, Routing, check_route_top2
+from .launch import MAX_PROGRAMS, check_launch
 
 
 @triton.jit
@@ -33,7 +29,7 @@ def _softmax(logits, mask):
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, weights_ptr, experts_ptr, squares_ptr, probabilities_ptr, counts_ptr, T,
+    logits_ptr, topk_scores_ptr, topk_ids_ptr, squares_ptr, probabilities_ptr, counts_ptr, T,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
     FORCE_LOAD_BALANCE: tl.constexpr,
 ):  # fmt: skip
@@ -62,10 +58,10 @@ def _route_kernel(
         is_second = es[None, :] == second[:, None]
         gap = tl.sum(tl.where(is_second, logits, 0.0), axis=1) - tl.sum(tl.where(is_first, logits, 0.0), axis=1)
         exp_gap = tl.exp(gap)  # gap <= 0
-        tl.store(weights_ptr + 2 * ts, 1 / (1 + exp_gap), mask=inside)
-        tl.store(weights_ptr + 2 * ts + 1, exp_gap / (1 + exp_gap), mask=inside)
-        tl.store(experts_ptr + 2 * ts, first, mask=inside)
-        tl.store(experts_ptr + 2 * ts + 1, second, mask=inside)
+        tl.store(topk_scores_ptr + 2 * ts, 1 / (1 + exp_gap), mask=inside)
+        tl.store(topk_scores_ptr + 2 * ts + 1, exp_gap / (1 + exp_gap), mask=inside)
+        tl.store(topk_ids_ptr + 2 * ts, first, mask=inside)
+        tl.store(topk_ids_ptr + 2 * ts + 1, second, mask=inside)
         softmax, logsumexp = _softmax(logits, (es < E)[None, :])
         squares += tl.where(inside, logsumexp * logsumexp, 0.0)
         probabilities += tl.sum(tl.where(mask, softmax, 0.0), axis=0)
@@ -103,7 +99,7 @@ def _route_sums_kernel(
 
 @triton.jit
 def _route_backward_kernel(
-    logits_ptr, experts_ptr, counts_ptr, dweights_ptr, dz_ptr, dbalance_ptr, dlogits_ptr, T,
+    logits_ptr, topk_ids_ptr, counts_ptr, dtopk_scores_ptr, dz_ptr, dbalance_ptr, dlogits_ptr, T,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """dlogits through the weights, the z-loss and the balance loss, each token's from its logits alone.
@@ -117,12 +113,12 @@ def _route_backward_kernel(
     mask = inside[:, None] & (es < E)[None, :]
     tile = ts.to(tl.int64)[:, None] * E + es[None, :]
     logits = tl.load(logits_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-    is_first = es[None, :] == tl.load(experts_ptr + 2 * ts, mask=inside, other=0)[:, None]
-    is_second = es[None, :] == tl.load(experts_ptr + 2 * ts + 1, mask=inside, other=1)[:, None]
+    is_first = es[None, :] == tl.load(topk_ids_ptr + 2 * ts, mask=inside, other=0)[:, None]
+    is_second = es[None, :] == tl.load(topk_ids_ptr + 2 * ts + 1, mask=inside, other=1)[:, None]
     gap = tl.sum(tl.where(is_second, logits, 0.0), axis=1) - tl.sum(tl.where(is_first, logits, 0.0), axis=1)
     exp_gap = tl.exp(gap)
-    dgap = tl.load(dweights_ptr + 2 * ts, mask=inside, other=0.0)
-    dgap -= tl.load(dweights_ptr + 2 * ts + 1, mask=inside, other=0.0)
+    dgap = tl.load(dtopk_scores_ptr + 2 * ts, mask=inside, other=0.0)
+    dgap -= tl.load(dtopk_scores_ptr + 2 * ts + 1, mask=inside, other=0.0)
     dgap *= exp_gap / ((1 + exp_gap) * (1 + exp_gap))
     softmax, logsumexp = _softmax(logits, (es < E)[None, :])
     tokens = 1.0 * T  # a T of 1 is a constant, which has no .to
@@ -145,27 +141,27 @@ def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
 
 @torch.library.custom_op("acceleron_triton::route_top2", mutates_args=())
 def route(logits_TE: Tensor, force_load_balance: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """weights_TK, experts_TK, z_loss, balance_loss and counts_E of `Routing`."""
+    """topk_scores_TK, topk_ids_TK, z_loss, balance_loss and tokens_per_expert_E of `Routing`."""
     T, E = logits_TE.shape
     fp32, int32 = (dict(dtype=dtype, device=logits_TE.device) for dtype in (torch.float32, torch.int32))
-    weights_TK, experts_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
+    topk_scores_TK, topk_ids_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
     z_loss, balance_loss = torch.empty((), **fp32), torch.empty((), **fp32)
-    counts_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
+    tokens_per_expert_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
     if T == 0:  # means of nothing
-        return weights_TK, experts_TK, z_loss.fill_(nan), balance_loss.fill_(nan), counts_E.zero_()
+        return topk_scores_TK, topk_ids_TK, z_loss.fill_(nan), balance_loss.fill_(nan), tokens_per_expert_E.zero_()
     programs, blocks, sizes = _route_blocks(T, E)
     squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)
     counts = torch.empty(programs, E, **int32)
     with torch.cuda.device_of(logits_TE):
         _route_kernel[(programs,)](
-            logits_TE, weights_TK, experts_TK, squares, probabilities, counts, T, **sizes, BLOCKS=blocks,
+            logits_TE, topk_scores_TK, topk_ids_TK, squares, probabilities, counts, T, **sizes, BLOCKS=blocks,
             FORCE_LOAD_BALANCE=force_load_balance,
         )  # fmt: skip
         _route_sums_kernel[(1,)](
-            squares, probabilities, counts, z_loss, balance_loss, counts_E, T, programs,
+            squares, probabilities, counts, z_loss, balance_loss, tokens_per_expert_E, T, programs,
             E=E, E_PAD=sizes["E_PAD"], BLOCK_B=sizes["BLOCK_T"],
         )  # fmt: skip
-    return weights_TK, experts_TK, z_loss, balance_loss, counts_E
+    return topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E
 
 
 @route.register_fake
@@ -178,7 +174,12 @@ def _(logits_TE, force_load_balance=False):
 
 @torch.library.custom_op("acceleron_triton::route_top2_backward", mutates_args=())
 def route_backward(
-    logits_TE: Tensor, experts_TK: Tensor, counts_E: Tensor, dweights_TK: Tensor, dz: Tensor, dbalance: Tensor
+    logits_TE: Tensor,
+    topk_ids_TK: Tensor,
+    tokens_per_expert_E: Tensor,
+    dtopk_scores_TK: Tensor,
+    dz: Tensor,
+    dbalance: Tensor,
 ) -> Tensor:
     """dlogits_TE."""
     T, E = logits_TE.shape
@@ -188,126 +189,36 @@ def route_backward(
     _, _, sizes = _route_blocks(T, E)
     with torch.cuda.device_of(logits_TE):
         _route_backward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
-            logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance, dlogits_TE, T, **sizes
+            logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance, dlogits_TE, T, **sizes
         )
     return dlogits_TE
 
 
 @route_backward.register_fake
-def _(logits_TE, experts_TK, counts_E, dweights_TK, dz, dbalance):
+def _(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance):
     return torch.empty_like(logits_TE)
 
 
 class _RouteTop2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE, force_load_balance):
-        weights_TK, experts_TK, z_loss, balance_loss, counts_E = route(logits_TE, force_load_balance)
-        ctx.mark_non_differentiable(experts_TK, counts_E)
-        ctx.save_for_backward(logits_TE, experts_TK, counts_E)
-        return weights_TK, experts_TK, z_loss, balance_loss, counts_E
+        topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E = route(logits_TE, force_load_balance)
+        ctx.mark_non_differentiable(topk_ids_TK, tokens_per_expert_E)
+        ctx.save_for_backward(logits_TE, topk_ids_TK, tokens_per_expert_E)
+        return topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E
 
     @staticmethod
     @first_order("route_top2")
-    def backward(ctx, dweights_TK, _experts, dz, dbalance, _counts):
-        return route_backward(*ctx.saved_tensors, dweights_TK.contiguous(), dz, dbalance), None
+    def backward(ctx, dtopk_scores_TK, _experts, dz, dbalance, _counts):
+        return route_backward(*ctx.saved_tensors, dtopk_scores_TK.contiguous(), dz, dbalance), None
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Top-2 routing of router logits with the router's two losses; formulas and sources are the reference's.
+    """`ops.route_top2` on contiguous logits.
 
-    logits_TE: contiguous [T, E], 2 <= E <= 256, bf16, fp16 or fp32; computed in fp32. Returns `Routing`:
-    weights fp32, experts int32, counts int64. Any logits give two different experts that exist: NaN counts as the
-    largest value, ties go to the lower expert. A row with NaN or inf makes its weights or the losses not finite, as in
-    the reference. Raises ValueError for other dtypes, shapes, devices or strides.
+    Any logits give two different experts that exist. A row with NaN or inf makes its scores or the losses not finite,
+    as in torch_ops.
     """
     check_launch("route_top2", logits_TE=logits_TE)
     check_route_top2(logits_TE)
     return Routing(*_RouteTop2.apply(logits_TE, force_load_balance))
-
-
-@triton.jit
-def _count_kernel(
-    experts_ptr, counts_ptr, N, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """How many of this program's assignments went to each expert."""
-    es = tl.arange(0, E_PAD)
-    counts = tl.zeros((E_PAD,), dtype=tl.int32)
-    for block in range(BLOCKS):
-        ns = (tl.program_id(0) * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
-        experts = tl.load(experts_ptr + ns, mask=ns < N, other=-1)
-        counts += tl.sum((experts[:, None] == es[None, :]).to(tl.int32), axis=0)
-    tl.store(counts_ptr + tl.program_id(0) * E + es, counts, mask=es < E)
-
-
-@triton.jit
-def _place_kernel(
-    experts_ptr, counts_ptr, order_ptr, inverse_ptr, offsets_ptr, N, B,
-    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """The row of each assignment: after other experts', then earlier programs', then its earlier peers of this one."""
-    program = tl.program_id(0)
-    es = tl.arange(0, E_PAD)
-    total = tl.zeros((E_PAD,), dtype=tl.int32)
-    before = tl.zeros((E_PAD,), dtype=tl.int32)
-    for start in range(0, B, BLOCK_N):
-        bs = start + tl.arange(0, BLOCK_N)
-        mask = (bs < B)[:, None] & (es < E)[None, :]
-        counts = tl.load(counts_ptr + bs[:, None] * E + es[None, :], mask=mask, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((bs < program)[:, None], counts, 0), axis=0)
-    ends = tl.cumsum(total, axis=0)
-    if program == 0:
-        tl.store(offsets_ptr, 0)
-        tl.store(offsets_ptr + 1 + es, ends, mask=es < E)
-    next_row = ends - total + before
-    for block in range(BLOCKS):
-        ns = (program * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
-        experts = tl.load(experts_ptr + ns, mask=ns < N, other=-1)
-        mine = experts[:, None] == es[None, :]
-        ranks = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        rows = tl.sum(tl.where(mine, next_row[None, :] + ranks, 0), axis=1)
-        tl.store(inverse_ptr + ns, rows, mask=ns < N)
-        tl.store(order_ptr + rows, ns, mask=ns < N)
-        next_row += tl.sum(mine.to(tl.int32), axis=0)
-
-
-@torch.library.custom_op("acceleron_triton::dispatch_plan", mutates_args=())
-def plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """order, inverse_TK and offsets of `Plan`."""
-    N, E = experts_TK.numel(), num_experts
-    int32 = dict(dtype=torch.int32, device=experts_TK.device)
-    order, inverse_TK, offsets = (torch.empty(s, **int32) for s in (N, experts_TK.shape, E + 1))
-    if N == 0:
-        return order, inverse_TK, offsets.zero_()
-    e_pad = triton.next_power_of_2(E)
-    block_n = min(4096 // e_pad, 512)
-    blocks = triton.next_power_of_2(triton.cdiv(N, block_n * MAX_PROGRAMS))
-    programs = triton.cdiv(N, block_n * blocks)
-    counts = torch.empty(programs, E, **int32)
-    sizes = dict(E=E, E_PAD=e_pad, BLOCK_N=block_n, BLOCKS=blocks)
-    with torch.cuda.device_of(experts_TK):
-        _count_kernel[(programs,)](experts_TK, counts, N, **sizes)
-        _place_kernel[(programs,)](experts_TK, counts, order, inverse_TK, offsets, N, programs, **sizes)
-    return order, inverse_TK, offsets
-
-
-@plan.register_fake
-def _(experts_TK, num_experts):
-    shapes = (experts_TK.numel(), experts_TK.shape, num_experts + 1)
-    return tuple(experts_TK.new_empty(shape, dtype=torch.int32) for shape in shapes)
-
-
-def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
-    """The stable expert-sorted order of all assignments, on the device.
-
-    experts_TK: contiguous int32 or int64 [T, 2]; its values must be in 0..num_experts-1, which is not checked, as that
-    would wait for the device. Raises ValueError for other dtypes, shapes, devices, strides or more than 256 experts.
-    """
-    check_launch("dispatch_plan", experts_TK=experts_TK)
-    check_dispatch_plan(experts_TK, num_experts)
-    return Plan(*plan(experts_TK, num_experts))
-
-
-ROUTING_OPS = frozenset(
-    {torch.ops.acceleron_triton.route_top2.default, torch.ops.acceleron_triton.dispatch_plan.default}
-)

@@ -108,12 +108,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020).
-
-    gate_up_N2F: (..., 2F), contiguous, bf16, fp16 or fp32; computed in fp32. Returns (..., F) in its dtype. Backward
-    keeps gate_up_N2F and nothing else. Raises ValueError for any other dtype, an odd last axis, other strides, and a
-    device that Triton can't run on.
-    """
+    """`ops.swiglu` on a contiguous tensor. Backward keeps gate_up_N2F and nothing else."""
     check_launch("swiglu", gate_up_N2F=gate_up_N2F)
     check_swiglu(gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from acceleron import ModelConfig
+from acceleron.checkpoint import FORMAT, load_checkpoint
 from acceleron.data import Shards
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
-from acceleron.training.checkpoint import FORMAT, load_checkpoint
 from acceleron.training.resume import warn_of_changes
 from acceleron.training.run import Run
 from acceleron.training.saver import Saver

@@ -28,11 +28,11 @@ from hostile_files import (
 )
 
 from acceleron import Acceleron, ModelConfig
+from acceleron.checkpoint import load_checkpoint
 from acceleron.config import LIMITS
 from acceleron.data import Loader, Shards, validation_batches
 from acceleron.data.tokenizer import TextBytes, load_tokenizer
 from acceleron.errors import InputError
-from acceleron.training.checkpoint import load_checkpoint
 
 CASES = int(os.environ.get("FUZZ_CASES", 2400))
 SHARES = {"archives": 0.3, "checkpoints": 0.15, "configs": 0.15, "tokenizers": 0.2, "shards": 0.2}

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acceleron import Acceleron, ModelConfig, kernels
-from acceleron import model as model_module
+from acceleron import Acceleron, ModelConfig, ops
 from acceleron.errors import InputError
 
 TABLE = {"tiny": (110e6, 75e6), "small": (350e6, 150e6), "medium": (1e9, 400e6), "large": (2e9, 700e6)}
@@ -52,13 +51,13 @@ def test_output_without_and_with_labels():
     torch.testing.assert_close(output.cross_entropy, shifted)
     objective = output.cross_entropy + 1e-3 * output.z_loss + 1e-2 * output.balance_loss
     torch.testing.assert_close(output.loss, objective)
-    assert output.counts_LE.sum(dim=1).tolist() == [64, 64]  # two layers; 32 tokens, 2 experts each
+    assert output.tokens_per_expert_LE.sum(dim=1).tolist() == [64, 64]  # two layers; 32 tokens, 2 experts each
     assert output.balance_loss > 1.9  # a sum over two layers, each 1 when balanced
 
 
 def test_dense_twin_has_no_router_losses():
     output = small_model(dense=True)(ids := token_ids(2, 16), labels=ids)
-    assert (output.z_loss, output.balance_loss, output.counts_LE) == (0, 0, None)
+    assert (output.z_loss, output.balance_loss, output.tokens_per_expert_LE) == (0, 0, None)
     assert torch.equal(output.loss, output.cross_entropy)
 
 
@@ -228,16 +227,16 @@ def test_recomputation_never_sends_a_token_elsewhere(monkeypatch, saved):
             block.moe.router.normal_(std=1e-7)
     _, expected = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
-    plain_route, calls = kernels.reference.route_top2, []
+    plain_route, calls = ops.torch_ops.route_top2, []
 
     def perturbed(logits, force_load_balance):
         calls.append(1)
         second_pass = len(calls) > model.config.num_layers
         return plain_route(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
 
-    monkeypatch.setattr(kernels.reference, "route_top2", perturbed)
+    monkeypatch.setattr(ops.torch_ops, "route_top2", perturbed)
     if not saved:
-        monkeypatch.setattr(model_module.kernels, "ROUTING_OPS", frozenset())
+        monkeypatch.setattr(ops, "ROUTING_OPS", frozenset())
     _, gradients = loss_and_gradients(model, ids)
     assert len(calls) == 2 * model.config.num_layers
     w2 = [i for i, (name, _) in enumerate(model.named_parameters()) if name.endswith("w2_EDF")]
@@ -297,7 +296,7 @@ def test_the_routed_experts_begin_with_the_contribution_of_the_dense_twins_same_
     x, width = torch.randn(512, config.d_model), 2 * config.d_ff
 
     def mlp(w13, w2):
-        return F.linear(kernels.swiglu(F.linear(x, w13)), w2)
+        return F.linear(ops.swiglu(F.linear(x, w13)), w2)
 
     with torch.no_grad():
         routed = 0.5 * mlp(moe.w13_E2FD[0], moe.w2_EDF[0]) + 0.5 * mlp(moe.w13_E2FD[1], moe.w2_EDF[1])

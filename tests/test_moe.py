@@ -82,8 +82,8 @@ def test_forced_balance_is_for_training_alone():
     learned = MoE(CONFIG)
     forced = MoE(dataclasses.replace(CONFIG, debug_force_load_balance=True))
     forced.load_state_dict(learned.state_dict())
-    assert forced(x)[1].counts_E.tolist() == [12] * 5
-    assert learned(x)[1].counts_E.tolist() != [12] * 5
+    assert forced(x)[1].tokens_per_expert_E.tolist() == [12] * 5
+    assert learned(x)[1].tokens_per_expert_E.tolist() != [12] * 5
     assert torch.equal(forced.eval()(x)[0], learned(x)[0])
 
 
@@ -93,7 +93,7 @@ def test_moe_stands_alone_in_another_model():
     y, stats = moe(torch.randn(2, 3, 4, 16, dtype=torch.bfloat16))
     assert y.shape == (2, 3, 4, 16)
     assert y.dtype == torch.bfloat16
-    assert stats.counts_E.sum() == 2 * 24
+    assert stats.tokens_per_expert_E.sum() == 2 * 24
     net = torch.nn.Sequential(torch.nn.Linear(16, 16), moe)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     x, target = torch.randn(64, 16), torch.randn(64, 16)
@@ -117,4 +117,4 @@ def test_router_computes_in_fp32_whatever_the_activations():
         moe.router[:3, 0] = torch.tensor([1.0, 1 + 2**-9, 1 + 2**-10])
     x = torch.zeros(1, 16, dtype=torch.bfloat16)
     x[0, 0] = 1
-    assert moe(x)[1].counts_E.tolist() == [0, 1, 1, 0, 0]
+    assert moe(x)[1].tokens_per_expert_E.tolist() == [0, 1, 1, 0, 0]

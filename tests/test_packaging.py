@@ -24,7 +24,7 @@ assert kernels.get_kernel() == "theirs"
 assert not hasattr(kernels, "swiglu")
 assert acceleron.kernels.swiglu and acceleron.kernels.__name__ == "acceleron.kernels"
 import torch
-assert torch.ops.acceleron.top2_experts.default in acceleron.kernels.ROUTING_OPS  # not registered a second time
+assert torch.ops.acceleron.top2_experts.default in acceleron.ops.ROUTING_OPS  # not registered a second time
 """
 
 

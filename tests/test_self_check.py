@@ -1,16 +1,16 @@
 """The check of a kernel backend: what passes it, what fails it, and what train() does then."""
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from acceleron import ModelConfig, kernels
+from acceleron import ModelConfig, ops
 from acceleron.config import PRESETS
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
+from acceleron.kernels import moe
 from acceleron.self_check import check_gradients
 from acceleron.training import TrainOptions, train
 
@@ -19,12 +19,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=24, d_ff_shared=20
 )
-moe = importlib.import_module("acceleron.kernels.moe")
 
 
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
-    monkeypatch.setattr(kernels, "_choice", kernels._choice)
+    monkeypatch.setattr(ops, "_backend", ops._backend)
 
 
 def check(backend="triton", dtype=torch.float32, config=CONFIG, **how):
@@ -77,11 +76,11 @@ def test_nan_fails(monkeypatch):
 
 
 def test_a_check_leaves_no_trace():
-    kernels.select("triton", DEVICE)
+    ops.set_backend("triton", DEVICE)
     before = torch.get_rng_state()
     check("reference")
     assert torch.equal(torch.get_rng_state(), before)
-    assert kernels.uses_triton(DEVICE, torch.float32)
+    assert ops.uses_triton(DEVICE, torch.float32)
 
 
 # --- in train() ---
@@ -91,8 +90,8 @@ def test_a_check_leaves_no_trace():
 def options(monkeypatch, tmp_path):
     """Of a run of one step in which "auto" selects Triton, as on a GPU."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=2, max_seq_len=32))
-    select = kernels.select
-    monkeypatch.setattr(kernels, "select", lambda choice, device: select(choice.replace("auto", "triton"), device))
+    select = ops.set_backend
+    monkeypatch.setattr(ops, "set_backend", lambda choice, device: select(choice.replace("auto", "triton"), device))
     data = tmp_path / "data"
     data.mkdir()
     np.save(data / "shard_00000.npy", np.random.default_rng(0).integers(64, size=(8, 24)).astype(np.int32))

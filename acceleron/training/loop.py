@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import kernels
+from .. import ops
 from ..attention import attention_name
+from ..checkpoint import FORMAT
 from ..config import ModelConfig, round_up
 from ..data import Shards, validation_loader
 from ..data.shards import METADATA
@@ -24,7 +25,6 @@ from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, file_erro
 from ..files import replacing
 from ..log import say
 from ..self_check import require_correct_kernels
-from .checkpoint import FORMAT
 from .lock import DirectoryLock
 from .metrics import Metrics, describe, flops_per_token
 from .options import TrainOptions
@@ -78,7 +78,7 @@ class Trainer:
         self.device = resolve_device(options.device)
         dtype = resolve_dtype(options.dtype, self.device)
         try:
-            provider = kernels.select(options.kernels, self.device)
+            provider = ops.set_backend(options.kernels, self.device)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.resumed_from, checkpoint = checkpoint_of(options)
@@ -118,7 +118,7 @@ class Trainer:
     def check_kernels(self):
         """Raises InputError if --kernels auto selects Triton and its gradients are wrong on this device."""
         options, model = self.options, self.run.model
-        if options.kernels == "auto" and kernels.uses_triton(self.device, model.compute_dtype):
+        if options.kernels == "auto" and ops.uses_triton(self.device, model.compute_dtype):
             about = (model.config, self.device, model.compute_dtype)
             require_correct_kernels(*about, options.batch_size, options.seq_len, options.model_size)
 

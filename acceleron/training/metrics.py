@@ -25,18 +25,18 @@ def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -
     return 6 * (active_parameters - norms) + 6 * config.num_layers * config.d_model * seq_len
 
 
-def expert_health(counts_LE: Tensor) -> dict:
+def expert_health(tokens_per_expert_LE: Tensor) -> dict:
     """Of the assignments since the last log line: shares are of one layer's assignments, over all layers.
 
     Uniform routing has every share 1/E and entropy 1 (it is divided by log E). A dead expert got no token.
     """
-    shares = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)
+    shares = tokens_per_expert_LE.double() / tokens_per_expert_LE.sum(dim=-1, keepdim=True).clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=-1) / torch.tensor(shares.shape[1]).log()
     return {
         "expert_least_share": shares.min().item(),
         "expert_most_share": shares.max().item(),
         "expert_entropy": entropy.mean().item(),
-        "dead_experts": int((counts_LE == 0).sum()),
+        "dead_experts": int((tokens_per_expert_LE == 0).sum()),
     }
 
 

@@ -3,11 +3,11 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ..checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
 from ..config import brief
 from ..data.tokenizer import load_tokenizer
 from ..errors import InputError, did_you_mean, path_error
 from ..log import say
-from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
 from .options import TrainOptions
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..attention import best_sdpa
+from ..checkpoint import is_tensor_of, load_weights, restore_optimizer
 from ..config import ModelConfig
 from ..data import Loader, Shards
 from ..device import deterministic_algorithms, peak_memory, synchronize, total_memory
 from ..errors import InputError, RunFailed
 from ..log import say
 from ..model import Acceleron
-from .checkpoint import is_tensor_of, load_weights, restore_optimizer
 from .guard import Judgement, StepGuard
 from .metrics import expert_health
 from .optimizer import build_optimizer, update
@@ -130,22 +130,22 @@ class Run:
         What fails before the optimizer's update leaves the run as it was, and `whole`.
         """
         self.fetch()
-        losses, counts_LE = torch.zeros_like(self._losses), torch.zeros_like(self._counts_LE)
+        losses, tokens_per_expert_LE = torch.zeros_like(self._losses), torch.zeros_like(self._counts_LE)
         for batch in self.batches:
             input_ids = batch.to(self.device, non_blocking=True)
             output = self.model(input_ids, labels=input_ids)
             (output.loss / self.options.grad_accum).backward()
             parts = (output.cross_entropy, output.z_loss, output.balance_loss)
             losses += torch.stack([loss.detach().double() for loss in parts])
-            if output.counts_LE is not None:
-                counts_LE += output.counts_LE
+            if output.tokens_per_expert_LE is not None:
+                tokens_per_expert_LE += output.tokens_per_expert_LE
         grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         self.whole = False
         self.steps += 1
         self.tokens += self.options.tokens_per_step
         self._grad_norm = grad_norm
-        self._counts_LE += counts_LE
+        self._counts_LE += tokens_per_expert_LE
         position = self._data_state["position"]
         skipped = self.guard.judge(self.steps, position, losses[0] / self.options.grad_accum, self._grad_norm)
         finite = losses.isfinite().all()

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
 from ..errors import InputError
 from ..files import PARTIAL, replacing
 from ..log import say
-from .checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
 
 
 class Outcome(NamedTuple):

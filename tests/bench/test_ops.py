@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from acceleron import ModelConfig, kernels
+from acceleron import ModelConfig
 from acceleron.errors import InputError
+from acceleron.kernels import triton_ops
 from bench import op_cases, op_peers, ops, rows
 from bench.op_cases import GEMMS, OPS
 from bench.op_peers import Provider
@@ -100,9 +101,9 @@ def serve_planted(connection, settings):
     def up(gemm, *args):
         return gemm.ours(*args) if os.environ.get("ACCELERON_NO_TMA") else raises()
 
-    kernels._triton["swiglu"] = raises
-    kernels._triton["rms_norm"] = lambda *args: threading.Event().wait()
-    kernels._triton["rope"] = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    triton_ops.swiglu = raises
+    triton_ops.rms_norm = lambda *args: threading.Event().wait()
+    triton_ops.rope = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     gemm_cases = op_cases.gemm_cases
     op_cases.gemm_cases = lambda *args: [gemm._replace(ours=partial(up, gemm)) for gemm in gemm_cases(*args)]
     SERVE(connection, settings)
@@ -170,7 +171,7 @@ def test_what_passes_is_timed_and_an_absent_peer_is_listed_once(monkeypatch, tmp
 )
 def test_bad_flags_and_interpreted_timings_are_refused(monkeypatch, tmp_path, flags, complaint):
     monkeypatch.setattr("sys.argv", ["ops", *flags, "--output", str(tmp_path)])
-    monkeypatch.setattr(ops.kernels.launch, "INTERPRETED", flags == [])
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(flags == [])))
     with pytest.raises(InputError, match=complaint):
         ops.main()
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from compare import DEVICE, error, randn
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, ops
 from acceleron.generation import Sampling, generate
-from acceleron.kernels import reference
+from acceleron.kernels import torch_ops
 from acceleron.moe import MoE
 
 T, D, E, WIDTH, V = 12, 32, 4, 16, 40
@@ -17,14 +17,14 @@ BACKENDS = ("reference", "triton")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    with kernels.selected(request.param, torch.device(DEVICE)):
+    with ops.using_backend(request.param, torch.device(DEVICE)):
         yield request.param
 
 
 def calls(dtype=torch.float32) -> dict:
     """For each op a function of x that returns a floating tensor, and x; other operands are constants of the dtype."""
-    routing = reference.route_top2(randn(T, E, seed=1))
-    plan = reference.dispatch_plan(routing.experts_TK, E)
+    routing = torch_ops.route_top2(randn(T, E, seed=1))
+    plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     w13, w2 = (randn(E, 2 * WIDTH, D, seed=2) / D**0.5).to(dtype), (randn(E, D, WIDTH, seed=3) / WIDTH**0.5).to(dtype)
     router, angles = randn(E, D, seed=4, dtype=dtype), randn(5, 4, seed=5)
     labels = torch.arange(T, device=DEVICE)
@@ -33,20 +33,20 @@ def calls(dtype=torch.float32) -> dict:
         return randn(*shape, seed=6, dtype=dtype)
 
     return {
-        "expert_mlp": (lambda x: kernels.expert_mlp(x, routing.weights_TK, plan, w13, w2), x(T, D)),
-        "grouped_gemm": (lambda x: kernels.grouped_gemm(x, w13, plan), x(2 * T, D)),
-        "linear_cross_entropy": (lambda x: kernels.linear_cross_entropy(x, w13.flatten(0, 1), labels), x(T, D)),
-        "moe": (lambda x: kernels.moe(x, router, w13, w2, w13[0], w2[0]).y_TD, x(T, D)),
-        "rms_norm": (lambda x: kernels.rms_norm(x, router[0], 1e-6)[0], x(T, D)),
-        "rope": (lambda x: kernels.rope(x, x[:, :, :1].contiguous(), angles.cos(), angles.sin())[0], x(2, 5, 2, 4)),
-        "route_top2": (lambda x: kernels.route_top2(x).weights_TK, x(T, E)),
-        "router_logits": (lambda x: kernels.router_logits(x, router), x(T, D)),
-        "split_rope": (lambda x: kernels.split_rope(x, angles.cos(), angles.sin(), 2, 1)[0], x(2, 5, 4, 4)),
-        "swiglu": (kernels.swiglu, x(T, 2 * WIDTH)),
+        "expert_mlp": (lambda x: ops.expert_mlp(x, routing.topk_scores_TK, plan, w13, w2), x(T, D)),
+        "grouped_gemm": (lambda x: ops.grouped_gemm(x, w13, plan), x(2 * T, D)),
+        "linear_cross_entropy": (lambda x: ops.linear_cross_entropy(x, w13.flatten(0, 1), labels), x(T, D)),
+        "moe": (lambda x: ops.moe(x, router, w13, w2, w13[0], w2[0]).y_TD, x(T, D)),
+        "rms_norm": (lambda x: ops.rms_norm(x, router[0], 1e-6)[0], x(T, D)),
+        "rope": (lambda x: ops.rope(x, x[:, :, :1].contiguous(), angles.cos(), angles.sin())[0], x(2, 5, 2, 4)),
+        "route_top2": (lambda x: ops.route_top2(x).topk_scores_TK, x(T, E)),
+        "router_logits": (lambda x: ops.router_logits(x, router), x(T, D)),
+        "split_rope": (lambda x: ops.split_rope(x, angles.cos(), angles.sin(), 2, 1)[0], x(2, 5, 4, 4)),
+        "swiglu": (ops.swiglu, x(T, 2 * WIDTH)),
     }
 
 
-OPS = sorted(set(kernels.OPS) - {"dispatch_plan"})  # which has no gradient
+OPS = sorted(set(torch_ops.__all__) - {"dispatch_plan"})  # which has no gradient
 
 
 def test_every_op_is_covered():
@@ -123,8 +123,8 @@ def test_autocast_changes_no_tokens_experts(backend):
             y, stats = layer(x)
         _, rounded = layer(x.bfloat16())
     assert y.dtype == torch.bfloat16
-    assert torch.equal(stats.counts_E, expected.counts_E)
-    assert not torch.equal(rounded.counts_E, expected.counts_E)
+    assert torch.equal(stats.tokens_per_expert_E, expected.tokens_per_expert_E)
+    assert not torch.equal(rounded.tokens_per_expert_E, expected.tokens_per_expert_E)
 
 
 def test_autocast_keeps_a_moes_other_arguments(backend):
@@ -132,12 +132,12 @@ def test_autocast_keeps_a_moes_other_arguments(backend):
     router, w13, w2 = randn(E, D, seed=4), randn(E, 2 * WIDTH, D, seed=2) / 8, randn(E, D, WIDTH, seed=3) / 8
     weights = (router, w13, w2, w13[0], w2[0])
     with torch.autocast(DEVICE_TYPE, torch.bfloat16):
-        plain = kernels.moe(x, *weights)
-        forced = kernels.moe(x, *weights, force_load_balance=True)
-        added = kernels.moe(x, *weights, residual_TD=residual)
-        narrow = kernels.moe(x.bfloat16(), *weights, residual_TD=residual)  # of a Linear, with an fp32 residual
-    assert forced.counts_E.tolist() == [2 * T // E] * E
-    assert plain.counts_E.tolist() != forced.counts_E.tolist()
+        plain = ops.moe(x, *weights)
+        forced = ops.moe(x, *weights, force_load_balance=True)
+        added = ops.moe(x, *weights, residual_TD=residual)
+        narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # of a Linear, with an fp32 residual
+    assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
+    assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
     assert narrow.y_TD.dtype == torch.bfloat16
     torch.testing.assert_close(added.y_TD - plain.y_TD, residual.bfloat16(), rtol=0.02, atol=0.1)
 
@@ -185,7 +185,7 @@ def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
         ours_x[PATTERNS[pattern][0]] = wild
     results = []
     for function, rows in (
-        (lambda x, w: kernels.linear_cross_entropy(x, w, labels), ours_x),
+        (lambda x, w: ops.linear_cross_entropy(x, w, labels), ours_x),
         (lambda x, w: F.cross_entropy((x @ w.t()).double(), labels).float(), x),
     ):
         leaves = [v.detach().requires_grad_() for v in (rows, weight)]
@@ -198,7 +198,7 @@ def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
 def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
     """As in torch. Uninitialised memory is NaN in these tests."""
     x, weight = randn(0, 16).requires_grad_(), randn(20, 16, seed=1).requires_grad_()
-    loss = kernels.linear_cross_entropy(x, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+    loss = ops.linear_cross_entropy(x, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE))
     loss.backward()
     assert loss.isnan()
     assert x.grad.shape == (0, 16)
@@ -211,7 +211,7 @@ def test_fp16_gradients_under_a_loss_scale(scale, backend):
     T, V = (8192, 2048) if backend == "reference" or DEVICE == "cuda" else (96, 64)  # the interpreter is slow
     x, weight, labels = randn(T, 16), randn(V, 16, seed=1), torch.arange(T, device=DEVICE) % V
     leaves = [x.half().requires_grad_(), weight.requires_grad_()]
-    ours = torch.autograd.grad(kernels.linear_cross_entropy(*leaves, labels) * scale, leaves)
+    ours = torch.autograd.grad(ops.linear_cross_entropy(*leaves, labels) * scale, leaves)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     truth = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].t(), labels) * scale, wide)
     for gradient, expected in zip(ours, truth, strict=True):
@@ -222,7 +222,7 @@ def test_labels_of_another_shape_are_refused(backend):
     x, weight = randn(6, 16), randn(20, 16, seed=1)
     for shape in ((5,), (7,), (6, 1), (2, 3)):
         with pytest.raises(ValueError, match=r"labels_T: expected shape \(6,?\), but got"):
-            kernels.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
+            ops.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
 
 
 def test_a_models_wrong_shapes_are_refused(backend):
@@ -244,38 +244,34 @@ def test_a_models_wrong_shapes_are_refused(backend):
 
 
 def plan(tokens, experts=E):
-    return reference.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
+    return torch_ops.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
 
 
 X, W13, W2, SCORES, QK = (T, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (T, 2), (2, 5, 2, 4)
 REFUSED = {
-    "expert_mlp: weights_TK": lambda: kernels.expert_mlp(randn(*X), randn(1, 2), plan(T), randn(*W13), randn(*W2)),
-    "expert_mlp: plan.order": lambda: kernels.expert_mlp(
+    "expert_mlp: topk_scores_TK": lambda: ops.expert_mlp(randn(*X), randn(1, 2), plan(T), randn(*W13), randn(*W2)),
+    "expert_mlp: plan.gather_idx": lambda: ops.expert_mlp(
         randn(*X), randn(*SCORES), plan(T - 1), randn(*W13), randn(*W2)
     ),
-    "expert_mlp: plan.offsets": lambda: kernels.expert_mlp(
+    "expert_mlp: plan.offsets": lambda: ops.expert_mlp(
         randn(*X), randn(*SCORES), plan(T, E - 1), randn(*W13), randn(*W2)
     ),
-    "grouped_gemm: x_ND": lambda: kernels.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan(T)),
-    "linear_cross_entropy: x_TD": lambda: kernels.linear_cross_entropy(
+    "grouped_gemm: x_ND": lambda: ops.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan(T)),
+    "linear_cross_entropy: x_TD": lambda: ops.linear_cross_entropy(
         randn(D), randn(V, D), torch.zeros(D, dtype=torch.int64, device=DEVICE)
     ),
-    "moe: router_ED": lambda: kernels.moe(
-        randn(*X), randn(E - 1, D), randn(*W13), randn(*W2), randn(8, D), randn(D, 4)
-    ),
-    "moe: w2_EDF": lambda: kernels.moe(
-        randn(*X), randn(E, D), randn(*W13), randn(E, 1, WIDTH), randn(8, D), randn(D, 4)
-    ),
-    "moe: shared_w2_DW": lambda: kernels.moe(randn(*X), randn(E, D), randn(*W13), randn(*W2), randn(8, D), randn(1, 4)),
-    "rms_norm: weight": lambda: kernels.rms_norm(randn(*X), randn(1), 1e-6),
-    "rope: k_BSGC": lambda: kernels.rope(randn(*QK), randn(1, 5, 1, 4), randn(5, 4), randn(5, 4)),
-    "rope: q_BSHC": lambda: kernels.rope(randn(2, 5, 2, 3), randn(2, 5, 1, 3), randn(5, 3), randn(5, 3)),
-    "rope: cos_SC": lambda: kernels.rope(randn(*QK), randn(2, 5, 1, 4), randn(1, 4), randn(1, 4)),
-    "route_top2: logits_TE": lambda: kernels.route_top2(randn(T, 1)),
-    "dispatch_plan: experts_TK": lambda: kernels.dispatch_plan(torch.zeros(T, 3, dtype=torch.int32, device=DEVICE), E),
+    "moe: router_ED": lambda: ops.moe(randn(*X), randn(E - 1, D), randn(*W13), randn(*W2), randn(8, D), randn(D, 4)),
+    "moe: w2_EDF": lambda: ops.moe(randn(*X), randn(E, D), randn(*W13), randn(E, 1, WIDTH), randn(8, D), randn(D, 4)),
+    "moe: shared_w2_DW": lambda: ops.moe(randn(*X), randn(E, D), randn(*W13), randn(*W2), randn(8, D), randn(1, 4)),
+    "rms_norm: weight": lambda: ops.rms_norm(randn(*X), randn(1), 1e-6),
+    "rope: k_BSGC": lambda: ops.rope(randn(*QK), randn(1, 5, 1, 4), randn(5, 4), randn(5, 4)),
+    "rope: q_BSHC": lambda: ops.rope(randn(2, 5, 2, 3), randn(2, 5, 1, 3), randn(5, 3), randn(5, 3)),
+    "rope: cos_SC": lambda: ops.rope(randn(*QK), randn(2, 5, 1, 4), randn(1, 4), randn(1, 4)),
+    "route_top2: logits_TE": lambda: ops.route_top2(randn(T, 1)),
+    "dispatch_plan: topk_ids_TK": lambda: ops.dispatch_plan(torch.zeros(T, 3, dtype=torch.int32, device=DEVICE), E),
     "dispatch_plan: num_experts": lambda: plan(T, 0),
-    "router_logits: weight_ED": lambda: kernels.router_logits(randn(*X), randn(E, 1)),
-    "swiglu: gate_up_N2F": lambda: kernels.swiglu(randn(T, 3)),
+    "router_logits: weight_ED": lambda: ops.router_logits(randn(*X), randn(E, 1)),
+    "swiglu: gate_up_N2F": lambda: ops.swiglu(randn(T, 3)),
 }
 
 
@@ -294,7 +290,7 @@ def test_16_bit_weights_of_fp32_activations(backend):
     results = []
     for weights in (narrow, [w.float() for w in narrow]):
         leaves = [w.requires_grad_() for w in weights]
-        y = kernels.moe(x, *leaves).y_TD
+        y = ops.moe(x, *leaves).y_TD
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), leaves)))
     (y, grads), (expected_y, expected) = results
     assert torch.equal(y, expected_y)
@@ -307,7 +303,7 @@ def test_16_bit_weights_of_fp32_activations(backend):
 
 def test_the_router_of_a_16_bit_model_computes_in_fp32(backend):
     x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
-    logits = kernels.router_logits(x, weight)
+    logits = ops.router_logits(x, weight)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
 
@@ -322,12 +318,12 @@ def test_sequences_of_one_token_have_no_loss(backend):
 def test_operands_of_another_dtype_are_refused(backend):
     x, weights = randn(T, D), (randn(E, D), randn(E, 2 * WIDTH, D), randn(E, D, WIDTH), randn(8, D), randn(D, 4))
     with pytest.raises(ValueError, match="moe: residual_TD: expected float32, but got bfloat16"):
-        kernels.moe(x, *weights, residual_TD=x.bfloat16())
+        ops.moe(x, *weights, residual_TD=x.bfloat16())
     with pytest.raises(ValueError, match="rms_norm: residual: expected float32, but got bfloat16"):
-        kernels.rms_norm(x, weights[0][0], 1e-6, residual=x.bfloat16())
+        ops.rms_norm(x, weights[0][0], 1e-6, residual=x.bfloat16())
     q, angles = randn(2, 5, 2, 4), randn(5, 4)
     with pytest.raises(ValueError, match="rope: k_BSGC: expected float32, but got bfloat16"):
-        kernels.rope(q, q[:, :, :1].bfloat16().contiguous(), angles, angles)
+        ops.rope(q, q[:, :, :1].bfloat16().contiguous(), angles, angles)
 
 
 def test_norm_whose_results_have_no_gradient():
@@ -343,8 +339,8 @@ def test_norm_whose_results_have_no_gradient():
             return None
 
     x = randn(3, 8).requires_grad_()
-    with kernels.selected("triton", torch.device(DEVICE)):
-        norm, _ = kernels.rms_norm(x, torch.ones(8, device=DEVICE), 1e-6)
+    with ops.using_backend("triton", torch.device(DEVICE)):
+        norm, _ = ops.rms_norm(x, torch.ones(8, device=DEVICE), 1e-6)
     (Stop.apply(norm).sum() + x.sum()).backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 

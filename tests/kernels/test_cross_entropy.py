@@ -1,16 +1,14 @@
 """The head's cross-entropy. Its error against float64 may be FACTOR times that of the reference in the same dtype."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
-from acceleron.kernels import reference
+from acceleron.kernels import cross_entropy as module
+from acceleron.kernels import torch_ops
 from acceleron.kernels.cross_entropy import linear_cross_entropy
 
-module = importlib.import_module("acceleron.kernels.cross_entropy")
 # A GPU's exp, log and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
 IGNORED = -100
@@ -46,8 +44,8 @@ def test_loss_and_gradients(case, dtype, weight_dtype):
     x, weight, labels = inputs(*case, dtype, torch.float32 if weight_dtype == "fp32 weight" else dtype)
     if len(labels) > 1:
         labels[[0, 4, -1]] = IGNORED
-    truths = run(reference.linear_cross_entropy, x.double(), weight.to(dtype).double(), labels)
-    plains = run(reference.linear_cross_entropy, x, weight, labels)
+    truths = run(torch_ops.linear_cross_entropy, x.double(), weight.to(dtype).double(), labels)
+    plains = run(torch_ops.linear_cross_entropy, x, weight, labels)
     results = run(linear_cross_entropy, x, weight, labels)
     for name, ours, plain, truth in zip(("loss", "x", "weight"), results, plains, truths, strict=True):
         assert ours.dtype == plain.dtype
@@ -95,7 +93,7 @@ def test_logits_that_are_not_finite(value, where, label):
     weight = inputs(1, 150, 1)[1]
     weight[list(where)] = value
     x, labels = torch.ones(1, 1, device=DEVICE), torch.tensor([label], device=DEVICE)
-    ours, theirs = (run(f, x, weight, labels) for f in (linear_cross_entropy, reference.linear_cross_entropy))
+    ours, theirs = (run(f, x, weight, labels) for f in (linear_cross_entropy, torch_ops.linear_cross_entropy))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, equal_nan=True)
 
@@ -114,7 +112,7 @@ def test_fp32_sum_of_the_weights_gradient(monkeypatch):
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 32)
     x, weight, labels = inputs(128, 32, 8, torch.float16, torch.float32)
     grad = run(linear_cross_entropy, x, weight, labels, grad=1.0)[2]
-    truth = run(reference.linear_cross_entropy, x.double(), weight.half().double(), labels, grad=1.0)[2]
+    truth = run(torch_ops.linear_cross_entropy, x.double(), weight.half().double(), labels, grad=1.0)[2]
     assert grad.dtype == torch.float32
     assert not torch.equal(grad, grad.half().float())
     assert error(grad, truth) < 2**-10

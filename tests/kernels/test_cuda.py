@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, ops
 
 DEVICE = torch.device("cuda")
 
@@ -57,4 +57,4 @@ def test_a_training_step_in_a_cuda_graph_follows_the_data():
 
 def test_auto_and_triton_are_triton_on_a_gpu():
     for choice in ("triton", "auto"):
-        assert kernels.select(choice, DEVICE).startswith("Triton 3")
+        assert ops.set_backend(choice, DEVICE).startswith("Triton 3")

@@ -1,7 +1,6 @@
 """The experts' kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
 
 import gc
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,13 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import configs, reference
+from acceleron.kernels import configs, torch_ops
+from acceleron.kernels import expert_mlp as module
+from acceleron.kernels import grouped_gemm as gemms
 from acceleron.kernels.configs import Config
-from acceleron.kernels.routing import dispatch_plan, route_top2
+from acceleron.kernels.dispatch import dispatch_plan
+from acceleron.kernels.routing import route_top2
 
-module = importlib.import_module("acceleron.kernels.expert_mlp")
-gemms = importlib.import_module("acceleron.kernels.grouped_gemm")
 expert_mlp = module.expert_mlp
 ROOT = Path(__file__).parents[2]
 NAMES = ("x", "weights", "w13", "w2")
@@ -39,8 +39,8 @@ def inputs(T, D, width, E, used=None, dtype=torch.float32):
     routing = route_top2(logits)
     # Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     w13, w2 = randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5
-    tensors = [randn(T, D, dtype=dtype), routing.weights_TK, w13.to(dtype), w2.to(dtype)]
-    return tensors, dispatch_plan(routing.experts_TK, E)
+    tensors = [randn(T, D, dtype=dtype), routing.topk_scores_TK, w13.to(dtype), w2.to(dtype)]
+    return tensors, dispatch_plan(routing.topk_ids_TK, E)
 
 
 def run(function, tensors, plan, grad):
@@ -49,7 +49,7 @@ def run(function, tensors, plan, grad):
     return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
 
-def check_errors(tensors, plan, ours=expert_mlp, plain=reference.expert_mlp):
+def check_errors(tensors, plan, ours=expert_mlp, plain=torch_ops.expert_mlp):
     x = tensors[0]
     grad = randn(*x.shape, seed=5, dtype=x.dtype)
     truths = run(plain, [t.double() for t in tensors], plan, grad)
@@ -117,7 +117,7 @@ def test_fp32_weights_get_fp32_gradients():
 def test_bfloat16():
     """With a residual: of four roundings in a row, which the interpreter all cuts off, the errors have one sign."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
-    functions = (lambda x, *rest, f=f: f(x, *rest) + x for f in (expert_mlp, reference.expert_mlp))
+    functions = (lambda x, *rest, f=f: f(x, *rest) + x for f in (expert_mlp, torch_ops.expert_mlp))
     check_errors(tensors, plan, *functions)
 
 
@@ -192,7 +192,7 @@ def test_configurations_are_looked_up_by_the_documented_sizes(monkeypatch):
 
 
 GUARDED = """
-import ctypes, importlib, mmap
+import ctypes, mmap
 import torch
 
 def guarded(x):
@@ -207,24 +207,23 @@ def guarded(x):
     view.copy_(x)
     return view
 
-modules = ["routing", "grouped_gemm", "expert_mlp"]
-routing, gemms, mlp = (importlib.import_module(f"acceleron.kernels.{name}") for name in modules)
+from acceleron.kernels import dispatch, expert_mlp as mlp, grouped_gemm as gemms, routing
 for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, torch.float16)):
     E, T = 3, 5
     logits = guarded(torch.randn(T, E))
     weights, experts, _, _, counts = map(guarded, routing.route(logits))
     routing.route_backward(logits, experts, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
-    order, inverse, offsets = map(guarded, routing.plan(experts, E))
+    gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(experts, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
-    dy_rows = guarded(gemms.gather_rows(dy, order))
-    h, act = map(guarded, mlp.expert_up(x, w13, order, offsets, True))
-    mlp.expert_down(act, w2, weights, inverse, offsets, shared, dy)
-    dh, act, dots = map(guarded, mlp.hidden_grad(dy_rows, w2, h, weights, order, offsets))
+    dy_rows = guarded(gemms.gather_rows(dy, gather_idx))
+    h, act = map(guarded, mlp.expert_up(x, w13, gather_idx, offsets, True))
+    mlp.expert_down(act, w2, weights, scatter_idx, offsets, shared, dy)
+    dh, act, dots = map(guarded, mlp.hidden_grad(dy_rows, w2, h, weights, gather_idx, offsets))
     rows = guarded(gemms.grouped_rows(dh, w13, offsets, False))
-    mlp.token_grad(rows, inverse, shared, logits, guarded(torch.randn(E, D)))
+    mlp.token_grad(rows, scatter_idx, shared, logits, guarded(torch.randn(E, D)))
     gemms.grouped_weight_grad(dy_rows, act, offsets, None, dtype)
-    gemms.grouped_weight_grad(dh, x, offsets, order, dtype)
+    gemms.grouped_weight_grad(dh, x, offsets, gather_idx, dtype)
 print("done")
 """
 
@@ -302,7 +301,7 @@ def test_a_tokens_output_does_not_depend_on_its_batch(dtype):
     """Neither on who else is in its tile, nor on its row there: a row's sums run over the inner width alone."""
     (x, weights, w13, w2), plan = inputs(*CASES["tiny"], dtype=dtype)
     whole = expert_mlp(x, weights, plan, w13, w2)
-    experts = torch.searchsorted(plan.offsets[1:], plan.inverse_TK, right=True).to(torch.int32)
+    experts = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK, right=True).to(torch.int32)
     some = slice(17, 40)
     part = expert_mlp(x[some], weights[some], dispatch_plan(experts[some].contiguous(), 4), w13, w2)
     assert torch.equal(part, whole[some])
@@ -320,7 +319,7 @@ def test_nan_stays_with_its_token_and_its_experts(dtype):
     for name, ours, expected in zip(("y", "x", "weights"), bad, good, strict=False):
         assert torch.equal(ours[others], expected[others]), name
         assert ours[7].isnan().all(), name
-    its = torch.searchsorted(plan.offsets[1:], plan.inverse_TK[7], right=True).tolist()
+    its = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK[7], right=True).tolist()
     for ours, expected in zip(bad[3:5], good[3:5], strict=True):
         for expert in range(4):
             assert ours[expert].isnan().any() if expert in its else torch.equal(ours[expert], expected[expert])
@@ -335,8 +334,8 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         routing = route_top2(logits)
-        plan = dispatch_plan(routing.experts_TK, E)
-        y = expert_mlp(x, routing.weights_TK, plan, w13, w2)
+        plan = dispatch_plan(routing.topk_ids_TK, E)
+        y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
     # By no other way either: of all that is alive with y, nothing has the activation's or the rows' shape.
     alive = {t.shape for t in gc.get_objects() if type(t) is torch.Tensor}
     assert y.requires_grad
@@ -348,7 +347,7 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
     assert [t.shape for t in rest.values()] == [(2 * T, 2 * width)]
     total = sum(t.untyped_storage().nbytes() for t in (x, *rest.values()))
     assert 0.98 * T * (2 * D + 8 * width) <= total <= 1.02 * T * (2 * D + 8 * width)
-    small = [t for t in (routing.weights_TK, *plan) if t.data_ptr() in saved]
+    small = [t for t in (routing.topk_scores_TK, *plan) if t.data_ptr() in saved]
     assert sum(t.untyped_storage().nbytes() for t in small) == 24 * T + 4 * (E + 1)
 
 
@@ -358,9 +357,9 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
         ("x_TD", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
         ("x_TD", lambda x: x[None], "expected shape"),
         ("x_TD", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
-        ("weights_TK", lambda weights: weights.half(), "expected float32, but got float16"),
-        ("weights_TK", lambda weights: weights[1:], "expected shape"),
-        ("weights_TK", lambda weights: weights.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("topk_scores_TK", lambda weights: weights.half(), "expected float32, but got float16"),
+        ("topk_scores_TK", lambda weights: weights[1:], "expected shape"),
+        ("topk_scores_TK", lambda weights: weights.t().contiguous().t(), r"call .contiguous\(\)"),
         ("w13_E2FD", lambda w13: w13.int(), "expected bfloat16 or .*, but got int32"),
         ("w13_E2FD", lambda w13: w13.double(), "expected bfloat16 or float16 or float32, but got float64"),
         ("w13_E2FD", lambda w13: w13[:, 1:].contiguous(), r"expected shape \(5, 34, 33\)"),  # not w2's F
@@ -370,14 +369,14 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
         ("w2_EDF", lambda w2: w2.to("meta"), "expected a tensor on"),
         ("plan", lambda plan: dispatch_plan(torch.zeros(9, 2, dtype=torch.int32, device=DEVICE), 5), "expected shape"),
         ("plan", lambda plan: plan._replace(offsets=plan.offsets[1:]), r"expected shape \(6\)"),
-        ("plan", lambda plan: plan._replace(order=plan.order.long()), "expected int32, but got int64"),
-        ("plan", lambda plan: plan._replace(inverse_TK=plan.inverse_TK.flatten()), "expected shape"),
+        ("plan", lambda plan: plan._replace(gather_idx=plan.gather_idx.long()), "expected int32, but got int64"),
+        ("plan", lambda plan: plan._replace(scatter_idx_TK=plan.scatter_idx_TK.flatten()), "expected shape"),
         ("x_TD", lambda x: x[:, :0], "a last axis that is not empty"),
     ],
 )
 def test_refusals_name_the_argument(name, change, message):
     tensors, plan = inputs(*CASES["odd widths"])
-    names = ("x_TD", "weights_TK", "w13_E2FD", "w2_EDF")
+    names = ("x_TD", "topk_scores_TK", "w13_E2FD", "w2_EDF")
     arguments = dict(zip(names, tensors, strict=True)) | dict(plan=plan)
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"expert_mlp: {name}.*{message}"):
@@ -387,16 +386,16 @@ def test_refusals_name_the_argument(name, change, message):
 def test_custom_ops_pass_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     ops = torch.ops.acceleron_triton
-    (x, weights, w13, w2), (order, inverse_TK, offsets) = inputs(3, 8, 12, 2)
+    (x, weights, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 2)
     dy, dy_rows = randn(3, 8, seed=5), randn(6, 8, seed=6)
-    h, act = module.expert_up(x, w13, order, offsets, True)
+    h, act = module.expert_up(x, w13, gather_idx, offsets, True)
     for with_h in (True, False):
-        torch.library.opcheck(ops.expert_up.default, (x, w13, order, offsets, with_h))
+        torch.library.opcheck(ops.expert_up.default, (x, w13, gather_idx, offsets, with_h))
     for added in ((dy, x), (None, None)):
-        torch.library.opcheck(ops.expert_down.default, (act, w2, weights, inverse_TK, offsets, *added))
-    torch.library.opcheck(ops.hidden_grad.default, (dy_rows, w2, h, weights, order, offsets))
+        torch.library.opcheck(ops.expert_down.default, (act, w2, weights, scatter_idx_TK, offsets, *added))
+    torch.library.opcheck(ops.hidden_grad.default, (dy_rows, w2, h, weights, gather_idx, offsets))
     for added in ((dy, randn(3, 2), randn(2, 8)), (None, None, None)):
-        torch.library.opcheck(ops.token_grad.default, (randn(6, 8), inverse_TK, *added))
+        torch.library.opcheck(ops.token_grad.default, (randn(6, 8), scatter_idx_TK, *added))
 
 
 def test_compiles_without_a_graph_break():

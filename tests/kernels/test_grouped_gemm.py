@@ -1,6 +1,5 @@
 """The grouped GEMMs. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
 
-import importlib
 import json
 
 import pytest
@@ -9,11 +8,11 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import configs, launch, reference
+from acceleron.kernels import configs, launch, torch_ops
+from acceleron.kernels import grouped_gemm as module
 from acceleron.kernels.configs import Config
-from acceleron.kernels.reference import dispatch_plan
+from acceleron.kernels.torch_ops import dispatch_plan
 
-module = importlib.import_module("acceleron.kernels.grouped_gemm")
 grouped_gemm = module.grouped_gemm
 NAMES = ("y", "x", "w")
 
@@ -46,8 +45,8 @@ def run(function, x, w, plan, grad):
 
 
 def check_errors(x, w, plan, grad):
-    truths = run(reference.grouped_gemm, x.double(), w.double(), plan, grad.double())
-    plains, results = (run(function, x, w, plan, grad) for function in (reference.grouped_gemm, grouped_gemm))
+    truths = run(torch_ops.grouped_gemm, x.double(), w.double(), plan, grad.double())
+    plains, results = (run(function, x, w, plan, grad) for function in (torch_ops.grouped_gemm, grouped_gemm))
     for name, ours, plain, truth in zip(NAMES, results, plains, truths, strict=True):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (x.dtype, truth.shape, True)
         assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + floor(max(*x.shape, *w.shape)), name
@@ -152,7 +151,7 @@ def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
     x, w, grad = randn(sum(counts), 16), randn(7, 24, 16, seed=2) / 4, randn(sum(counts), 24, seed=3)
     for split in (1, 2, 3):
         monkeypatch.setattr(configs, "find_config", lambda *args, split=split: Config(32, 32, 32, 4, 1, split=split))
-        truths = run(reference.grouped_gemm, x.double(), w.double(), plan, grad.double())
+        truths = run(torch_ops.grouped_gemm, x.double(), w.double(), plan, grad.double())
         for ours, truth in zip(run(grouped_gemm, x, w, plan, grad), truths, strict=True):
             for expert in range(7):  # each expert alone, so that a small one's error is not lost among the large
                 rows = slice(*plan.offsets[expert : expert + 2].tolist())
@@ -164,8 +163,8 @@ def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
 def test_gathered_rows_are_those_of_each_assignments_token(width):
     plan = make_plan(50, 5, (0, 2, 4))
     x = randn(50, width, dtype=torch.float16)
-    rows = module.gather_rows(x, plan.order)
-    assert torch.equal(rows[plan.inverse_TK.long()], x[:, None].expand(-1, 2, -1))
+    rows = module.gather_rows(x, plan.gather_idx)
+    assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, 2, -1))
 
 
 def test_shares_are_summed_in_fp32(monkeypatch):
@@ -173,7 +172,7 @@ def test_shares_are_summed_in_fp32(monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=4))
     _, _, plan, grad = inputs(64, 1, 40, 2, None, torch.float16)
     x = randn(128, 40, dtype=torch.float16)
-    truth = reference._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
+    truth = torch_ops._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
     ours = module.grouped_weight_grad(grad, x, plan.offsets, None, x.dtype)
     assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
 
@@ -230,9 +229,9 @@ def test_same_bits_every_time():
         ("w_EFD", lambda w: w[0], "expected shape"),
         ("w_EFD", lambda w: w.transpose(1, 2).contiguous().transpose(1, 2), r"call .contiguous\(\)"),
         ("w_EFD", lambda w: w.to("meta"), "expected a tensor on"),
-        ("plan", lambda plan: plan._replace(order=plan.order.long()), "expected int32, but got int64"),
+        ("plan", lambda plan: plan._replace(gather_idx=plan.gather_idx.long()), "expected int32, but got int64"),
         ("plan", lambda plan: plan._replace(offsets=plan.offsets[1:]), "expected shape"),
-        ("plan", lambda plan: plan._replace(inverse_TK=plan.inverse_TK[:-1]), "expected shape"),
+        ("plan", lambda plan: plan._replace(scatter_idx_TK=plan.scatter_idx_TK[:-1]), "expected shape"),
     ],
 )
 def test_refusals_name_the_argument(name, change, message):
@@ -248,9 +247,9 @@ def test_custom_ops_pass_opcheck():
     x, w, plan, grad = inputs(3, 8, 12, 2, None, torch.float32)
     torch.library.opcheck(ops.grouped_rows.default, (x, w, plan.offsets, True))
     torch.library.opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
-    for b, order in ((x, None), (x[:3], plan.order)):
-        torch.library.opcheck(ops.grouped_weight_grad.default, (grad, b, plan.offsets, order, x.dtype))
-    torch.library.opcheck(ops.gather_rows.default, (x[:3], plan.order))
+    for b, gather_idx in ((x, None), (x[:3], plan.gather_idx)):
+        torch.library.opcheck(ops.grouped_weight_grad.default, (grad, b, plan.offsets, gather_idx, x.dtype))
+    torch.library.opcheck(ops.gather_rows.default, (x[:3], plan.gather_idx))
 
 
 def test_compiles_without_a_graph_break():

@@ -1,12 +1,11 @@
 """The RMSNorm kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
-from acceleron.kernels import reference
+from acceleron.kernels import rms_norm as module
+from acceleron.kernels import torch_ops
 from acceleron.kernels.rms_norm import rms_norm
 
 # The interpreter cuts bf16 off three times in a row, with errors of the same sign.
@@ -41,8 +40,8 @@ def test_outputs_and_every_gradient(shape, dtype, with_residual):
     x, weight, residual, grads = inputs(shape, dtype, torch.float32, with_residual)
     # The weight is an fp32 parameter, which takes part in x's dtype.
     wide = [None if t is None else t.double() for t in (x, weight.to(dtype), residual)]
-    truths = run(reference.rms_norm, *wide, grads)
-    plains = run(reference.rms_norm, x, weight, residual, grads)
+    truths = run(torch_ops.rms_norm, *wide, grads)
+    plains = run(torch_ops.rms_norm, x, weight, residual, grads)
     ours = run(rms_norm, x, weight, residual, grads)
     for name, truth in truths.items():
         assert ours[name].dtype == (torch.float32 if name == "grad of weight" else dtype), name
@@ -51,8 +50,8 @@ def test_outputs_and_every_gradient(shape, dtype, with_residual):
 
 def test_weight_in_the_narrow_dtype_gets_a_narrow_gradient():
     x, weight, residual, grads = inputs((9, 24), torch.float16, torch.float16, True)
-    truths = run(reference.rms_norm, *(t.double() for t in (x, weight, residual)), grads)
-    plains = run(reference.rms_norm, x, weight, residual, grads)
+    truths = run(torch_ops.rms_norm, *(t.double() for t in (x, weight, residual)), grads)
+    plains = run(torch_ops.rms_norm, x, weight, residual, grads)
     for name, ours in run(rms_norm, x, weight, residual, grads).items():
         assert ours.dtype == torch.float16
         assert error(ours, truths[name]) <= 1.5 * error(plains[name], truths[name]) + FLOOR, name
@@ -62,7 +61,7 @@ def test_rounds_where_llama_does():
     """Bit for bit the reference, which is bit for bit transformers: the sum, the normed value and the product round."""
     x, weight, residual, _ = inputs((9, 96), torch.float16, torch.float32, True)
     norm, total = rms_norm(x, weight, EPS, residual)
-    expected, expected_total = reference.rms_norm(x, weight, EPS, residual)
+    expected, expected_total = torch_ops.rms_norm(x, weight, EPS, residual)
     assert torch.equal(total, expected_total)
     # A value in thousands may fall on the other side of a tie, as the statistics differ in their last bits; with a
     # rounding left out it is one in four.
@@ -94,7 +93,7 @@ def test_only_one_of_the_outputs_is_used(monkeypatch, used, with_residual):
     """The other has no gradient, which is neither made nor read; without the norm's no kernel runs at all."""
     x, weight, residual, grads = inputs((9, 24), torch.float32, torch.float32, with_residual)
     leaves = [t.requires_grad_() for t in (x, weight, residual) if t is not None]
-    module, launches = import_module("acceleron.kernels.rms_norm"), []
+    launches = []
     backward = module._rms_norm_backward
     monkeypatch.setattr(module, "_rms_norm_backward", lambda *args: launches.append(args[1]) or backward(*args))
     out = rms_norm(*leaves[:2], EPS, residual)[used]

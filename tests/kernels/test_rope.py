@@ -4,7 +4,8 @@ import pytest
 import torch
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
-from acceleron.kernels import reference
+from acceleron.kernels import rope as module
+from acceleron.kernels import torch_ops
 from acceleron.kernels.rope import rope, split_rope
 
 # The kernel may fuse a multiplication and an addition where torch rounds in between, or the other way round.
@@ -60,8 +61,8 @@ CASES += [(3, 1, 4, 4, 32), (1, 70, 6, 3, 10), (1, 3, 1, 1, 2)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_and_gradient(case, dtype):
     arguments = inputs(*case, dtype)
-    truths = run(reference.rope, arguments[0].double(), *arguments[1:])
-    plains = run(reference.rope, *arguments)
+    truths = run(torch_ops.rope, arguments[0].double(), *arguments[1:])
+    plains = run(torch_ops.rope, *arguments)
     names = ("q", "k", "grad")
     for name, ours, plain, truth in zip(names, run(rope, *arguments), plains, truths, strict=True):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
@@ -73,8 +74,8 @@ def test_output_and_gradient(case, dtype):
 def test_split_outputs_and_gradient(case, dtype):
     arguments = split_inputs(*case, dtype)
     (qkv, H, *_, (_, _, grad_v)), G = arguments, case[3]
-    truths = run_split(reference.split_rope, qkv.double(), *arguments[1:])
-    plains = run_split(reference.split_rope, *arguments)
+    truths = run_split(torch_ops.split_rope, qkv.double(), *arguments[1:])
+    plains = run_split(torch_ops.split_rope, *arguments)
     *turned, v, grad = run_split(split_rope, *arguments)
     for name, ours, plain, truth in zip(("q", "k"), turned, plains, truths, strict=False):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
@@ -111,7 +112,7 @@ def test_split_with_an_output_that_is_not_used(unused):
 
     ours = gradient(split_rope)
     assert [bool(part.any()) for part in ours.split([H, 2, 2], dim=2)] == [index != unused for index in range(3)]
-    torch.testing.assert_close(ours, gradient(reference.split_rope), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, gradient(torch_ops.split_rope), rtol=1e-6, atol=1e-6)
 
 
 def test_any_strides_but_the_last():
@@ -154,9 +155,7 @@ def test_inputs_stay_and_outputs_are_new_but_v():
     "passes", [lambda: run(rope, *inputs(1, 9, 4, 2, 16)), lambda: run_split(split_rope, *split_inputs(1, 9, 4, 2, 16))]
 )
 def test_one_launch_each_way(monkeypatch, passes):
-    from importlib import import_module
-
-    module, launches = import_module("acceleron.kernels.rope"), []
+    launches = []
     kernel = module._rope_kernel
 
     class Counted:
@@ -208,9 +207,9 @@ def test_refusals_name_the_argument(name, change, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("qkv_BSNC", dict(qkv_BSNC=torch.zeros(2, 9, 8, 16).double()), "expected bfloat16 or float16 or float32"),
-        ("qkv_BSNC", dict(qkv_BSNC=torch.zeros(2, 9, 8, 15)), "an even head_dim"),
-        ("qkv_BSNC", dict(num_heads=5), r"expected shape \(any, any, 9, any\)"),
+        ("qkv_BSAC", dict(qkv_BSAC=torch.zeros(2, 9, 8, 16).double()), "expected bfloat16 or float16 or float32"),
+        ("qkv_BSAC", dict(qkv_BSAC=torch.zeros(2, 9, 8, 15)), "an even head_dim"),
+        ("qkv_BSAC", dict(num_heads=5), r"expected shape \(any, any, 9, any\)"),
         ("num_heads and num_kv_heads", dict(num_heads=8, num_kv_heads=0), "at least 1"),
         ("cos_SC", dict(cos_SC=torch.zeros(9, 8)), "expected shape"),
         ("sin_SC", dict(sin_SC=torch.zeros(9, 16).half()), "expected float32"),
@@ -218,7 +217,7 @@ def test_refusals_name_the_argument(name, change, message):
 )
 def test_split_refusals_name_the_argument(name, change, message):
     cos, sin = angles(9, 16)
-    arguments = dict(qkv_BSNC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
+    arguments = dict(qkv_BSAC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
     arguments |= {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
     with pytest.raises(ValueError, match=f"^split_rope: {name}: .*{message}"):
         split_rope(**arguments)

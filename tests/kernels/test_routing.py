@@ -1,6 +1,5 @@
 """The routing and plan kernels. Their error against float64 may be FACTOR times that of the reference in fp32."""
 
-import importlib
 import math
 
 import pytest
@@ -11,10 +10,11 @@ from hypothesis import strategies as st
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import reference
-from acceleron.kernels.routing import dispatch_plan, route_top2
+from acceleron.kernels import dispatch, launch, torch_ops, triton_ops
+from acceleron.kernels import routing as module
+from acceleron.kernels.dispatch import dispatch_plan
+from acceleron.kernels.routing import route_top2
 
-module = importlib.import_module("acceleron.kernels.routing")
 FACTOR = 1.5
 # A GPU's exp, log and division are approximate: some roundings of the fp32 that every dtype is computed in.
 FLOOR = 4 * torch.finfo(torch.float32).eps
@@ -33,7 +33,8 @@ def tensor(values, dtype=torch.float32):
 @pytest.fixture
 def three_programs(monkeypatch):
     """At most three programs a launch, so that each goes through several blocks."""
-    monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
+    for part in (module, dispatch):
+        monkeypatch.setattr(part, "MAX_PROGRAMS", 3)
 
 
 # A block has 256 tokens up to 8 experts, 32 at 64 and 8 at 256. T and E: one token; E = K; a T that no block divides,
@@ -45,11 +46,11 @@ if DEVICE == "cuda":  # more tokens than 256 programs take in one block each, an
 
 
 def check_routing(logits):
-    routing, plain, truth = route_top2(logits), reference.route_top2(logits), reference.route_top2(logits.double())
-    assert (routing.experts_TK.dtype, routing.counts_E.dtype) == (torch.int32, torch.int64)
-    assert torch.equal(routing.experts_TK, truth.experts_TK)
-    assert torch.equal(routing.counts_E, truth.counts_E)
-    for name in ("weights_TK", "z_loss", "balance_loss"):
+    routing, plain, truth = route_top2(logits), torch_ops.route_top2(logits), torch_ops.route_top2(logits.double())
+    assert (routing.topk_ids_TK.dtype, routing.tokens_per_expert_E.dtype) == (torch.int32, torch.int64)
+    assert torch.equal(routing.topk_ids_TK, truth.topk_ids_TK)
+    assert torch.equal(routing.tokens_per_expert_E, truth.tokens_per_expert_E)
+    for name in ("topk_scores_TK", "z_loss", "balance_loss"):
         ours, theirs, true = (getattr(r, name) for r in (routing, plain, truth))
         assert (ours.dtype, ours.shape) == (torch.float32, true.shape)
         assert error(ours, true) <= FACTOR * error(theirs, true) + FLOOR, name
@@ -93,7 +94,7 @@ def test_hand_made_logits(logits):
 
 def test_uniform_probabilities_have_a_balance_loss_of_one():
     routing = route_top2(torch.zeros(16, 8, device=DEVICE))
-    assert (routing.balance_loss.item(), routing.counts_E.tolist()) == (1.0, [16, 16] + [0] * 6)
+    assert (routing.balance_loss.item(), routing.tokens_per_expert_E.tolist()) == (1.0, [16, 16] + [0] * 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -112,7 +113,7 @@ VALUES = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1
 def test_any_value_gives_two_experts_that_exist(rows):
     """NaN counts as the largest; the losses are not finite where the reference's aren't; the plan is a permutation."""
     logits = tensor(rows)
-    routing, plain = route_top2(logits), reference.route_top2(logits)
+    routing, plain = route_top2(logits), torch_ops.route_top2(logits)
     E = logits.shape[1]
     # Python can't sort by a key of NaN: a row's NaNs first, then the others by value.
     best = [
@@ -120,17 +121,17 @@ def test_any_value_gives_two_experts_that_exist(rows):
         + sorted((e for e in range(E) if not math.isnan(row[e])), key=lambda e: (-row[e], e))
         for row in rows
     ]
-    assert routing.experts_TK.tolist() == [experts[:2] for experts in best]
+    assert routing.topk_ids_TK.tolist() == [experts[:2] for experts in best]
     for name in ("z_loss", "balance_loss"):
         assert getattr(routing, name).isfinite() == getattr(plain, name).isfinite(), name
-    plan = dispatch_plan(routing.experts_TK, E)
-    assert sorted(plan.order.tolist()) == list(range(2 * len(rows)))
-    assert plan.offsets.tolist() == [0, *routing.counts_E.cumsum(0).tolist()]
+    plan = dispatch_plan(routing.topk_ids_TK, E)
+    assert sorted(plan.gather_idx.tolist()) == list(range(2 * len(rows)))
+    assert plan.offsets.tolist() == [0, *routing.tokens_per_expert_E.cumsum(0).tolist()]
     # A row of finite logits has finite weights, whatever is elsewhere; one with NaN in a chosen expert has none.
     finite = [all(map(math.isfinite, row)) for row in rows]
-    assert routing.weights_TK[torch.tensor(finite)].isfinite().all()
+    assert routing.topk_scores_TK[torch.tensor(finite)].isfinite().all()
     chosen_nan = [math.isnan(row[experts[0]]) for row, experts in zip(rows, best, strict=True)]
-    assert routing.weights_TK[torch.tensor(chosen_nan)].isnan().all()
+    assert routing.topk_scores_TK[torch.tensor(chosen_nan)].isnan().all()
 
 
 # --- the gradient of the logits ---
@@ -141,14 +142,14 @@ def gradient(function, logits, through):
     routing = function(leaf)
     # Columns first: the weights' gradient arrives with strides that are not a contiguous tensor's.
     dweights = randn(2, logits.shape[0], seed=1).t()
-    terms = {"weights": (routing.weights_TK * dweights).sum(), "z_loss": 0.7 * routing.z_loss}
+    terms = {"weights": (routing.topk_scores_TK * dweights).sum(), "z_loss": 0.7 * routing.z_loss}
     terms["balance_loss"] = 30 * routing.balance_loss  # its gradient is the smallest: none hides behind another
     return torch.autograd.grad(sum(terms[name] for name in through), leaf)[0]
 
 
 def check_gradient(logits, through=LOSSES):
-    truth = gradient(reference.route_top2, logits.double(), through)
-    plain, ours = (gradient(function, logits, through) for function in (reference.route_top2, route_top2))
+    truth = gradient(torch_ops.route_top2, logits.double(), through)
+    plain, ours = (gradient(function, logits, through) for function in (torch_ops.route_top2, route_top2))
     assert (ours.dtype, ours.shape) == (logits.dtype, logits.shape)
     floor = 4 * torch.finfo(logits.dtype).eps if logits.dtype == torch.bfloat16 and DEVICE == "cpu" else FLOOR
     assert error(ours, truth) <= FACTOR * error(plain, truth) + floor
@@ -199,7 +200,7 @@ def test_a_bad_row_spoils_no_other_rows_weights_or_their_gradient():
 
 
 def check_plan(experts, num_experts):
-    plan, plain = dispatch_plan(experts, num_experts), reference.dispatch_plan(experts, num_experts)
+    plan, plain = dispatch_plan(experts, num_experts), torch_ops.dispatch_plan(experts, num_experts)
     for ours, theirs in zip(plan, plain, strict=True):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (torch.int32, theirs.shape, True)
         assert torch.equal(ours, theirs)
@@ -220,12 +221,12 @@ def assignments(draw):
 def test_plan_is_a_stable_sort(case):
     num_experts, experts, dtype, programs = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_PROGRAMS", programs)
+        patch.setattr(dispatch, "MAX_PROGRAMS", programs)
         plan = check_plan(tensor(experts, dtype).view(-1, 2), num_experts)
     flat = [expert for pair in experts for expert in pair]
-    order = sorted(range(len(flat)), key=lambda n: flat[n])  # Python's sort is stable
-    assert plan.order.tolist() == order
-    assert [order[row] for row in plan.inverse_TK.flatten().tolist()] == list(range(len(flat)))
+    gather_idx = sorted(range(len(flat)), key=lambda n: flat[n])  # Python's sort is stable
+    assert plan.gather_idx.tolist() == gather_idx
+    assert [gather_idx[row] for row in plan.scatter_idx_TK.flatten().tolist()] == list(range(len(flat)))
     counts = torch.bincount(torch.tensor(flat, dtype=torch.int64), minlength=num_experts)
     assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
 
@@ -247,13 +248,13 @@ def test_plan(T, E):
 @pytest.mark.parametrize(("T", "E"), [(1500, 5), (100, 256)])  # three programs of two and of four or more blocks
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_plan_of_several_blocks_a_program(T, E, dtype, monkeypatch):
-    sizes, count = [], module._count_kernel
+    sizes, count = [], dispatch._count_kernel
 
     class Recorded:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: sizes.append((*grid, kwargs["BLOCKS"])) or count[grid](*args, **kwargs)
 
-    monkeypatch.setattr(module, "_count_kernel", Recorded())
+    monkeypatch.setattr(dispatch, "_count_kernel", Recorded())
     check_plan(random_experts(T, E, dtype), E)
     assert min(sizes[0]) > 1
 
@@ -261,7 +262,7 @@ def test_plan_of_several_blocks_a_program(T, E, dtype, monkeypatch):
 @pytest.mark.parametrize("expert", [0, 3, 4])
 def test_plan_of_one_hot_expert(expert):
     plan = check_plan(torch.full((300, 2), expert, dtype=torch.int32, device=DEVICE), 5)
-    assert torch.equal(plan.order, torch.arange(600, dtype=torch.int32, device=DEVICE))
+    assert torch.equal(plan.gather_idx, torch.arange(600, dtype=torch.int32, device=DEVICE))
 
 
 # --- both ---
@@ -280,11 +281,11 @@ def test_same_bits_every_time():
 def test_no_tokens_have_losses_that_are_means_of_nothing():
     logits = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
     routing = route_top2(logits)
-    assert routing.weights_TK.shape == routing.experts_TK.shape == (0, 2)
+    assert routing.topk_scores_TK.shape == routing.topk_ids_TK.shape == (0, 2)
     assert routing.z_loss.isnan()
     assert routing.balance_loss.isnan()
-    assert routing.counts_E.tolist() == [0, 0, 0, 0]
-    routing.weights_TK.sum().backward()
+    assert routing.tokens_per_expert_E.tolist() == [0, 0, 0, 0]
+    routing.topk_scores_TK.sum().backward()
     assert logits.grad.shape == (0, 4)
 
 
@@ -309,10 +310,10 @@ def test_routing_refuses_and_names_the_argument(logits, message):
 @pytest.mark.parametrize(
     ("experts", "num_experts", "message"),
     [
-        (torch.zeros(4, 3, dtype=torch.int32), 4, r"experts_TK: expected shape \(any, 2\)"),
-        (torch.zeros(8, dtype=torch.int32), 4, "experts_TK: expected shape"),
-        (torch.zeros(4, 2), 4, "experts_TK: expected int32 or int64, but got float32"),
-        (torch.zeros(2, 4, dtype=torch.int32).t(), 4, r"experts_TK: .*call .contiguous\(\)"),
+        (torch.zeros(4, 3, dtype=torch.int32), 4, r"topk_ids_TK: expected shape \(any, 2\)"),
+        (torch.zeros(8, dtype=torch.int32), 4, "topk_ids_TK: expected shape"),
+        (torch.zeros(4, 2), 4, "topk_ids_TK: expected int32 or int64, but got float32"),
+        (torch.zeros(2, 4, dtype=torch.int32).t(), 4, r"topk_ids_TK: .*call .contiguous\(\)"),
         (torch.zeros(4, 2, dtype=torch.int32), 1, "num_experts: expected 2 to 256 experts, but got 1"),
         (torch.zeros(4, 2, dtype=torch.int32), 257, "num_experts: expected 2 to 256 experts, but got 257"),
     ],
@@ -324,7 +325,7 @@ def test_plan_refuses_and_names_the_argument(experts, num_experts, message):
 
 
 def test_without_a_gpu_or_the_interpreter_a_cpu_tensor_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("acceleron.kernels.launch"), "cpu_device", None)
+    monkeypatch.setattr(launch, "cpu_device", None)
     with pytest.raises(ValueError, match="route_top2: logits_TE: Triton needs a GPU"):
         route_top2(torch.zeros(4, 4))
 
@@ -335,15 +336,17 @@ def test_custom_ops_pass_opcheck():
     routing = route_top2(logits)
     torch.library.opcheck(ops.route_top2.default, (logits,))
     gradients = (randn(9, 2), torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
-    torch.library.opcheck(ops.route_top2_backward.default, (logits, routing.experts_TK, routing.counts_E, *gradients))
-    torch.library.opcheck(ops.dispatch_plan.default, (routing.experts_TK, 5))
-    torch.library.opcheck(ops.dispatch_plan.default, (routing.experts_TK[:0], 5))
+    torch.library.opcheck(
+        ops.route_top2_backward.default, (logits, routing.topk_ids_TK, routing.tokens_per_expert_E, *gradients)
+    )
+    torch.library.opcheck(ops.dispatch_plan.default, (routing.topk_ids_TK, 5))
+    torch.library.opcheck(ops.dispatch_plan.default, (routing.topk_ids_TK[:0], 5))
 
 
 def test_compiles_without_a_graph_break():
     def routed(logits):
         routing = route_top2(logits)
-        return (*routing, *dispatch_plan(routing.experts_TK, logits.shape[1]))
+        return (*routing, *dispatch_plan(routing.topk_ids_TK, logits.shape[1]))
 
     logits = randn(9, 5)
     compiled = torch.compile(routed, fullgraph=True, backend="aot_eager")
@@ -355,4 +358,4 @@ def test_compiles_without_a_graph_break():
 
 def test_checkpointing_keeps_both_ops():
     ops = torch.ops.acceleron_triton
-    assert {ops.route_top2.default, ops.dispatch_plan.default} == module.ROUTING_OPS
+    assert {ops.route_top2.default, ops.dispatch_plan.default} == triton_ops.ROUTING_OPS

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import error
 
-from acceleron import Acceleron, ModelConfig, kernels
+from acceleron import Acceleron, ModelConfig, ops
 from acceleron.config import PRESETS
 from acceleron.device import missing_compiler
 from acceleron.training import TrainOptions, train
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
-    monkeypatch.setattr(kernels, "_choice", kernels._choice)
+    monkeypatch.setattr(ops, "_choice", ops._choice)
 
 
 def build(dtype=torch.float32):
@@ -45,7 +45,7 @@ def build(dtype=torch.float32):
 
 
 def losses_and_gradients(model, choice):
-    kernels.select(choice, DEVICE)
+    ops.set_backend(choice, DEVICE)
     ids = torch.randint(CONFIG.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     output = model(ids, labels=ids)
     output.loss.backward()
@@ -57,7 +57,7 @@ def losses_and_gradients(model, choice):
 def expected():
     """From float64, and from the reference in fp32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_choice", kernels._choice)
+        patch.setattr(ops, "_choice", ops._choice)
         return [losses_and_gradients(build(dtype), "reference") for dtype in (torch.float64, torch.float32)]
 
 
@@ -76,18 +76,16 @@ def test_losses_and_gradients_of_every_parameter(expected):
 def test_every_op_is_tritons(monkeypatch):
     """Or the comparisons in this file would be of the reference with itself."""
     called = set()
-    for name, function in kernels._triton.items():
+    for name in ops.torch_ops.__all__:
+        function = getattr(ops.triton_ops, name)
 
         def recorded(*args, name=name, function=function, **kwargs):
             called.add(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setitem(kernels._triton, name, recorded)
-        for cell in getattr(kernels, name).__closure__:
-            if cell.cell_contents is function:
-                monkeypatch.setattr(cell, "cell_contents", recorded)
+        monkeypatch.setattr(ops.triton_ops, name, recorded)
     losses_and_gradients(build(), "triton")
-    # The others are building blocks, or the dense twin's.
+    # The others are building blocks, or the dense baseline's.
     assert called == {"linear_cross_entropy", "moe", "rms_norm", "split_rope"}
     called.clear()
     losses_and_gradients(build(), "reference")

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from waiting import HANG, wait_until
 
+from acceleron.checkpoint import load_checkpoint
 from acceleron.config import PRESETS
 from acceleron.errors import run_command
 from acceleron.model import Acceleron
 from acceleron.training import TrainOptions, train
-from acceleron.training.checkpoint import load_checkpoint
 
 # Children are forked from a process that has imported everything and done nothing: they start in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -16,11 +16,11 @@ from runs import assert_same_bits, learned, options, records
 from waiting import HANG
 
 from acceleron import ModelConfig
+from acceleron.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.data import Loader, Shards
 from acceleron.errors import RunFailed, RunStopped
 from acceleron.model import Acceleron
 from acceleron.training import guard, train
-from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.training.guard import SPIKE_HORIZON, StepGuard
 from acceleron.training.run import Run
 from acceleron.training.stop import StopSignals

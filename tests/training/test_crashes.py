@@ -17,7 +17,7 @@ import pytest
 from runs import Child, assert_same_bits, learned, options, shrink_nano, within_writes, write_shard
 from waiting import wait_until
 
-from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
+from acceleron.checkpoint import list_checkpoints, load_checkpoint
 
 STEPS = 60
 EVENTS, WRITES = 6_000_000, 9000  # of a run, see killed_at

@@ -12,12 +12,12 @@ import torch
 from runs import assert_same_bits, learned, options, records, write_shard
 from waiting import HANG
 
+from acceleron.checkpoint import load_checkpoint
 from acceleron.data.loader import Chunks, Loader
 from acceleron.data.shards import Shards
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
 from acceleron.training import run as run_module
-from acceleron.training.checkpoint import load_checkpoint
 from acceleron.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_nano")

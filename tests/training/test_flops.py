@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from acceleron import Acceleron, ModelConfig
-from acceleron.kernels import reference
+from acceleron.kernels import torch_ops
 from acceleron.training.metrics import flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
@@ -46,7 +46,7 @@ def plain_attention(attention, x, model):
     config = model.config
     qkv = F.linear(x, attention.qkv.weight).unflatten(-1, (-1, config.head_dim))
     q, k, v = qkv.split(attention.splits, dim=-2)
-    q, k = reference.rope(q, k, model.cos_SC[:SEQ_LEN], model.sin_SC[:SEQ_LEN])
+    q, k = torch_ops.rope(q, k, model.cos_SC[:SEQ_LEN], model.sin_SC[:SEQ_LEN])
     repeats = config.num_heads // config.num_kv_heads
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)))
     scores = (q @ k.mT * config.head_dim**-0.5).masked_fill(torch.ones(SEQ_LEN, SEQ_LEN).triu(1).bool(), -torch.inf)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hostile_files import VOCAB_SIZE, doubled, limits, rewritten, use
 
+from acceleron.checkpoint import load_checkpoint
 from acceleron.errors import InputError
-from acceleron.training.checkpoint import load_checkpoint
 
 
 def test_the_original_is_usable(small_run, small_checkpoint):

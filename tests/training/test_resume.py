@@ -8,10 +8,10 @@ import pytest
 import torch
 from runs import assert_same_bits, learned, options, records
 
+from acceleron.checkpoint import load_checkpoint
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
-from acceleron.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 

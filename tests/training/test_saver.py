@@ -15,15 +15,15 @@ import torch
 from runs import HalfWritten, assert_same_bits, learned, options, records
 from waiting import HANG
 
-from acceleron.errors import InputError, RunFailed
-from acceleron.training import loop, train
-from acceleron.training.checkpoint import (
+from acceleron.checkpoint import (
     FORMAT,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     verify_archive,
 )
+from acceleron.errors import InputError, RunFailed
+from acceleron.training import loop, train
 from acceleron.training.metrics import Metrics
 from acceleron.training.saver import Saver
 

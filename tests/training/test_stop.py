@@ -22,10 +22,10 @@ from runs import (
 )
 from waiting import wait_until
 
+from acceleron.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.data import Loader
 from acceleron.data.loader import Chunks
 from acceleron.training import loop
-from acceleron.training.checkpoint import list_checkpoints, load_checkpoint
 
 STEPS = 40
 STOPPED = 75

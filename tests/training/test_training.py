@@ -13,12 +13,12 @@ import torch
 from runs import options, records
 
 from acceleron import Acceleron, ModelConfig
+from acceleron.checkpoint import load_checkpoint
 from acceleron.data.prepare import prepare
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, loop, train
-from acceleron.training.checkpoint import load_checkpoint
 from acceleron.training.metrics import expert_health, flops_per_token
 from acceleron.training.optimizer import build_optimizer
 from acceleron.training.options import parse_options

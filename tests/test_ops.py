@@ -1,16 +1,17 @@
-"""Who serves the ops: what `select` says and does, and what is left without Triton."""
+"""The choice of the kernel backend: what `set_backend` returns and does, and what works without Triton."""
 
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 
-from acceleron import ModelConfig, MoE, kernels
-from acceleron.kernels import launch, reference
+from acceleron import ModelConfig, MoE, ops
+from acceleron.kernels import launch, torch_ops, triton_ops
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
@@ -18,8 +19,8 @@ interpreted = pytest.mark.skipif(GPU, reason="the interpreter is for machines wi
 
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
-    monkeypatch.setattr(kernels, "_choice", "auto")
-    monkeypatch.setattr(kernels, "_reference_ops", ())
+    monkeypatch.setattr(ops, "_backend", "auto")
+    monkeypatch.setattr(ops, "_reference_ops", ())
 
 
 @pytest.fixture
@@ -37,38 +38,38 @@ def calls(monkeypatch):
 
 
 def test_the_reference_can_be_asked_for(calls):
-    assert kernels.select("reference", CPU) == "reference (asked for)"
+    assert ops.set_backend("reference", CPU) == "reference (as requested)"
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
-    kernels.swiglu(x)
-    kernels.route_top2(x)
+    ops.swiglu(x)
+    ops.route_top2(x)
     assert "acceleron_triton" not in calls
     assert "acceleron" in calls
 
 
 @interpreted
 def test_triton_under_the_interpreter(calls):
-    line = kernels.select("triton", CPU)
+    line = ops.set_backend("triton", CPU)
     assert line.startswith("Triton 3.")
     assert line.endswith(", interpreted")
-    kernels.swiglu(torch.ones(3, 4))
-    kernels.route_top2(torch.ones(3, 4))
+    ops.swiglu(torch.ones(3, 4))
+    ops.route_top2(torch.ones(3, 4))
     assert calls.count("acceleron_triton") == 2
     assert "acceleron" not in calls
 
 
 @interpreted
 def test_after_triton_was_asked_for_what_it_lacks_is_refused():
-    kernels.select("triton", CPU)
+    ops.set_backend("triton", CPU)
     experts = torch.zeros(3, 2, dtype=torch.int32)
-    plan = kernels.dispatch_plan(experts, 2)
+    plan = ops.dispatch_plan(experts, 2)
     x, w = torch.ones(3, 4, dtype=torch.float64), torch.ones(2, 4, 4, dtype=torch.float64)
     cases = {
-        "gate_up_N2F": lambda: kernels.swiglu(x),
-        "logits_TE": lambda: kernels.route_top2(x),
-        "x_TD": lambda: kernels.expert_mlp(x, torch.ones(3, 2), plan, w, w[:, :, :2]),
-        "x_ND": lambda: kernels.grouped_gemm(x.repeat(2, 1), w, plan),
-        "x": lambda: kernels.rms_norm(x, x[0], 1e-6),
-        "qkv_BSNC": lambda: kernels.split_rope(x.view(1, 3, 1, 4).repeat(1, 1, 4, 1), x, x, 2, 1),
+        "gate_up_N2F": lambda: ops.swiglu(x),
+        "logits_TE": lambda: ops.route_top2(x),
+        "x_TD": lambda: ops.expert_mlp(x, torch.ones(3, 2), plan, w, w[:, :, :2]),
+        "x_ND": lambda: ops.grouped_gemm(x.repeat(2, 1), w, plan),
+        "x": lambda: ops.rms_norm(x, x[0], 1e-6),
+        "qkv_BSAC": lambda: ops.split_rope(x.view(1, 3, 1, 4).repeat(1, 1, 4, 1), x, x, 2, 1),
     }
     for name, call in cases.items():
         with pytest.raises(ValueError, match=rf"\b{name}: expected bfloat16 or float16 or float32, but got float64"):
@@ -77,18 +78,18 @@ def test_after_triton_was_asked_for_what_it_lacks_is_refused():
 
 @interpreted
 def test_auto_leaves_a_cpus_tensors_to_the_reference_even_under_the_interpreter(calls):
-    assert kernels.select("auto", CPU) == "reference (the interpreter is for --kernels triton alone)"
+    assert ops.set_backend("auto", CPU) == "reference (the interpreter needs --kernels triton)"
     for dtype in (torch.float32, torch.float64):
         x = torch.ones(3, 4, dtype=dtype)
-        assert kernels.swiglu(x).dtype == dtype
-        assert kernels.route_top2(x).weights_TK.dtype == dtype
+        assert ops.swiglu(x).dtype == dtype
+        assert ops.route_top2(x).topk_scores_TK.dtype == dtype
     assert "acceleron_triton" not in calls
 
 
 def test_who_never_selects_has_auto(calls):
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
-    kernels.route_top2(x)
-    kernels.route_top2(x.double())
+    ops.route_top2(x)
+    ops.route_top2(x.double())
     assert calls.count("acceleron_triton") == GPU
     assert calls.count("acceleron") == 2 - GPU
 
@@ -96,10 +97,10 @@ def test_who_never_selects_has_auto(calls):
 def test_a_cpu_without_the_interpreter(monkeypatch, calls):
     monkeypatch.setattr(launch, "cpu_device", None)
     with pytest.raises(ValueError, match=r"^--kernels triton: Triton needs a GPU, and this is a cpu; TRITON_INTERPRET"):
-        kernels.select("triton", CPU)
-    line = kernels.select("auto", CPU)
+        ops.set_backend("triton", CPU)
+    line = ops.set_backend("auto", CPU)
     assert line.startswith("reference (Triton needs a GPU, and this is a cpu")
-    kernels.route_top2(torch.ones(3, 4))
+    ops.route_top2(torch.ones(3, 4))
     assert "acceleron" in calls
     assert "acceleron_triton" not in calls
 
@@ -111,126 +112,122 @@ def test_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda")
     with pytest.raises(ValueError, match=r"triton: Tesla T4 is older than compute capability 8\.0"):
-        kernels.select("triton", device)
-    assert kernels.select("auto", device) == "reference (Tesla T4 is older than compute capability 8.0)"
-    assert kernels._choice == "reference"  # for the tensors on that GPU, too
+        ops.set_backend("triton", device)
+    assert ops.set_backend("auto", device) == "reference (Tesla T4 is older than compute capability 8.0)"
+    assert ops._backend == "reference"  # for the tensors on that GPU, too
 
 
 def test_an_amd_gpu_takes_an_explicit_choice(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", "7.1")
     device = torch.device("cuda")
-    expected = "reference (AMD GPUs: pass --kernels triton, which has not run on one yet)"
-    assert kernels.select("auto", device) == expected
-    assert not kernels.uses_triton(device, torch.bfloat16)
-    assert kernels.select("triton", device).startswith("Triton 3.")
-    assert kernels.uses_triton(device, torch.bfloat16)
+    expected = "reference (AMD GPUs need --kernels triton, which has not been tested on one yet)"
+    assert ops.set_backend("auto", device) == expected
+    assert not ops.uses_triton(device, torch.bfloat16)
+    assert ops.set_backend("triton", device).startswith("Triton 3.")
+    assert ops.uses_triton(device, torch.bfloat16)
 
 
 @interpreted
 def test_single_ops_of_the_reference(monkeypatch, calls):
     """A layer that contains such an op is the reference's too."""
     monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope, swiglu")
-    line = kernels.select("triton", CPU)
+    line = ops.set_backend("triton", CPU)
     assert line.endswith(", interpreted, but the reference for moe, rope, split_rope, swiglu")
-    kernels.swiglu(torch.ones(3, 4))
+    ops.swiglu(torch.ones(3, 4))
     MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(torch.ones(3, 32))
     assert "acceleron_triton" not in calls
-    kernels.route_top2(torch.ones(3, 4))
+    ops.route_top2(torch.ones(3, 4))
     assert "acceleron_triton" in calls
     monkeypatch.delenv("ACCELERON_REFERENCE_OPS")
-    assert kernels.select("triton", CPU).endswith(", interpreted")
+    assert ops.set_backend("triton", CPU).endswith(", interpreted")
     calls.clear()
-    kernels.swiglu(torch.ones(3, 4))
+    ops.swiglu(torch.ones(3, 4))
     assert "acceleron_triton" in calls
 
 
 def test_an_unknown_op_of_the_reference(monkeypatch):
-    kernels.select("reference", CPU)
+    ops.set_backend("reference", CPU)
     monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope,gelu")
     for choice in ("auto", "reference"):
         with pytest.raises(
             ValueError, match=r"^ACCELERON_REFERENCE_OPS=rope,gelu: expected names among dispatch_plan, "
         ):
-            kernels.select(choice, CPU)
-    assert kernels._choice == "reference"
+            ops.set_backend(choice, CPU)
+    assert ops._backend == "reference"
 
 
 @interpreted
 def test_the_line_says_where_tma_is_off(monkeypatch):
     monkeypatch.setenv("ACCELERON_NO_TMA", "up,rows")
-    assert kernels.select("triton", CPU).endswith(", interpreted, without TMA for up,rows")
+    assert ops.set_backend("triton", CPU).endswith(", interpreted, without TMA for up,rows")
 
 
 @interpreted
 def test_a_selection_for_a_while():
-    kernels.select("triton", CPU)
+    ops.set_backend("triton", CPU)
 
     def fail():
-        with kernels.selected("reference", CPU):
-            assert not kernels.uses_triton(CPU, torch.float32)
+        with ops.using_backend("reference", CPU):
+            assert not ops.uses_triton(CPU, torch.float32)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert kernels.uses_triton(CPU, torch.float32)
+    assert ops.uses_triton(CPU, torch.float32)
 
 
 def test_triton_missing(monkeypatch):
-    monkeypatch.setattr(kernels, "_missing", "Triton 3.6 or later can't be imported (why)")
+    monkeypatch.setattr(ops, "_import_error", "Triton 3.6 or later can't be imported (why)")
     for device in ("cpu", "cuda"):
         with pytest.raises(
             ValueError, match=r"^--kernels triton: Triton 3\.6 or later can't be imported \(why\); or use"
         ):
-            kernels.select("triton", torch.device(device))
-        assert kernels.select("auto", torch.device(device)).startswith("reference (Triton 3.6 or later can't")
+            ops.set_backend("triton", torch.device(device))
+        assert ops.set_backend("auto", torch.device(device)).startswith("reference (Triton 3.6 or later can't")
 
 
 @pytest.mark.parametrize("choice", ["cuda", "", "Triton"])
 def test_an_unknown_name(choice):
     with pytest.raises(ValueError, match=f"^--kernels {choice}: expected auto, triton or reference"):
-        kernels.select(choice, CPU)
+        ops.set_backend(choice, CPU)
 
 
 def test_a_refusal_changes_nothing(monkeypatch):
     monkeypatch.setattr(launch, "cpu_device", None)
-    kernels.select("reference", CPU)
+    ops.set_backend("reference", CPU)
     for choice in ("triton", "nonsense"):
         with pytest.raises(ValueError, match=r"^--kernels"):
-            kernels.select(choice, CPU)
-    assert kernels._choice == "reference"
+            ops.set_backend(choice, CPU)
+    assert ops._backend == "reference"
 
 
-def test_the_ops_have_the_references_names_and_documentation():
-    assert len(kernels._triton) >= 8
-    for name in kernels._triton:
-        op = getattr(kernels, name)
-        assert callable(op), name  # not the module of that name
-        assert op.__doc__ == getattr(reference, name).__doc__
+@pytest.mark.parametrize("name", torch_ops.__all__)
+def test_both_backends_have_the_signature_of_the_op(name):
+    expected = signature(getattr(ops, name))
+    assert signature(getattr(torch_ops, name)) == signature(getattr(triton_ops, name)) == expected
 
 
 WITHOUT = """
 import sys
 sys.modules[{module!r}] = None  # as if it were not installed
 import torch
-from acceleron import ModelConfig, MoE, kernels
+from acceleron import ModelConfig, MoE, ops
 
 cpu = torch.device("cpu")
-line = kernels.select("auto", cpu)
+line = ops.set_backend("auto", cpu)
 assert line.startswith("reference (Triton 3.6 or later can't be imported"), line
 try:
-    kernels.select("triton", cpu)
+    ops.set_backend("triton", cpu)
 except ValueError as error:
     assert "pip install triton" in str(error)
 else:
     raise AssertionError
-assert kernels.ROUTING_OPS == kernels.reference.ROUTING_OPS
+assert ops.ROUTING_OPS == ops.torch_ops.ROUTING_OPS
 x = torch.randn(5, 32, requires_grad=True)
 y, stats = MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(x)
 (y.sum() + stats.z_loss + stats.balance_loss).backward()
 assert x.grad.isfinite().all() and y.shape == x.shape
-for name in set(kernels.__all__) - {{"OPS", "ROUTING_OPS"}}:
-    assert callable(getattr(kernels, name)), name
 """
 
 
@@ -252,17 +249,17 @@ def test_the_interpreter_never_serves_a_gpu(monkeypatch):
     """Unasked, and slowly: on a machine with a GPU TRITON_INTERPRET=1 leaves auto to the reference."""
     assert "TRITON_INTERPRET=1 is set" in launch.unavailable(torch.device("cuda"))
     with pytest.raises(ValueError, match="unset it"):
-        kernels.select("triton", torch.device("cuda"))
-    assert kernels.select("auto", torch.device("cuda")).startswith("reference (TRITON_INTERPRET=1 is set")
-    assert not kernels._auto_on_gpu
+        ops.set_backend("triton", torch.device("cuda"))
+    assert ops.set_backend("auto", torch.device("cuda")).startswith("reference (TRITON_INTERPRET=1 is set")
+    assert not ops.uses_triton(torch.device("cuda"), torch.float32)
 
 
 def test_an_interpreter_chosen_too_late_is_said_so():
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None); import triton; os.environ['TRITON_INTERPRET'] = '1'\n"
-        "import torch; from acceleron import kernels\n"
-        "print(kernels.select('auto', torch.device('cpu')))\n"
-        "kernels.swiglu(torch.ones(2, 4))\n"
+        "import torch; from acceleron import ops\n"
+        "print(ops.set_backend('auto', torch.device('cpu')))\n"
+        "ops.swiglu(torch.ones(2, 4))\n"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert process.stdout.startswith("reference (TRITON_INTERPRET was changed after triton was imported")
@@ -277,12 +274,12 @@ def test_what_the_reference_takes_a_layer_takes_with_triton_too():
     )
     layer, x = MoE(config), torch.randn(3, 5, 64)
     expected = layer(x[..., :32])[0]
-    kernels.select("triton", CPU)
+    ops.set_backend("triton", CPU)
     torch.testing.assert_close(layer(x[..., :32])[0], expected, rtol=1e-5, atol=1e-6)
     y, stats = layer(x[:0, :, :32].requires_grad_())
     y.sum().backward()
     assert y.shape == (0, 5, 32)
-    assert stats.counts_E.tolist() == [0, 0, 0, 0]
+    assert stats.tokens_per_expert_E.tolist() == [0, 0, 0, 0]
     assert layer.router.grad.eq(0).all()
     y = layer.to(torch.bfloat16)(x[..., :32].bfloat16())[0]
     assert (y - expected).norm() < 0.05 * expected.norm()

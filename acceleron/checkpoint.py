@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, brief
-from ..errors import InputError, path_error
-from ..log import say
+from .config import ModelConfig, brief
+from .errors import InputError, path_error
+from .log import say
 
 FORMAT = 2
 KINDS = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)

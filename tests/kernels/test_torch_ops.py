@@ -13,8 +13,8 @@ from compare import error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acceleron import kernels
-from acceleron.kernels import reference
+from acceleron import ops
+from acceleron.kernels import torch_ops
 
 FACTOR = 1.5
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,36 +52,38 @@ def loop_routing(logits):
 def test_routing_matches_the_formulas(T, E, scale):
     logits = randn(T, E) * scale
     experts, weights, z_loss, balance, counts = loop_routing(logits.tolist())
-    routing = kernels.route_top2(logits)
-    assert routing.experts_TK.tolist() == experts
-    assert routing.experts_TK.dtype == torch.int32
-    torch.testing.assert_close(routing.weights_TK, torch.tensor(weights, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    routing = ops.route_top2(logits)
+    assert routing.topk_ids_TK.tolist() == experts
+    assert routing.topk_ids_TK.dtype == torch.int32
+    torch.testing.assert_close(
+        routing.topk_scores_TK, torch.tensor(weights, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     assert routing.z_loss.item() == pytest.approx(z_loss, rel=1e-12)
     assert routing.balance_loss.item() == pytest.approx(balance, rel=1e-12)
-    assert routing.counts_E.tolist() == counts
+    assert routing.tokens_per_expert_E.tolist() == counts
 
 
 @given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=5, max_size=5), min_size=1, max_size=20))
 def test_ties_go_to_the_lower_expert(rows):
     """Three values among five experts: every row has ties."""
-    assert kernels.route_top2(torch.tensor(rows)).experts_TK.tolist() == loop_routing(rows)[0]
+    assert ops.route_top2(torch.tensor(rows)).topk_ids_TK.tolist() == loop_routing(rows)[0]
 
 
 def test_minus_infinity_never_chooses_an_expert_twice():
-    routing = kernels.route_top2(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
-    assert routing.experts_TK.tolist() == [[1, 0]]
-    assert routing.weights_TK.tolist() == [[1.0, 0.0]]
+    routing = ops.route_top2(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
+    assert routing.topk_ids_TK.tolist() == [[1, 0]]
+    assert routing.topk_scores_TK.tolist() == [[1.0, 0.0]]
 
 
 def test_uniform_routing_has_a_balance_loss_of_exactly_one():
     """Equal logits: the choice is lopsided (experts 0 and 1), yet every probability is 1/E."""
-    assert kernels.route_top2(torch.zeros(16, 8)).balance_loss.item() == 1.0
+    assert ops.route_top2(torch.zeros(16, 8)).balance_loss.item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_logits_are_routed_in_fp32(dtype):
     logits = randn(40, 8, dtype=dtype)
-    narrow, wide = kernels.route_top2(logits), kernels.route_top2(logits.float())
+    narrow, wide = ops.route_top2(logits), ops.route_top2(logits.float())
     for a, b in zip(narrow, wide, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -90,7 +92,7 @@ def test_narrow_logits_are_routed_in_fp32(dtype):
 def test_routing_gradients():
     logits = randn(9, 5).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: (lambda r: (r.weights_TK, r.z_loss, r.balance_loss))(kernels.route_top2(x)), logits
+        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.balance_loss))(ops.route_top2(x)), logits
     )
 
 
@@ -102,10 +104,10 @@ def test_routing_gradients():
 def test_plan_is_a_stable_sort(case):
     num_experts, experts = case
     flat = [expert for pair in experts for expert in pair]
-    plan = kernels.dispatch_plan(torch.tensor(experts, dtype=torch.int32), num_experts)
-    order = sorted(range(len(flat)), key=lambda a: flat[a])  # Python's sort is stable
-    assert plan.order.tolist() == order
-    assert [order[row] for row in plan.inverse_TK.flatten().tolist()] == list(range(len(flat)))
+    plan = ops.dispatch_plan(torch.tensor(experts, dtype=torch.int32), num_experts)
+    gather_idx = sorted(range(len(flat)), key=lambda a: flat[a])  # Python's sort is stable
+    assert plan.gather_idx.tolist() == gather_idx
+    assert [gather_idx[row] for row in plan.scatter_idx_TK.flatten().tolist()] == list(range(len(flat)))
     assert plan.offsets.tolist() == [sum(e < expert for e in flat) for expert in range(num_experts + 1)]
     assert {t.dtype for t in plan} == {torch.int32}
 
@@ -156,14 +158,14 @@ def run(function, leaves, grad):
 def test_expert_mlp_and_every_gradient(case, dtype):
     experts, leaves = expert_inputs(*CASES[case], dtype)
     grad = randn(*leaves[0].shape, seed=4)
-    plan = kernels.dispatch_plan(experts, leaves[2].shape[0])
+    plan = ops.dispatch_plan(experts, leaves[2].shape[0])
 
     def loop(x, weights, w13, w2):
         return loop_expert_mlp(x, weights, experts, w13, w2)
 
     truth, true_grads = run(loop, [leaf.detach().double().requires_grad_() for leaf in leaves], grad)
     plain, plain_grads = run(loop, leaves, grad)
-    result, grads = run(lambda x, weights, w13, w2: kernels.expert_mlp(x, weights, plan, w13, w2), leaves, grad)
+    result, grads = run(lambda x, weights, w13, w2: ops.expert_mlp(x, weights, plan, w13, w2), leaves, grad)
     floor = 4 * torch.finfo(dtype).eps  # where the loop is exact by luck
     assert error(result, truth) <= FACTOR * error(plain, truth) + floor
     for name, ours, theirs, true, leaf in zip(
@@ -176,18 +178,16 @@ def test_expert_mlp_and_every_gradient(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
 def test_grouped_gemm_multiplies_each_row_by_its_expert(dtype):
     experts = torch.tensor([[0, 3], [3, 0], [3, 4]], dtype=torch.int32)  # experts 1 and 2 are empty
-    plan = kernels.dispatch_plan(experts, 5)
+    plan = ops.dispatch_plan(experts, 5)
     x, w = randn(6, 8, dtype=dtype), randn(5, 16, 8, seed=1, dtype=dtype)
     expected = torch.stack([w[e].double() @ row.double() for e, row in zip([0, 0, 3, 3, 3, 4], x, strict=True)])
-    assert error(kernels.grouped_gemm(x, w, plan), expected) <= 2 * torch.finfo(dtype).eps
+    assert error(ops.grouped_gemm(x, w, plan), expected) <= 2 * torch.finfo(dtype).eps
 
 
 def test_same_inputs_give_the_same_bits():
     experts, leaves = expert_inputs(*CASES["usual"], torch.float32)
-    plan = kernels.dispatch_plan(experts, 4)
-    runs = [
-        run(lambda x, w, a, b: kernels.expert_mlp(x, w, plan, a, b), leaves, randn(33, 16, seed=4)) for _ in range(2)
-    ]
+    plan = ops.dispatch_plan(experts, 4)
+    runs = [run(lambda x, w, a, b: ops.expert_mlp(x, w, plan, a, b), leaves, randn(33, 16, seed=4)) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
@@ -201,11 +201,11 @@ def test_swiglu(dtype):
     gate, up = gate_up.double().chunk(2, dim=-1)
     truth = gate / (1 + (-gate).exp()) * up
     plain = gate_up[:, :7] * torch.sigmoid(gate_up[:, :7]) * gate_up[:, 7:]
-    assert error(kernels.swiglu(gate_up), truth) <= FACTOR * error(plain, truth)
+    assert error(ops.swiglu(gate_up), truth) <= FACTOR * error(plain, truth)
 
 
 def test_swiglu_gradient():
-    assert torch.autograd.gradcheck(kernels.swiglu, randn(5, 6).requires_grad_())
+    assert torch.autograd.gradcheck(ops.swiglu, randn(5, 6).requires_grad_())
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
@@ -216,7 +216,7 @@ def test_rope_is_a_rotation_by_position_times_frequency(head_dim):
     angles = torch.outer(torch.arange(S, dtype=torch.float64), frequencies)
     q, k = randn(B, S, H, head_dim).requires_grad_(), randn(B, S, G, head_dim, seed=1).requires_grad_()
     both = torch.cat([angles, angles], dim=-1)
-    results = kernels.rope(q, k, both.cos(), both.sin())
+    results = ops.rope(q, k, both.cos(), both.sin())
     for x, rotated in zip((q, k), results, strict=True):
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
         torch.testing.assert_close(rotated, torch.cat([turned.real, turned.imag], dim=-1), rtol=1e-12, atol=1e-12)
@@ -226,10 +226,10 @@ def test_rope_is_a_rotation_by_position_times_frequency(head_dim):
 
 def test_split_rope_is_rope_of_the_views():
     qkv, angles = randn(2, 9, 8, 16).requires_grad_(), randn(9, 8, seed=1).repeat(1, 2)
-    q, k, v = kernels.split_rope(qkv, angles.cos(), angles.sin(), 4, 2)
+    q, k, v = ops.split_rope(qkv, angles.cos(), angles.sin(), 4, 2)
     assert torch.equal(v, qkv[:, :, 6:])
     assert v.data_ptr() == qkv[:, :, 6:].data_ptr()
-    turned = kernels.rope(qkv[:, :, :4], qkv[:, :, 4:6], angles.cos(), angles.sin())
+    turned = ops.rope(qkv[:, :, :4], qkv[:, :, 4:6], angles.cos(), angles.sin())
     for ours, expected in zip((q, k), turned, strict=True):
         assert ours.is_contiguous()
         assert torch.equal(ours, expected)
@@ -240,8 +240,8 @@ def test_split_rope_is_rope_of_the_views():
 def test_rope_rounds_once():
     q = randn(1, 64, 2, 32, dtype=torch.bfloat16)
     angles = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) * 100
-    narrow, _ = kernels.rope(q, q, angles.cos(), angles.sin())
-    wide, _ = kernels.rope(q.double(), q.double(), angles.cos().double(), angles.sin().double())
+    narrow, _ = ops.rope(q, q, angles.cos(), angles.sin())
+    wide, _ = ops.rope(q.double(), q.double(), angles.cos().double(), angles.sin().double())
     assert narrow.dtype == torch.bfloat16
     assert ((narrow.double() - wide).abs() <= 2**-8 * wide.abs() + 1e-6).all()
 
@@ -251,11 +251,11 @@ def test_rms_norm(with_residual):
     x, weight, residual = randn(6, 10).requires_grad_(), randn(10, seed=1).requires_grad_(), randn(6, 10, seed=2)
     total = x + residual if with_residual else x
     expected = total / (total.pow(2).sum(-1, keepdim=True) / 10 + 1e-6).sqrt() * weight
-    norm, summed = kernels.rms_norm(x, weight, 1e-6, residual if with_residual else None)
+    norm, summed = ops.rms_norm(x, weight, 1e-6, residual if with_residual else None)
     torch.testing.assert_close(summed, total, rtol=0, atol=0)
     torch.testing.assert_close(norm, expected, rtol=1e-12, atol=1e-12)
     residuals = (residual.requires_grad_(),) if with_residual else ()
-    assert torch.autograd.gradcheck(lambda x, w, *r: kernels.rms_norm(x, w, 1e-6, *r), (x, weight, *residuals))
+    assert torch.autograd.gradcheck(lambda x, w, *r: ops.rms_norm(x, w, 1e-6, *r), (x, weight, *residuals))
 
 
 def test_rms_norm_has_llamas_order():
@@ -264,7 +264,7 @@ def test_rms_norm_has_llamas_order():
     x, weight = randn(8, 64, dtype=torch.bfloat16) * 3, randn(64, seed=1, dtype=torch.bfloat16)
     norm = llama.LlamaRMSNorm(64, eps=1e-6)
     norm.weight = torch.nn.Parameter(weight)
-    assert torch.equal(kernels.rms_norm(x, weight, 1e-6)[0], norm(x))
+    assert torch.equal(ops.rms_norm(x, weight, 1e-6)[0], norm(x))
 
 
 # --- linear cross-entropy ---
@@ -273,7 +273,7 @@ def test_rms_norm_has_llamas_order():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Seven tokens a chunk, so that the chunks are many and the last is short."""
-    monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", 7 * 50)
+    monkeypatch.setattr(torch_ops, "LOGITS_PER_CHUNK", 7 * 50)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -290,7 +290,7 @@ def test_linear_cross_entropy_and_gradients(dtype):
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     truth, true_grads = run(plain, wide, torch.tensor(3.0))
     theirs, their_grads = run(plain, (x, weight), torch.tensor(3.0))
-    ours, our_grads = run(lambda *xw: kernels.linear_cross_entropy(*xw, labels), (x, weight), torch.tensor(3.0))
+    ours, our_grads = run(lambda *xw: ops.linear_cross_entropy(*xw, labels), (x, weight), torch.tensor(3.0))
     floor = 4 * torch.finfo(dtype).eps
     assert error(ours, truth.detach()) <= FACTOR * error(theirs, truth.detach()) + floor
     for name, a, b, true in zip(("x", "weight"), our_grads, their_grads, true_grads, strict=True):
@@ -303,7 +303,7 @@ def test_fp32_weight_gets_an_fp32_gradient_from_bf16_activations():
     """Accumulated over the chunks in fp32: closer to the truth than one rounded to bf16 could be."""
     x, weight = randn(350, 16, dtype=torch.bfloat16), randn(50, 16, seed=1, dtype=torch.float32).requires_grad_()
     labels = torch.randint(50, (350,), generator=torch.Generator().manual_seed(2))
-    (grad,) = torch.autograd.grad(kernels.linear_cross_entropy(x, weight, labels), weight)
+    (grad,) = torch.autograd.grad(ops.linear_cross_entropy(x, weight, labels), weight)
     assert grad.dtype == torch.float32
     assert not torch.equal(grad, grad.bfloat16().float())
     # Against torch with the same bf16 logits: what is left is the rounding of the gradient's own GEMM operands.
@@ -313,7 +313,7 @@ def test_fp32_weight_gets_an_fp32_gradient_from_bf16_activations():
 
 
 def test_all_labels_ignored_is_nan_as_in_torch():
-    assert kernels.linear_cross_entropy(randn(3, 4), randn(5, 4), torch.full((3,), -100)).isnan()
+    assert ops.linear_cross_entropy(randn(3, 4), randn(5, 4), torch.full((3,), -100)).isnan()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -331,7 +331,7 @@ def test_no_tensor_of_all_logits_exists():
 
     x, weight = randn(900, 16).requires_grad_(), randn(50, 16, seed=1).requires_grad_()
     with Sizes():
-        kernels.linear_cross_entropy(x, weight, torch.zeros(900, dtype=torch.int64)).backward()
+        ops.linear_cross_entropy(x, weight, torch.zeros(900, dtype=torch.int64)).backward()
     assert Sizes.largest == 900 * 16  # x's gradient; the logits would be 900 * 50
 
 

@@ -1,11 +1,7 @@
-"""Every op in plain PyTorch: the oracle of the tests and the fallback of the users.
+"""The reference: every op in PyTorch. It runs where there is no GPU. acceleron/ops.py documents the ops.
 
-Legend: T tokens, D model width, E experts, K = 2, F expert width, V vocabulary, N = T * K expert-sorted rows,
-B batch, S sequence, H query heads, G key/value heads, C head_dim.
-
-All ops are differentiable in float32, float64, bfloat16 and float16, pad nothing, drop no token, and are
-deterministic: where autograd would scatter with accumulation, the gradient is written as a gather instead. Arguments of
-other shapes or dtypes raise the ValueError of `contract`.
+The ops are differentiable in float32, float64, bfloat16 and float16, and deterministic: where autograd would scatter
+with accumulation, the gradient is written as a gather. They are tuned for a CPU; formulas.py has the plain formulas.
 """
 
 from itertools import pairwise
@@ -34,6 +30,20 @@ from .contract import (
     wide,
 )
 
+__all__ = [
+    "dispatch_plan",
+    "expert_mlp",
+    "grouped_gemm",
+    "linear_cross_entropy",
+    "moe",
+    "rms_norm",
+    "rope",
+    "route_top2",
+    "router_logits",
+    "split_rope",
+    "swiglu",
+]
+
 # Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
 # bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
 LOGITS_PER_CHUNK = 1 << 24
@@ -57,46 +67,46 @@ def _(logits_TE):
 
 
 @torch.library.custom_op("acceleron::sort_by_expert", mutates_args=())
-def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """order, inverse_TK and offsets of `Plan`, all on the device of `experts_TK`."""
-    experts_N = experts_TK.flatten()
-    sorted_N, order = experts_N.sort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    boundaries = torch.arange(num_experts + 1, dtype=sorted_N.dtype, device=order.device)
+def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """gather_idx, scatter_idx_TK and offsets of `Plan`, all on the device of `topk_ids_TK`."""
+    experts_N = topk_ids_TK.flatten()
+    sorted_N, gather_idx = experts_N.sort(stable=True)
+    inverse = torch.empty_like(gather_idx)
+    inverse[gather_idx] = torch.arange(gather_idx.numel(), device=gather_idx.device)
+    boundaries = torch.arange(num_experts + 1, dtype=sorted_N.dtype, device=gather_idx.device)
     offsets = torch.searchsorted(sorted_N, boundaries, out_int32=True)
-    return order.to(torch.int32), inverse.to(torch.int32).view_as(experts_TK), offsets
+    return gather_idx.to(torch.int32), inverse.to(torch.int32).view_as(topk_ids_TK), offsets
 
 
 @sort_by_expert.register_fake
-def _(experts_TK, num_experts):
+def _(topk_ids_TK, num_experts):
     def int32(*shape):
-        return experts_TK.new_empty(shape, dtype=torch.int32)
+        return topk_ids_TK.new_empty(shape, dtype=torch.int32)
 
-    return int32(experts_TK.numel()), int32(*experts_TK.shape), int32(num_experts + 1)
+    return int32(topk_ids_TK.numel()), int32(*topk_ids_TK.shape), int32(num_experts + 1)
 
 
 ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acceleron.sort_by_expert.default})
 
 
 class _ChosenLogits(torch.autograd.Function):
-    """logits_TE -> the logits of experts_TK. Its gradient compares where gather's would scatter.
+    """logits_TE -> the logits of topk_ids_TK. Its gradient compares where gather's would scatter.
 
     A scatter-add is not deterministic on a GPU; and in a recomputed block the CPU inductor of torch 2.13 runs it after
     the kernel that reads its result, which gave router gradients that were silently wrong.
     """
 
     @staticmethod
-    def forward(ctx, logits_TE, experts_TK):
-        ctx.save_for_backward(experts_TK)
+    def forward(ctx, logits_TE, topk_ids_TK):
+        ctx.save_for_backward(topk_ids_TK)
         ctx.num_experts = logits_TE.shape[1]
-        return logits_TE.gather(1, experts_TK.long())
+        return logits_TE.gather(1, topk_ids_TK.long())
 
     @staticmethod
     def backward(ctx, grad_TK):
-        (experts_TK,) = ctx.saved_tensors
-        all_experts = torch.arange(ctx.num_experts, device=experts_TK.device)
-        first, second = (grad_TK[:, k, None] * (experts_TK[:, k, None] == all_experts) for k in range(TOP_K))
+        (topk_ids_TK,) = ctx.saved_tensors
+        all_experts = torch.arange(ctx.num_experts, device=topk_ids_TK.device)
+        first, second = (grad_TK[:, k, None] * (topk_ids_TK[:, k, None] == all_experts) for k in range(TOP_K))
         return first + second, None
 
 
@@ -116,25 +126,14 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32, or fp64 for an fp64 weight: bf16 logits would tie."""
+    """logits_TE = x @ weight.T in fp32, or fp64 for an fp64 weight."""
     check_router_logits(x_TD, weight_ED)
     dtype = wide(weight_ED.dtype)
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Top-2 routing of router logits, with the router's two losses.
-
-    The weights are the softmax of the two chosen logits. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al.
-    2022); balance_loss = E · Σ_e f_e P_e (Switch Transformer, Fedus et al. 2021), f_e the share of the 2·T
-    assignments that went to e and P_e the mean probability: exactly 1 for uniform routing. Both are differentiable.
-
-    `force_load_balance` lets token t choose among the experts t mod E and (t + 1) mod E only, for benchmarks and
-    debugging; the scores, the losses and their gradients are still those of the logits.
-
-    logits_TE: [T, E], 2 <= E <= 256; float16 and bfloat16 are computed in float32. Returns `Routing`: weights in fp32
-    (fp64 for fp64 logits), experts int32, counts int64.
-    """
+    """Top-2 routing of router logits, with the router's two losses."""
     check_route_top2(logits_TE)
     logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
@@ -142,56 +141,56 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     if force_load_balance:
         turns_TE = torch.arange(E, device=logits_TE.device) - torch.arange(T, device=logits_TE.device)[:, None]
         candidates_TE = candidates_TE.masked_fill(turns_TE.remainder(E) >= TOP_K, -torch.inf)
-    experts_TK = top2_experts(candidates_TE)
-    weights_TK = _ChosenLogits.apply(logits_TE, experts_TK).softmax(dim=-1)
+    topk_ids_TK = top2_experts(candidates_TE)
+    topk_scores_TK = _ChosenLogits.apply(logits_TE, topk_ids_TK).softmax(dim=-1)
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
-    counts_E = (experts_TK.flatten()[:, None] == torch.arange(E, device=experts_TK.device)).sum(dim=0)
-    fraction_E = counts_E.to(logits_TE.dtype) / (TOP_K * T)
+    tokens_per_expert_E = (topk_ids_TK.flatten()[:, None] == torch.arange(E, device=topk_ids_TK.device)).sum(dim=0)
+    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
     balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
-    return Routing(weights_TK, experts_TK, z_loss, balance_loss, counts_E)
+    return Routing(topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E)
 
 
-def dispatch_plan(experts_TK: Tensor, num_experts: int) -> Plan:
-    """The stable expert-sorted order of all assignments. experts_TK: integer [T, 2], values in 0..num_experts-1."""
-    check_dispatch_plan(experts_TK, num_experts)
-    return Plan(*torch.ops.acceleron.sort_by_expert(experts_TK, num_experts))
+def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
+    """The stable expert-sorted order of all assignments."""
+    check_dispatch_plan(topk_ids_TK, num_experts)
+    return Plan(*torch.ops.acceleron.sort_by_expert(topk_ids_TK, num_experts))
 
 
 class _Gather(torch.autograd.Function):
     """x_TD -> the expert-sorted rows x_ND. Its gradient sums each token's two rows: a gather, not a scatter."""
 
     @staticmethod
-    def forward(ctx, x_TD, order, inverse_TK):
-        ctx.save_for_backward(inverse_TK)
-        return x_TD.index_select(0, order // TOP_K)
+    def forward(ctx, x_TD, gather_idx, scatter_idx_TK):
+        ctx.save_for_backward(scatter_idx_TK)
+        return x_TD.index_select(0, gather_idx // TOP_K)
 
     @staticmethod
     def backward(ctx, grad_ND):
-        (inverse_TK,) = ctx.saved_tensors
-        first, second = (grad_ND.index_select(0, inverse_TK[:, k]) for k in range(TOP_K))
+        (scatter_idx_TK,) = ctx.saved_tensors
+        first, second = (grad_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
         return first + second, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y_ND, weights_TK -> the weighted sum of each token's two rows, accumulated in the weights' precision."""
+    """y_ND, topk_scores_TK -> the weighted sum of each token's two rows, accumulated in the weights' precision."""
 
     @staticmethod
-    def forward(ctx, y_ND, weights_TK, order, inverse_TK):
-        ctx.save_for_backward(y_ND, weights_TK, order, inverse_TK)
-        first, second = (y_ND.index_select(0, inverse_TK[:, k]) for k in range(TOP_K))
+    def forward(ctx, y_ND, topk_scores_TK, gather_idx, scatter_idx_TK):
+        ctx.save_for_backward(y_ND, topk_scores_TK, gather_idx, scatter_idx_TK)
+        first, second = (y_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
         # What forward returns must be made by an op of its own: of a result that was changed in place, or of a .to that
         # has nothing to do, torch 2.11 compiles gradients of zero.
-        y_TD = torch.addcmul(first * weights_TK[:, :1], second.to(weights_TK.dtype), weights_TK[:, 1:])
+        y_TD = torch.addcmul(first * topk_scores_TK[:, :1], second.to(topk_scores_TK.dtype), topk_scores_TK[:, 1:])
         return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        y_ND, weights_TK, order, inverse_TK = ctx.saved_tensors
-        grad_ND = grad_TD.index_select(0, order // TOP_K)
-        grad_weights_N = (grad_ND.to(weights_TK.dtype) * y_ND).sum(dim=-1)
-        weights_N = weights_TK.flatten().index_select(0, order)
+        y_ND, topk_scores_TK, gather_idx, scatter_idx_TK = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, gather_idx // TOP_K)
+        grad_weights_N = (grad_ND.to(topk_scores_TK.dtype) * y_ND).sum(dim=-1)
+        weights_N = topk_scores_TK.flatten().index_select(0, gather_idx)
         grad_y_ND = (grad_ND * weights_N[:, None]).to(y_ND.dtype)
-        return grad_y_ND, grad_weights_N.index_select(0, inverse_TK.flatten()).view_as(weights_TK), None, None
+        return grad_y_ND, grad_weights_N.index_select(0, scatter_idx_TK.flatten()).view_as(topk_scores_TK), None, None
 
 
 # The two grouped GEMMs are ops of their own too: torch's fake grouped_mm refuses all but bfloat16, and a loop over
@@ -271,25 +270,18 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
-    """y_NF: every expert-sorted row times its expert's weight, y[n] = w[e] @ x[n] for the rows n of expert e.
-
-    x_ND and w_EFD share one floating dtype. Experts without rows are fine.
-    """
+    """y_NF: every expert-sorted row times its expert's weight."""
     check_grouped_gemm(x_ND, w_EFD, plan)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
-def expert_mlp(x_TD: Tensor, weights_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """y_TD, the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x)).
-
-    w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which is the result's; weights_TK
-    is fp32 (fp64 with fp64). `plan` comes from `dispatch_plan` for the same T and E.
-    """
-    check_expert_mlp(x_TD, weights_TK, plan, w13_E2FD, w2_EDF)
+def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """The weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x))."""
+    check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
-    x_ND = _Gather.apply(x_TD, plan.order, plan.inverse_TK)
+    x_ND = _Gather.apply(x_TD, plan.gather_idx, plan.scatter_idx_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
-    return _Combine.apply(y_ND, weights_TK, plan.order, plan.inverse_TK)
+    return _Combine.apply(y_ND, topk_scores_TK, plan.gather_idx, plan.scatter_idx_TK)
 
 
 def moe(
@@ -302,20 +294,16 @@ def moe(
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    """A Mixture-of-Experts layer: of every token its two experts and the shared one, plus the residual if given.
-
-    W is the shared expert's width. All weights but the router's are cast to x's dtype, which is the result's and the
-    residual's. `force_load_balance` is described in `route_top2`.
-    """
+    """The layer, one op after another."""
     check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD)
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
-    plan = dispatch_plan(routing.experts_TK, router_ED.shape[0])
-    y_TD = expert_mlp(x_TD, routing.weights_TK, plan, w13_E2FD, w2_EDF)
+    plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
+    y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
     shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)
     y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
     if residual_TD is not None:
         y_TD = residual_TD + y_TD
-    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.counts_E)
+    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
 
 
 def _swiglu(gate_up_N2F):
@@ -354,17 +342,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """silu(gate) * up, where the gate is the first half of the last axis and up the second (Shazeer 2020)."""
+    """silu(gate) * up."""
     check_swiglu(gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else _swiglu(gate_up_N2F)
 
 
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
-
-    cos_SC and sin_SC hold the angles of the S positions, both halves alike; the products are formed in their dtype
-    (fp32) and cast back.
-    """
+    """x * cos + rotate_half(x) * sin for q and k; the products are computed in cos's dtype and cast back."""
     check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
 
     def rotate(x):
@@ -376,23 +360,16 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
 
 
 def split_rope(
-    qkv_BSNC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
+    qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q_BSHC, k_BSGC and v_BSGC of one qkv, which has the query heads first, then the key, then the value heads.
-
-    q and k are rotated as by `rope`, v is a view. N = H + 2 G, of H = num_heads and G = num_kv_heads.
-    """
-    check_split_rope(qkv_BSNC, cos_SC, sin_SC, num_heads, num_kv_heads)
-    q, k, v = qkv_BSNC.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    """The rotated q and k, and v as a view."""
+    check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
+    q, k, v = qkv_BSAC.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
     return *rope(q, k, cos_SC, sin_SC), v
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
-
-    Returns `(norm, sum)`. With a `residual` (same shape and dtype as x) the sum is x + residual, and is what is normed;
-    without one it is x itself. Who goes on with the sum, and not with x, saves Triton's backward pass an addition.
-    """
+    """The norm of x + residual, and that sum."""
     check_rms_norm(x, weight, residual)
     if residual is not None:
         x = x + residual
@@ -466,14 +443,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy of the logits x @ weight.T against the labels, without ever holding the logits of all tokens.
-
-    x_TD: compute dtype. weight_VD: fp32 or the compute dtype; it is cast to x's dtype for the GEMMs, and its
-    gradient is accumulated in fp32 and returned in the weight's own dtype. labels_T: int64, `ignore_index` where a
-    token does not count; the mean is over the tokens that do (NaN when there are none, as in torch). Returns an
-    fp32 scalar (fp64 with fp64). The head's logits exist for LOGITS_PER_CHUNK values at a time,
-    four times as many in 16 bits. An ignored token's row of x may hold anything. Raises ValueError for labels of
-    another shape or dtype.
-    """
+    """Mean cross-entropy; LOGITS_PER_CHUNK logits exist at a time, four times as many in 16 bits."""
     check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

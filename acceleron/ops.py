@@ -1,0 +1,284 @@
+"""The ops of the model. Each runs on Triton kernels or on the PyTorch reference; `set_backend` chooses.
+
+Legend: T tokens, D model width, E experts, K = 2 experts per token, F expert width, W width of the shared expert,
+V vocabulary, N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
+
+Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. Every op raises a ValueError that
+names the argument for other shapes, dtypes and devices, and the Triton kernels also for strides they cannot read. Under
+torch.autocast `moe`, `expert_mlp`, `grouped_gemm` and `linear_cross_entropy` compute in its dtype, as F.linear does;
+the other ops compute in the dtype of their inputs, and the router always computes in fp32.
+
+The environment variable ACCELERON_REFERENCE_OPS names ops, separated by commas, that run on the reference even if
+Triton is selected: ACCELERON_REFERENCE_OPS=rope,moe. So does an op that contains one of them. `set_backend` reads it.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import torch_ops
+from .kernels.autograd import autocast_dtype, no_autocast
+from .kernels.contract import MoEOutput, Plan, Routing
+
+try:
+    from .kernels import configs, launch, triton_ops
+except ImportError as error:
+    _import_error = f"Triton 3.6 or later can't be imported ({error}); `pip install triton` on Linux"
+    ROUTING_OPS = torch_ops.ROUTING_OPS
+else:
+    _import_error = None
+    ROUTING_OPS = torch_ops.ROUTING_OPS | triton_ops.ROUTING_OPS
+
+# Ops that run kernels of other ops.
+_CONTAINS = {
+    "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_top2", "router_logits", "swiglu"},
+    "split_rope": {"rope"},
+}
+_backend, _reference_ops = "auto", ()
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
+    return _import_error or launch.unavailable(device)
+
+
+def uses_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
+    """Whether an op runs on Triton kernels for tensors of this device and dtype."""
+    if _backend != "auto":
+        return _backend == "triton" and op not in _reference_ops
+    # Interpreted kernels are slow, and no kernel has run on an AMD GPU yet: both need --kernels triton.
+    if _import_error or launch.INTERPRETED or torch.version.hip:
+        return False
+    return device.type == "cuda" and dtype != torch.float64 and op not in _reference_ops
+
+
+def set_backend(choice: str, device: torch.device) -> str:
+    """Choose the kernel backend of this process. Returns a line for the log that gives the reason.
+
+    choice: "auto" (the default) selects Triton on a supported NVIDIA GPU, except for float64, and the reference
+    elsewhere; "triton" always selects Triton; "reference" always works. device: where the tensors will be.
+
+    Raises ValueError for "triton" where it cannot run, for an unknown choice, and for a bad environment variable.
+    """
+    global _backend, _reference_ops
+    if choice not in ("auto", "triton", "reference"):
+        raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
+    reason = triton_unavailable(device)
+    if choice == "triton" and reason:
+        raise ValueError(f"--kernels triton: {reason}; or use --kernels auto or reference")
+    if choice == "auto" and not reason:
+        if device.type != "cuda":
+            reason = "the interpreter needs --kernels triton"
+        elif torch.version.hip:
+            reason = "AMD GPUs need --kernels triton, which has not been tested on one yet"
+    reference_ops = _read_reference_ops()
+    if not _import_error:
+        configs.without_tma(), configs.table()  # raise ValueError for bad environment variables, before any launch
+    _backend, _reference_ops = "reference" if choice == "auto" and reason else choice, reference_ops
+    if _backend == "reference":
+        return f"reference ({'as requested' if choice == 'reference' else reason})"
+    line = f"Triton {launch.triton.__version__}" + (", interpreted" if device.type == "cpu" else "")
+    if without := os.environ.get("ACCELERON_NO_TMA"):
+        line += f", without TMA for {without}"
+    return line + (f", but the reference for {', '.join(reference_ops)}" if reference_ops else "")
+
+
+def _read_reference_ops() -> tuple[str, ...]:
+    """The ops that ACCELERON_REFERENCE_OPS names, and those that contain them."""
+    listed = os.environ.get("ACCELERON_REFERENCE_OPS", "")
+    names = {name.strip() for name in listed.split(",") if name.strip()}
+    if not names <= set(torch_ops.__all__):
+        expected = ", ".join(torch_ops.__all__)
+        raise ValueError(f"ACCELERON_REFERENCE_OPS={listed}: expected names among {expected}")
+    return tuple(op for op in torch_ops.__all__ if names & {op, *_CONTAINS.get(op, ())})
+
+
+@contextmanager
+def using_backend(choice: str, device: torch.device):
+    """Context with another kernel backend. Raises the errors of `set_backend`."""
+    global _backend, _reference_ops
+    before = _backend, _reference_ops
+    set_backend(choice, device)
+    try:
+        yield
+    finally:
+        _backend, _reference_ops = before
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype of torch.autocast where that is enabled; float64 stays float64."""
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    shared_w13_2WD: Tensor,
+    shared_w2_DW: Tensor,
+    residual_TD: Tensor | None = None,
+    force_load_balance: bool = False,
+) -> MoEOutput:
+    """A Mixture-of-Experts layer: the two routed experts and the shared expert of each token, plus the residual.
+
+    Args:
+        x_TD: [T, D], the dtype of the GEMMs and of the result.
+        router_ED: [E, D], 2 <= E <= 256. The logits are fp32.
+        w13_E2FD, w2_EDF: the routed experts; w13 has the gate rows (w1) first, then the up rows (w3).
+        shared_w13_2WD, shared_w2_DW: the shared expert, in the same layout.
+        residual_TD: added to the result; shape and dtype of x.
+        force_load_balance: route tokens to the experts in turn; see `route_top2`.
+
+    The weights are cast to x's dtype, except the router's; gradients have the weights' own dtype. The Triton kernels
+    keep x, the pre-activations, the logits and the plan for backward: 2 D + 8 F + 6 W + 4 E + 32 bytes per token in
+    bf16, and the weights in x's dtype. The result is deterministic.
+    """
+    dtype = autocast_dtype(x_TD.device)
+    residual_TD = None if residual_TD is None else _autocast(residual_TD)
+    with no_autocast(x_TD.device):
+        weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
+        if dtype is not None and x_TD.dtype not in (dtype, torch.float64):
+            return _mixed_moe(dtype, x_TD, *weights, residual_TD, force_load_balance)
+        if uses_triton(x_TD.device, x_TD.dtype, "moe"):
+            return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
+        return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
+
+
+def _mixed_moe(
+    dtype, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, force_load_balance
+) -> MoEOutput:
+    """`moe` with GEMMs in this dtype, whose router reads x before the cast."""
+    routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+    plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
+    x_TD = x_TD.to(dtype)
+    y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
+    y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13_2WD.to(dtype))), shared_w2_DW.to(dtype))
+    y_TD = y_TD if residual_TD is None else y_TD + residual_TD
+    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """logits_TE = x @ weight.T in fp32 for inputs of any dtype (bf16 logits would tie); fp64 for an fp64 weight."""
+    with no_autocast(x_TD.device):
+        if uses_triton(x_TD.device, x_TD.dtype, "router_logits"):
+            return triton_ops.router_logits(x_TD, weight_ED)
+        return torch_ops.router_logits(x_TD, weight_ED)
+
+
+def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
+    """Top-2 routing of router logits [T, E], 2 <= E <= 256, with the router's two losses. Computes in fp32.
+
+    The top-k scores are the softmax of the two largest logits; ties go to the lower expert, and NaN counts as the
+    largest value. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022); balance_loss = E · Σ_e f_e P_e (Switch
+    Transformer, Fedus et al. 2021), where f_e is expert e's share of the 2·T assignments and P_e its mean probability:
+    1 for uniform routing. Scores and losses are differentiable.
+
+    `force_load_balance` restricts token t to the experts t mod E and (t + 1) mod E, for benchmarks and debugging;
+    scores, losses and gradients are still those of the logits.
+    """
+    with no_autocast(logits_TE.device):
+        if uses_triton(logits_TE.device, logits_TE.dtype, "route_top2"):
+            return triton_ops.route_top2(logits_TE, force_load_balance)
+        return torch_ops.route_top2(logits_TE, force_load_balance)
+
+
+def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
+    """The stable expert-sorted order of all assignments, computed on the device.
+
+    topk_ids_TK: int32 or int64 [T, 2]. Values outside 0..num_experts-1 are not detected: that would be a host sync.
+    """
+    if uses_triton(topk_ids_TK.device, topk_ids_TK.dtype, "dispatch_plan"):
+        return triton_ops.dispatch_plan(topk_ids_TK, num_experts)
+    return torch_ops.dispatch_plan(topk_ids_TK, num_experts)
+
+
+def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
+    """y_NF: y[n] = w[e] @ x[n] for the expert-sorted rows n of each expert e, with fp32 sums. x and w share a dtype."""
+    x_ND, w_EFD = _autocast(x_ND), _autocast(w_EFD)
+    with no_autocast(x_ND.device):
+        if uses_triton(x_ND.device, x_ND.dtype, "grouped_gemm"):
+            return triton_ops.grouped_gemm(x_ND, w_EFD, plan)
+        return torch_ops.grouped_gemm(x_ND, w_EFD, plan)
+
+
+def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    """y_TD, the sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), weighted by the top-k scores.
+
+    w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which is the result's; their
+    gradients are fp32 sums in the weights' own dtype. topk_scores_TK is fp32. `plan` comes from `dispatch_plan` for the
+    same T and E. The Triton kernels keep 2 D + 8 F + 24 bytes per token for backward in bf16.
+    """
+    x_TD = _autocast(x_TD)
+    with no_autocast(x_TD.device):
+        if uses_triton(x_TD.device, x_TD.dtype, "expert_mlp"):
+            return triton_ops.expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
+        return torch_ops.expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020). gate_up_N2F: (..., 2F), the gate first, then up. Returns (..., F)."""
+    with no_autocast(gate_up_N2F.device):
+        if uses_triton(gate_up_N2F.device, gate_up_N2F.dtype, "swiglu"):
+            return triton_ops.swiglu(gate_up_N2F)
+        return torch_ops.swiglu(gate_up_N2F)
+
+
+def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated q and k: x * cos + rotate_half(x) * sin (RoFormer, Su et al. 2021; halves as in GPT-NeoX and Llama).
+
+    q_BSHC, k_BSGC: one dtype, an even C, last axis contiguous. cos_SC, sin_SC: the angles of the S positions, normally
+    fp32, with equal halves; they get no gradient. The products are computed in fp32 (or cos's wider dtype).
+    """
+    with no_autocast(q_BSHC.device):
+        if uses_triton(q_BSHC.device, q_BSHC.dtype, "rope"):
+            return triton_ops.rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
+        return torch_ops.rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
+
+
+def split_rope(
+    qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_BSHC, k_BSGC and v_BSGC of one qkv_BSAC, whose A = H + 2 G heads are q's, then k's, then v's.
+
+    q and k are rotated as by `rope`; v is a view. The Triton kernels write the gradient of qkv in one launch.
+    """
+    with no_autocast(qkv_BSAC.device):
+        if uses_triton(qkv_BSAC.device, qkv_BSAC.dtype, "split_rope"):
+            return triton_ops.split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
+        return torch_ops.split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last axis (Zhang & Sennrich 2019) in Llama's order: fp32 statistics, cast back, times weight.
+
+    Returns `(norm, sum)`. With a residual (shape and dtype of x), sum = x + residual, rounded to the dtype, and the
+    norm is that of the sum; without one, sum is x. Continue with the returned sum: its gradient is added inside the
+    norm's backward kernel. The weight (D,) is cast to x's dtype. Triton rows hold at most 64 KiB.
+    """
+    with no_autocast(x.device):
+        if uses_triton(x.device, x.dtype, "rms_norm"):
+            return triton_ops.rms_norm(x, weight, eps, residual)
+        return torch_ops.rms_norm(x, weight, eps, residual)
+
+
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits never exist.
+
+    Args:
+        x_TD: the dtype of the GEMMs. Rows of ignored tokens may hold anything.
+        weight_VD: cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype.
+        labels_T: int64; `ignore_index` excludes a token from the mean. Other labels outside 0..V-1 are not detected.
+
+    Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The gradients are formed
+    in the forward pass, one chunk of logits at a time; the idea is Liger-Kernel's (Hsu et al. 2024).
+    """
+    x_TD = _autocast(x_TD)
+    with no_autocast(x_TD.device):
+        if uses_triton(x_TD.device, x_TD.dtype, "linear_cross_entropy"):
+            return triton_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index)
+        return torch_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index)
