@@ -141,7 +141,7 @@ def losses(commands: list[pd.DataFrame]) -> Figure:
                 axis.plot(tokens, mean, color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} seeds")
         axis.set(xlabel="tokens", ylabel="validation loss (nats per token)")
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.legend(title=", ".join(map(str, full.iloc[0][["size", "dtype", "device"]])))
+        axis.legend(title=", ".join(map(str, full.iloc[0][["size", "dtype"]])))
         axis.grid(alpha=0.3)
     return figure
 

@@ -17,8 +17,8 @@ def test_the_flags_page_is_what_help_prints():
 
 
 def test_links_between_documents_lead_somewhere():
-    documents = [path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts)]
-    for document in documents:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document}: {target}"
-    assert len(documents) > 5
+    documents = [path for folder in ("", "docs", "kernels", "bench") for path in (ROOT / folder).glob("*.md")]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)#]+)", path.read_text())]
+    links = [link for link in links if not link[1].startswith(("https:", "../../actions"))]  # the web site, CI's badge
+    assert len(links) > 20
+    assert [link for link in links if not (link[0].parent / link[1]).exists()] == []
