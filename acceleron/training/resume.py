@@ -66,6 +66,4 @@ def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dic
     for name, value in environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:
-            say(
-                f"warning: {name} is {value}, but was {short_repr(before)} before: results will not be bitwise identical"
-            )
+            say(f"warning: {name} is {value}, but was {short_repr(before)} before: results will differ bitwise")

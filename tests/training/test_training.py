@@ -148,20 +148,6 @@ def test_command_lines_of_the_predecessor_still_parse(extra):
     assert parsed.no_gradient_checkpointing == ("no_gradient" in extra)
 
 
-def test_the_readmes_table_has_every_flag_and_default():
-    rows = {}
-    for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
-        if line.startswith("| `--"):
-            flag, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
-            rows[flag.removeprefix("--")] = default
-    for field in dataclasses.fields(TrainOptions):
-        shown = "" if field.default is None else "off" if field.default is False else str(field.default)
-        assert field.name in rows, f"--{field.name} is not in the README"
-        if shown:
-            assert rows[field.name] == shown, field.name
-    assert len(rows) == len(dataclasses.fields(TrainOptions))
-
-
 def test_learning_rate_schedules():
     cosine = TrainOptions(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     rates = [learning_rate(step, cosine) for step in range(110)]
