@@ -52,8 +52,7 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
     except ValueError as error:  # a bad environment variable
         raise InputError(str(error)) from error
     if "dtype" in arguments:
-        # resolve_dtype knows the training dtypes only, and fp16 is not one.
-        fp16 = torch.float16 if arguments.dtype == "fp16" else None
+        fp16 = torch.float16 if arguments.dtype == "fp16" else None  # not a training dtype, so resolve_dtype rejects it
         arguments.dtype = fp16 or resolve_dtype(arguments.dtype, arguments.device)
     return arguments
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from acceleron import ModelConfig
 from acceleron.kernels import torch_ops
-from acceleron.kernels.contract import Plan, Routing
+from acceleron.kernels.contract import Routing
 
 from .gemms import gemm_cases
 
@@ -85,9 +85,6 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         routing = randn.routing(T, E)
         return randn(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(randn)
 
-    def plan(randn: RandomTensors) -> Plan:
-        return torch_ops.dispatch_plan(randn.routing(T, E).topk_ids_TK, E)
-
     def layer(randn: RandomTensors) -> tuple:
         shared = randn.weight(2 * W, D, dtype=fp32), randn.weight(D, W, dtype=fp32)
         return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D)
@@ -109,7 +106,9 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         ),
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
-            lambda randn: (randn(2 * T, D), randn.weight(E, 2 * F, D), plan(randn)), 8 * T * D * F,
+            lambda randn: (
+                randn(2 * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E).topk_ids_TK, E)
+            ), 8 * T * D * F,
         ),
         Case(
             "router_logits", shape, fp32, ("x", "weight"), ("logits",),
@@ -154,7 +153,7 @@ def gemm_kernel(op: str) -> str:
 
 
 def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:
-    """One grouped GEMM. Its functions exist once its inputs are made, because they use the inputs' routing."""
+    """One grouped GEMM. Make the inputs before calling `ours` or `plain`, which use their routing."""
     made = {}
 
     def make(randn: RandomTensors) -> tuple:

@@ -1,8 +1,7 @@
 """Train the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compare them.
 
 Tuning runs select each model's learning rate, with half of the steps and a separate seed. The final runs use it: for
-every seed, both models on the full token budget and the MoE on smaller budgets, each with a complete schedule. The
-results are
+every seed, both models on the full token budget and the MoE on smaller ones, each with a complete schedule. Results:
   - the difference in validation loss at equal tokens, paired by seed, with a 95 % confidence interval;
   - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. Per seed, the tokens come
     from the MoE runs' losses, interpolated over log(tokens), and the seconds per token from the longest MoE run.
@@ -110,10 +109,7 @@ def interval(values: pd.Series) -> tuple[float, float, float]:
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
-    """Tokens to reach `loss`, by linear interpolation of losses (index: tokens) over log(tokens).
-
-    NaN if the losses do not fall, or beyond half the smallest or twice the largest budget.
-    """
+    """Tokens to reach `loss`, interpolating losses (index: tokens) over log(tokens); NaN far outside their range."""
     if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
     found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))

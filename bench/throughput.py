@@ -11,13 +11,13 @@ text is the source of Python's standard library. MFU counts the FLOPs of the act
 The exit status is 1 if anything fails.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -198,9 +198,7 @@ class Contender:
         self.worker.close()
 
 
-def contenders(
-    size: str, mode: str, directory: str, arguments: argparse.Namespace, stack: ExitStack
-) -> list[Contender]:
+def contenders(size: str, mode: str, directory: str, arguments: Namespace, stack: ExitStack) -> list[Contender]:
     """The MoE and the dense baseline on each selected kernel backend, with the corpus in <directory>/data.
 
     Leaving the stack ends their processes.

@@ -61,8 +61,6 @@ def grouped_flops(name: str, a: dict) -> float:
     """The FLOPs of a grouped GEMM kernel with arguments `a`."""
     x = a["a" if name == "_weight_grad_kernel" else "x"]
     rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
-    if name == "_weight_grad_kernel":
-        return 2 * rows * a["M"] * a["N"]
     return 4 * rows * a["D"] * a["F"] if name == "_up_kernel" else 2 * rows * a["I"] * a["O"]
 
 

@@ -40,10 +40,7 @@ class Worker:
         self.started = False
 
     def ask(self, message, seconds: float | None = None):
-        """Send a message and return the answer.
-
-        Raises Failure if the process sends one, ends, or exceeds the limit, which excludes its imports.
-        """
+        """Return the answer to a message, or raise Failure. The time limit excludes imports."""
         if self.process is None:
             self.start()
         try:
