@@ -11,7 +11,7 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import configs, torch_ops
+from acceleron.kernels import configs, formulas, torch_ops
 from acceleron.kernels import expert_mlp as module
 from acceleron.kernels import grouped_gemm as gemms
 from acceleron.kernels.configs import Config
@@ -49,11 +49,12 @@ def run(function, tensors, plan, grad):
     return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
 
-def check_errors(tensors, plan, ours=expert_mlp, plain=torch_ops.expert_mlp):
+def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)):
     x = tensors[0]
     grad = randn(*x.shape, seed=5, dtype=x.dtype)
-    truths = run(plain, [t.double() for t in tensors], plan, grad)
-    plains, results = (run(function, tensors, plan, grad) for function in (plain, ours))
+    formula, *backends = functions
+    truths = run(formula, [t.double() for t in tensors], plan, grad)
+    plains, results = (run(function, tensors, plan, grad) for function in backends)
     dtypes = [x.dtype, *(t.dtype for t in tensors)]
     allowed = floor(max(*x.shape, *tensors[2].shape))
     for name, dtype, ours, plain, truth in zip(("y", *NAMES), dtypes, results, plains, truths, strict=True):
@@ -117,8 +118,8 @@ def test_fp32_weights_get_fp32_gradients():
 def test_bfloat16():
     """With a residual: of four roundings in a row, which the interpreter all cuts off, the errors have one sign."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
-    functions = (lambda x, *rest, f=f: f(x, *rest) + x for f in (expert_mlp, torch_ops.expert_mlp))
-    check_errors(tensors, plan, *functions)
+    functions = (formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)
+    check_errors(tensors, plan, [lambda x, *rest, f=f: f(x, *rest) + x for f in functions])
 
 
 @pytest.mark.parametrize(

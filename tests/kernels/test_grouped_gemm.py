@@ -8,7 +8,7 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
-from acceleron.kernels import configs, launch, torch_ops
+from acceleron.kernels import configs, formulas, launch, torch_ops
 from acceleron.kernels import grouped_gemm as module
 from acceleron.kernels.configs import Config
 from acceleron.kernels.torch_ops import dispatch_plan
@@ -45,7 +45,7 @@ def run(function, x, w, plan, grad):
 
 
 def check_errors(x, w, plan, grad):
-    truths = run(torch_ops.grouped_gemm, x.double(), w.double(), plan, grad.double())
+    truths = run(formulas.grouped_gemm, x.double(), w.double(), plan, grad.double())
     plains, results = (run(function, x, w, plan, grad) for function in (torch_ops.grouped_gemm, grouped_gemm))
     for name, ours, plain, truth in zip(NAMES, results, plains, truths, strict=True):
         assert (ours.dtype, ours.shape, ours.is_contiguous()) == (x.dtype, truth.shape, True)
@@ -151,7 +151,7 @@ def test_rows_of_an_expert_in_no_multiple_of_the_split(monkeypatch):
     x, w, grad = randn(sum(counts), 16), randn(7, 24, 16, seed=2) / 4, randn(sum(counts), 24, seed=3)
     for split in (1, 2, 3):
         monkeypatch.setattr(configs, "find_config", lambda *args, split=split: Config(32, 32, 32, 4, 1, split=split))
-        truths = run(torch_ops.grouped_gemm, x.double(), w.double(), plan, grad.double())
+        truths = run(formulas.grouped_gemm, x.double(), w.double(), plan, grad.double())
         for ours, truth in zip(run(grouped_gemm, x, w, plan, grad), truths, strict=True):
             for expert in range(7):  # each expert alone, so that a small one's error is not lost among the large
                 rows = slice(*plan.offsets[expert : expert + 2].tolist())

@@ -6,8 +6,8 @@ from compare import DEVICE, DTYPES, FACTOR, error, randn
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
+from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import moe as module
-from acceleron.kernels import torch_ops
 
 moe = module.moe
 NAMES = ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual")
@@ -40,7 +40,7 @@ def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
 
 def check_errors(tensors, **how):
     x, used = tensors[0], [t for t in tensors if t is not None]
-    truths, counts = run(torch_ops.moe, [t if t is None else t.double() for t in tensors], **how)
+    truths, counts = run(formulas.moe, [t if t is None else t.double() for t in tensors], **how)
     plains, _ = run(torch_ops.moe, tensors, **how)
     results, ours_counts = run(moe, tensors, **how)
     assert torch.equal(ours_counts, counts)

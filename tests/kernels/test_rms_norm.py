@@ -4,8 +4,8 @@ import pytest
 import torch
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
+from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rms_norm as module
-from acceleron.kernels import torch_ops
 from acceleron.kernels.rms_norm import rms_norm
 
 # The interpreter cuts bf16 off three times in a row, with errors of the same sign.
@@ -40,7 +40,7 @@ def test_outputs_and_every_gradient(shape, dtype, with_residual):
     x, weight, residual, grads = inputs(shape, dtype, torch.float32, with_residual)
     # The weight is an fp32 parameter, which takes part in x's dtype.
     wide = [None if t is None else t.double() for t in (x, weight.to(dtype), residual)]
-    truths = run(torch_ops.rms_norm, *wide, grads)
+    truths = run(formulas.rms_norm, *wide, grads)
     plains = run(torch_ops.rms_norm, x, weight, residual, grads)
     ours = run(rms_norm, x, weight, residual, grads)
     for name, truth in truths.items():
@@ -50,7 +50,7 @@ def test_outputs_and_every_gradient(shape, dtype, with_residual):
 
 def test_weight_in_the_narrow_dtype_gets_a_narrow_gradient():
     x, weight, residual, grads = inputs((9, 24), torch.float16, torch.float16, True)
-    truths = run(torch_ops.rms_norm, *(t.double() for t in (x, weight, residual)), grads)
+    truths = run(formulas.rms_norm, *(t.double() for t in (x, weight, residual)), grads)
     plains = run(torch_ops.rms_norm, x, weight, residual, grads)
     for name, ours in run(rms_norm, x, weight, residual, grads).items():
         assert ours.dtype == torch.float16

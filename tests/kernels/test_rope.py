@@ -4,8 +4,8 @@ import pytest
 import torch
 from compare import DEVICE, DTYPES, FACTOR, error, randn
 
+from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rope as module
-from acceleron.kernels import torch_ops
 from acceleron.kernels.rope import rope, split_rope
 
 # The kernel may fuse a multiplication and an addition where torch rounds in between, or the other way round.
@@ -61,7 +61,7 @@ CASES += [(3, 1, 4, 4, 32), (1, 70, 6, 3, 10), (1, 3, 1, 1, 2)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_and_gradient(case, dtype):
     arguments = inputs(*case, dtype)
-    truths = run(torch_ops.rope, arguments[0].double(), *arguments[1:])
+    truths = run(formulas.rope, arguments[0].double(), *arguments[1:])
     plains = run(torch_ops.rope, *arguments)
     names = ("q", "k", "grad")
     for name, ours, plain, truth in zip(names, run(rope, *arguments), plains, truths, strict=True):
@@ -74,7 +74,7 @@ def test_output_and_gradient(case, dtype):
 def test_split_outputs_and_gradient(case, dtype):
     arguments = split_inputs(*case, dtype)
     (qkv, H, *_, (_, _, grad_v)), G = arguments, case[3]
-    truths = run_split(torch_ops.split_rope, qkv.double(), *arguments[1:])
+    truths = run_split(formulas.split_rope, qkv.double(), *arguments[1:])
     plains = run_split(torch_ops.split_rope, *arguments)
     *turned, v, grad = run_split(split_rope, *arguments)
     for name, ours, plain, truth in zip(("q", "k"), turned, plains, truths, strict=False):
