@@ -193,7 +193,7 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
     rows = {}
     names = {"any", *(key[1] for key in configs.table() if key[0] == arch)}
 
-    def compile_if_wanted(function: JITFunction, *args, **kwargs):
+    def compile_if_in_part(function: JITFunction, *args, **kwargs):
         if part == (function.__name__ if function.__name__ in GEMMS else function.__module__.rpartition(".")[2]):
             kernel = compile_only(function, *args, **kwargs)
             if kernel.hash not in rows:
@@ -201,7 +201,7 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
 
     for (tokens, aligned), name in product(variants, names):
         which = dict(arch=arch, size=size, dtype=dtype, tokens=tokens, aligned=aligned)
-        with offline(arch, compile_if_wanted, name, 0 if aligned else 2), LaunchMode():
+        with offline(arch, compile_if_in_part, name, 0 if aligned else 2), LaunchMode():
             run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
     return [*rows.values()]
 

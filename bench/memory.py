@@ -67,7 +67,7 @@ def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
             results = function(*args, **(kwargs or {}))
             return tree_map_only(Tensor, keep, results) if function in ops.ROUTING_OPS else results
 
-    def counted(self, x: Tensor, *tables, **others):
+    def counting_call(self, x: Tensor, *tables, **others):
         recompute = any(argument is True for argument in tables)
         with saved_tensors_hooks(keep, lambda tensor: tensor), Routing() if recompute else nullcontext():
             y = call(self, x, *tables, **others)
@@ -76,7 +76,7 @@ def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
                 tensors.pop(known.untyped_storage().data_ptr(), None)
         return y
 
-    with mock.patch.object(type(block), "__call__", counted):
+    with mock.patch.object(type(block), "__call__", counting_call):
         run()
     totals = {"bytes": 0, "weight_copies": 0}
     for tensor in tensors.values():

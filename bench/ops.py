@@ -283,11 +283,11 @@ def fallbacks(rows: list[Row]) -> dict[str, str]:
     return {"ACCELERON_NO_TMA": ",".join(without_tma()), "ACCELERON_REFERENCE_OPS": ",".join(sorted(names))}
 
 
-def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) -> list[Row]:
+def run_cases(checker: Checker, selected: Sequence[str] | None, results: Results) -> list[Row]:
     """Check all cases and, with rounds, time them. Writes each row at once and returns all rows."""
     rows, absent, env = [], {}, None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
-        found = [p for p in providers(case, checker.settings.device) if not wanted or p.name in wanted]
+        found = [p for p in providers(case, checker.settings.device) if not selected or p.name in selected]
         absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
         names = [provider.name for provider in found if not provider.absent]
         if not checker.rounds and case.op in (env or {}).get("ACCELERON_REFERENCE_OPS", "").split(","):
@@ -313,19 +313,19 @@ def main():
     choices = {"model_size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
     flags = dict(model_size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
     arguments = parse(__doc__, choices, **flags)
-    device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
+    device, check_only, selected = arguments.device, arguments.check_only, arguments.provider
     if not check_only and os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET=1 makes timings meaningless: unset it, or add --check_only")
     sizes, names = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
     settings = Settings(tuple(sizes), tuple(names), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
     known = {provider.name for case in settings.cases() for provider in providers(case, device)}
-    if unknown := sorted(set(wanted or ()) - known):
+    if unknown := sorted(set(selected or ()) - known):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
     results = Results(arguments.output, device)
     rounds = 0 if check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
     checker = Checker(settings, rounds, arguments.limit)
     try:
-        rows = run_cases(checker, wanted or (OURS if check_only else None), results)
+        rows = run_cases(checker, selected or (OURS if check_only else None), results)
     finally:
         checker.worker.close()
     print(f"wrote {results.path}")

@@ -67,8 +67,8 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[sub
         started.append(process)
         errors = process.stderr.read()
     if process.returncode:
-        said = errors.strip().rpartition("\n")[2] if process.returncode > 0 else ""  # a killed process prints none
-        row.failed = said or f"exit status {process.returncode}"
+        reason = errors.strip().rpartition("\n")[2] if process.returncode > 0 else ""  # a killed process prints none
+        row.failed = reason or f"exit status {process.returncode}"
         return
     records = pd.read_json(f"{save_dir}/metrics.jsonl", lines=True)
     rate = records.tokens_per_second.median()

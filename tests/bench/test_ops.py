@@ -108,10 +108,10 @@ def serve_with_faults(connection):
     serve_calls(connection)
 
 
-def run_cases(settings: ops.Settings, rounds: int, wanted: list[str], directory) -> list[rows.Row]:
+def run_cases(settings: ops.Settings, rounds: int, selected: list[str], directory) -> list[rows.Row]:
     checker = ops.Checker(settings, rounds, 600.0)
     with closing(checker.worker):
-        ops.run_cases(checker, wanted, rows.Results(str(directory), DEVICE))
+        ops.run_cases(checker, selected, rows.Results(str(directory), DEVICE))
     return rows.read(directory)
 
 
