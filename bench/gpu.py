@@ -224,7 +224,7 @@ def read_rows(output: Path) -> list[dict]:
 
 
 def summary(failed: list[str], rows: list[dict]) -> list[str]:
-    """Lines: the failures, the most expensive kernels, and last the headline table."""
+    """The lines of summary.txt: failures, the most expensive kernels, and last the headline table."""
     lines = [f"FAILED {reason}" for reason in failed] or ["all parts succeeded"]
     for row in rows:
         if row.get("failed") and row["benchmark"] != "part":
