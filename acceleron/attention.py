@@ -1,4 +1,4 @@
-"""Grouped-query attention with RoPE and a KV cache: flash-attn where it is installed and able, else SDPA."""
+"""Grouped-query attention with RoPE and a KV cache: flash-attn if it is installed and supports the call, else SDPA."""
 
 import importlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import ops
 from .config import ModelConfig
 
-# FlashAttention-3 first (Hopper alone), then FlashAttention-2 (Ampere and later): name, module, compute capabilities.
+# FlashAttention-3 first (Hopper only), then FlashAttention-2 (Ampere and later): name, module, compute capabilities.
 FLASH_PACKAGES = (
     ("FlashAttention-3", "flash_attn_interface", (9,)),
     ("FlashAttention-2", "flash_attn", (8, 9, 10, 12)),
@@ -41,7 +41,8 @@ def _forward_only() -> bool:
 
 
 _installed_flash = find_flash_packages()
-# Fastest first on Hopper (1.7-2.3x the flash backend, transformers #48163); SDPA passes over what can't serve a call.
+# Fastest first on Hopper: cuDNN is 1.7 to 2.3 times as fast as flash (transformers #48163). SDPA skips backends that
+# do not support a call.
 SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -51,10 +52,10 @@ SDPA_BACKENDS = [
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Callable] | None:
-    """The name and function of the flash-attn package that serves this device, dtype and head_dim, or None.
+    """Name and function of the flash-attn package that supports this device, dtype and head_dim; None if none does.
 
-    The function takes q (B, S, H, C) and k, v (B, S, G, C), `causal`, aligned to the last position, and whether its
-    backward pass is to be `deterministic`.
+    The function takes q (B, S, H, C), k and v (B, S, G, C), `causal` (aligned to the last position), and
+    `deterministic` for its backward pass.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return None
@@ -65,13 +66,13 @@ def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Which implementation serves, for the log."""
+    """The name of the attention implementation, for the log."""
     flash = flash_attention(device, dtype, head_dim)
     return flash[0] if flash else "SDPA"
 
 
 def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
-    """softmax(q k^T * C**-0.5) v over the L >= S positions up to each query's own, where the queries are the last S."""
+    """softmax(q k^T * C**-0.5) v. The S queries are the last of the L positions; each sees those up to its own."""
     flash = flash_attention(q_BSHC.device, q_BSHC.dtype, q_BSHC.shape[-1])
     if flash:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -91,16 +92,15 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
 
 
 def best_sdpa():
-    """Context in which SDPA tries its backends fastest first.
+    """Context in which SDPA tries its fastest backend first.
 
-    torch.use_deterministic_algorithms(True) leaves out cuDNN by itself, and has the backward pass of the others add in
-    one order.
+    torch.use_deterministic_algorithms(True) excludes cuDNN and makes the other backends deterministic.
     """
     return sdpa_kernel(SDPA_BACKENDS, set_priority=True)
 
 
 class Linear(nn.Linear):
-    """Without bias, computing in the dtype of its input."""
+    """A linear layer without bias that computes in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -110,7 +110,7 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of the positions decoded so far, one pair of (B, max_len, G, C) buffers a layer."""
+    """Keys and values of the decoded positions: one pair of (B, max_len, G, C) buffers per layer."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, 2, batch_size, max_len, config.num_kv_heads, config.head_dim)
@@ -118,7 +118,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k_BSGC: Tensor, v_BSGC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer; returns the keys and values of all. The model advances `length`."""
+        """Store the new positions of a layer and return the keys and values of all. The model advances `length`."""
         end = self.length + k_BSGC.shape[1]
         self.kv[layer, 0, :, self.length : end] = k_BSGC
         self.kv[layer, 1, :, self.length : end] = v_BSGC
@@ -126,7 +126,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """q, k and v come from one GEMM: `qkv.weight` has the query rows first, then the key rows, then the value rows."""
+    """One GEMM computes q, k and v: `qkv.weight` has the query rows first, then the key rows, then the value rows."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.out = Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, layer: int = 0):
-        """x (B, S, D) -> (B, S, D); cos and sin are those of x's S positions."""
+        """x (B, S, D) -> (B, S, D). cos and sin belong to the S positions of x."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = ops.split_rope(qkv, cos_SC, sin_SC, *self.splits[:2])
         if cache is not None:

@@ -1,4 +1,4 @@
-"""What a device is and can: its resolution from a flag, dtype, compiler, peak rate and memory."""
+"""Devices: flags to devices and dtypes, the compiler, peak FLOP/s and memory."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import torch
 
 from .errors import InputError
 
-# Dense bf16 TFLOP/s of the datasheets, by a part of the device's name.
+# Dense bf16 TFLOP/s from the datasheets, by a part of the device name.
 DATASHEET_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "GH200": 989, "A100": 312, "MI300X": 1307, "RTX 4090": 165}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else the CPU. Raises InputError for a device that isn't there."""
+    """`auto` is CUDA if available, else the CPU. Raises InputError for a device that is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and name.split(":")[0] != "cuda":
@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--device {name} is not there ({reason}); use auto or cpu") from error
+        raise InputError(f"--device {name} is not available ({reason}); use auto or cpu") from error
     return device
 
 
@@ -41,7 +41,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively; without, a bf16 GEMM is 10 to 100 times slower than fp32's."""
+    """Whether this CPU multiplies bf16 natively. If not, a bf16 GEMM is 10 to 100 times slower than an fp32 GEMM."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu._is_avx512_bf16_supported()
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -53,21 +53,21 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """The compiler that torch.compile needs for this device and that is not here; None if nothing is missing."""
+    """The missing compiler that torch.compile needs for this device; None if it is installed."""
     usual = "gcc" if device.type == "cuda" else "clang++" if sys.platform == "darwin" else "g++"
     command = os.environ.get("CC" if device.type == "cuda" else "CXX", "").split() or [usual]
     return None if shutil.which(command[0]) else command[0]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that utilisation is measured against, and where the figure is from: datasheet, or a GEMM run now."""
+    """Peak FLOP/s for the MFU, and the source of the figure: a datasheet, or a GEMM that is timed now."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, tflops in DATASHEET_TFLOPS.items():
             if part in name:
                 return tflops * 1e12, f"{part} datasheet"
     size = 4096 if device.type == "cuda" else 1024
-    # A generator of its own: a training run's draws must not depend on how often it was measured.
+    # Its own generator: measuring must not change the random numbers of a training run.
     a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=torch.Generator(device))
     best = float("inf")
     for _ in range(6):
@@ -81,10 +81,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @contextmanager
 def deterministic_algorithms():
-    """Only such algorithms of torch's, which raises RuntimeError where there is none; our kernels always are."""
+    """Context in which torch uses deterministic algorithms only; an op without one raises RuntimeError.
+
+    Our kernels are always deterministic.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # It would fill what torch.empty returns, which is a check for bugs and costs time.
+    # Filling the results of torch.empty only helps to find bugs, and takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
@@ -99,7 +102,7 @@ def synchronize(device: torch.device):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most ever allocated, elsewhere the process's largest resident size."""
+    """Bytes: the largest allocation on CUDA, else the largest resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -111,7 +114,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device):
-    """Let `peak_memory` count from now on; for a CPU that is possible on Linux alone, and elsewhere does nothing."""
+    """Restart `peak_memory` at the current size. On a CPU this works on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -120,7 +123,7 @@ def reset_peak_memory(device: torch.device):
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes the device has."""
+    """Total bytes of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""The decoder: x += attention(norm(x)); x += moe(norm(x)); a final norm; embedding and head tied."""
+"""The decoder: x += attention(norm(x)); x += moe(norm(x)); a final norm; tied embedding and head."""
 
 from functools import partial
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum; without a residual it is x."""
+        """The norm of x + residual, and that sum. Without a residual the sum is x."""
         return ops.rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -47,7 +47,7 @@ def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 class Block(nn.Module):
-    """One layer. Its forward is what torch.compile compiles: one graph serves all blocks."""
+    """One layer. torch.compile compiles its forward once for all blocks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
             self.moe = MoE(config)
 
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, recompute: bool = False):
-        """x (B, S, D) -> (x, MoEStats or None). With `recompute`, only x and the routing are kept for backward."""
+        """x (B, S, D) -> (x, MoEStats or None). With `recompute`, backward keeps only x and the routing."""
         if not recompute:
             return self.layer(x, cos_SC, sin_SC)
         contexts = partial(create_selective_checkpoint_contexts, _save_routing)
@@ -80,10 +80,10 @@ class Block(nn.Module):
 
 
 class Acceleron(nn.Module):
-    """The language model. Parameters are fp32; activations and GEMMs are in `compute_dtype`, or in autocast's dtype
-    under `torch.autocast`. The router, norms' statistics and the losses are fp32 either way.
+    """The language model. Parameters are fp32. Activations and GEMMs use `compute_dtype`, or the autocast dtype under
+    `torch.autocast`. The router, the norms' statistics and the losses are always fp32.
 
-    `gradient_checkpointing` (off until set) recomputes each block in the backward pass, its routing excepted.
+    `gradient_checkpointing` (default False) recomputes each block in the backward pass, except its routing.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
@@ -98,7 +98,7 @@ class Acceleron(nn.Module):
         self.reset_parameters()
 
     def build_rope(self):
-        """cos and sin of position * theta**(-2i / head_dim), both halves alike: (max_seq_len, head_dim), fp32."""
+        """cos and sin of position * theta**(-2i / head_dim), (max_seq_len, head_dim) in fp32 with two equal halves."""
         config = self.config
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), config.rope_theta**-exponents)
@@ -107,10 +107,10 @@ class Acceleron(nn.Module):
         self.register_buffer("sin_SC", angles_SC.sin(), persistent=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None):
-        """Normal with std 0.02; what writes to the residual stream is narrowed by sqrt(2 layers) (GPT-2).
+        """Normal with std 0.02, divided by sqrt(2 layers) for weights that write to the residual stream (GPT-2).
 
-        A routed expert's output is then doubled: the weights of a token's two add up to 1, so that without this the
-        layer would begin with half the contribution that these widths make in the dense baseline.
+        w2 of the routed experts is doubled: the scores of a token's two experts add up to 1, so without it the experts
+        would start with half the contribution that the same widths make in the dense baseline.
         """
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
@@ -119,7 +119,7 @@ class Acceleron(nn.Module):
                 nn.init.normal_(weight, std=2 * std if name.endswith("w2_EDF") else std, generator=generator)
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active counts the embedding once and, of the routed experts, the two a token takes."""
+        """(total, active). Active counts the embedding once and two of the routed experts."""
         total = sum(weight.numel() for weight in self.parameters())
         routed = sum(w.numel() for name, w in self.named_parameters() if name.endswith(("w13_E2FD", "w2_EDF")))
         return total, total - routed + routed * 2 // self.config.num_experts
@@ -127,9 +127,8 @@ class Acceleron(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """input_ids: int64 (B, S), S <= max_seq_len. labels: the same shape, usually input_ids itself.
 
-        Labels are shifted inside: position s is scored on labels[:, s + 1], so labels that are shifted already would
-        train the model to skip a token; -100 is ignored. Raises ValueError for other shapes and for a sequence longer
-        than the model's.
+        The model shifts the labels: position s predicts labels[:, s + 1]. Do not shift them yourself. -100 is ignored.
+        Raises ValueError for other shapes and for a sequence longer than max_seq_len.
         """
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
@@ -152,7 +151,7 @@ class Acceleron(nn.Module):
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
         """The final norm's output (B, S, D) and each layer's router statistics.
 
-        With a cache, input_ids are the positions after those in it; it is extended by them.
+        With a cache, input_ids are the positions that follow the cached ones. The cache is extended by them.
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected shape (batch, sequence), but got {tuple(input_ids.shape)}")
@@ -163,7 +162,7 @@ class Acceleron(nn.Module):
         cos_SC, sin_SC = self.cos_SC[start:end], self.sin_SC[start:end]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         dtype, layers = self.compute_dtype, []
-        if cache is None:  # which is in the compute dtype
+        if cache is None:  # a cache has the compute dtype
             dtype = autocast_dtype(input_ids.device) or dtype
         with no_autocast(input_ids.device):
             x = F.embedding(input_ids, self.embedding).to(dtype)
@@ -181,11 +180,11 @@ class Acceleron(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""
         if x.dim() == 1:
-            # A decoding step: on a CPU mv reads the weight 1.4 times as fast in bf16 as linear does.
+            # A decoding step: in bf16 on a CPU, mv is 1.4 times as fast as linear.
             return torch.mv(self.embedding.to(x.dtype), x)
         return F.linear(x, self.embedding.to(x.dtype))
 
     def compile_blocks(self):
-        """torch.compile each block: one static graph for all of them. Parameter names stay as they are."""
+        """torch.compile each block with one static graph for all blocks. Parameter names do not change."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)

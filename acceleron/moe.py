@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: a router, E routed experts of which each token takes two, and one shared expert."""
+"""The Mixture-of-Experts layer: a router, two of E routed experts per token, and one shared expert."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from .kernels.torch_ops import expert_mlp_token
 
 
 class MoEStats(NamedTuple):
-    """Of one layer and batch: the two unweighted router losses, and the assignments that went to each expert."""
+    """The unweighted router losses of one layer and batch, and the number of assignments to each expert."""
 
     z_loss: Tensor
     balance_loss: Tensor
@@ -20,7 +20,7 @@ class MoEStats(NamedTuple):
 
 
 class SwiGLU(nn.Module):
-    """w2 (silu(w1 x) * (w3 x)): the shared expert, and the feed-forward layer of the dense baseline."""
+    """w2 (silu(w1 x) * (w3 x)): the shared expert, or the feed-forward layer of the dense baseline."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -32,10 +32,10 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """`MoE(config)(x) -> (y, stats)`, for x of shape (..., d_model); y has its shape and dtype.
+    """`MoE(config)(x) -> (y, stats)` for x of shape (..., d_model); y has the shape and dtype of x.
 
-    Dropless: every token gets its two experts, weighted by the softmax of their two logits, plus the shared expert.
-    To train with it elsewhere, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
+    The layer is dropless: every token gets its two experts, weighted by the softmax of their two logits, and the shared
+    expert. To train it in another model, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
     stats.balance_loss` to the loss. Legend of the shapes: ops.py.
     """
 
@@ -51,10 +51,10 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """A residual of x's shape is added to y. The steps are those of `kernels.torch_ops.moe`.
+        """Returns y, plus the residual if given, and the router statistics.
 
-        Under torch.autocast y is in its dtype, as F.linear's result is, and the router computes in fp32 from x as it
-        is. Raises ValueError for an x of another width, and for a residual of another shape.
+        Under torch.autocast y has the autocast dtype, like the result of F.linear; the router computes in fp32 from the
+        uncast x. Raises ValueError for an x of another width and a residual of another shape.
         """
         if x.shape[-1:] != self.router.shape[1:]:
             raise ValueError(f"MoE: expected x of width {self.router.shape[1]}, but got shape {tuple(x.shape)}")
@@ -68,6 +68,6 @@ class MoE(nn.Module):
         return y_TD.view_as(x), MoEStats(*stats)
 
     def decode_token(self, x: Tensor) -> Tensor:
-        """y of a single token, x (1, 1, D), on a CPU and without gradients: `forward` with less around it."""
+        """`forward` for a single token, x (1, 1, D), on a CPU and without gradients, with less overhead."""
         logits_E = F.linear(x.to(self.router.dtype), self.router).flatten()
         return expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF) + self.shared(x)

@@ -1,4 +1,4 @@
-"""Whether a kernel backend computes this model right here: its loss and gradients against the reference's in fp32."""
+"""Checks a kernel backend on this device: loss and gradients of a model against the fp32 reference."""
 
 import gc
 import time
@@ -17,17 +17,17 @@ from .errors import InputError, is_out_of_memory
 from .log import say
 from .model import Acceleron
 
-# A backend's error may be FACTOR times the reference's in the same dtype plus FLOOR. In bf16 the reference's is about
-# 0.01, and that of the loss, a single value, anything from 0 to 2e-5.
+# A backend's error may be FACTOR times the reference's error in the same dtype, plus FLOOR. The reference's error in
+# bf16 is about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
 FACTOR, FLOOR = 2.0, 1e-4
-# Tokens that `require_correct_kernels` takes: each persistent program of a grouped GEMM runs through several tiles.
+# Tokens for `require_correct_kernels`: enough for several tiles per persistent program of a grouped GEMM.
 MAX_TOKENS = 16384
 
 
 class GradientCheck(NamedTuple):
-    """The tensor that is worst in comparison with what is allowed: "loss" or a parameter, whose gradient is meant.
+    """The worst tensor relative to its tolerance: "loss", or a parameter name for its gradient.
 
-    error: its relative root mean square error; NaN where the tensor has NaN.
+    error: relative root mean square error; NaN if the tensor contains NaN.
     """
 
     name: str
@@ -50,12 +50,12 @@ def check_gradients(
     compiled: bool = False,
     checkpointing: bool = False,
 ) -> GradientCheck:
-    """Loss and gradients of a random model and batch by `backend`, against those of the reference in fp32.
+    """Compare loss and gradients of a random model and batch on `backend` with the fp32 reference.
 
-    backend: as for `kernels.select`. compiled, checkpointing: of the backend's pass; the reference is eager. The
-    experts are given in turn: in 16 bits, tokens near a tie would choose others, and what they change in a gradient
-    would hide a wrong kernel. Draws from no global generator and restores the selected backend. It takes the memory of
-    one more model with gradients, and keeps a set of gradients on the CPU. Raises whatever a kernel raises.
+    backend: as for `ops.set_backend`. compiled, checkpointing: apply to the backend's pass only. Tokens are routed to
+    the experts in turn: in 16 bits, tokens near a tie would choose other experts, and that difference would hide a
+    wrong kernel. Uses no global random generator and restores the backend. Needs the memory of one more model with
+    gradients, and a set of gradients on the CPU. Errors of the kernels propagate.
     """
     generator = torch.Generator(device).manual_seed(0)
     model = _random_model(replace(config, debug_force_load_balance=True), device, generator)
@@ -75,14 +75,14 @@ def check_gradients(
             errors = _errors(_loss_and_gradients(model, ids, dtype), truth)
     model.zero_grad(set_to_none=True)
     del model
-    gc.collect()  # compiled blocks are in a reference cycle
+    gc.collect()  # compiled blocks form a reference cycle
     ratios = {name: errors[name] / allowed[name] for name in truth}
     worst = max(ratios, key=lambda name: ratios[name] if ratios[name] >= 0 else float("inf"))  # NaN is the worst
     return GradientCheck(worst, errors[worst], allowed[worst])
 
 
 def _random_model(config: ModelConfig, device: torch.device, generator: torch.Generator) -> Acceleron:
-    """As at the start of a training, but with norms whose weights differ."""
+    """A freshly initialised model, but with random norm weights."""
     with torch.device("meta"):
         model = Acceleron(config)
     model.to_empty(device=device)
@@ -103,7 +103,7 @@ def _loss_and_gradients(model: Acceleron, ids: Tensor, dtype: torch.dtype) -> di
 
 
 def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Relative root mean square errors, one tensor at a time on the results' device."""
+    """Relative root mean square errors."""
 
     def error(result: Tensor, true: Tensor) -> float:
         true = true.to(result.device).double()
@@ -115,10 +115,10 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 def require_correct_kernels(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, batch_size: int, seq_len: int, size: str
 ):
-    """Check `--kernels auto` before a training: one layer of the config, a micro-batch of at most MAX_TOKENS.
+    """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
 
-    Logs the result. Raises InputError if a tensor is beyond tolerance or a kernel fails, with the command that shows
-    which op is wrong for this model size.
+    Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has the command
+    that finds the wrong op.
     """
     began = time.perf_counter()
     config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
@@ -130,12 +130,12 @@ def require_correct_kernels(
         result = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     else:
         name = check.name if check.name == "loss" else f"the gradient of {check.name}"
-        result = f"{name} has an error of {check.error:.2g}, and {check.allowed:.2g} is allowed"
+        result = f"{name} has an error of {check.error:.2g}, {check.allowed:.2g} is allowed"
         if check.passed:
-            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: at worst, {result}")
+            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: in the worst case, {result}")
             reset_peak_memory(device)
             return
     raise InputError(
-        f"the Triton kernels fail their check on this device: {result}; pass --kernels reference, and find the op with "
+        f"the Triton kernels fail their check on this device: {result}; use --kernels reference, and find the op with "
         f"`python -m bench ops --check_only --model_size {size}`"
     )

@@ -104,7 +104,7 @@ def offline(arch: str, run: Callable, device_name: str = "any", offset: int = 0)
     triton.runtime.driver.set_active(driver)
     with (
         mock.patch.object(launch, "cpu_device", Device(device_name, arch, TARGETS[arch].processors)),
-        mock.patch.object(ops, "_choice", "triton"),
+        mock.patch.object(ops, "_backend", "triton"),
         mock.patch.object(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs)),
         mock.patch.object(FakeTensor, "data_ptr", address, create=True),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -74,14 +74,14 @@ def sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, backend: SDPBackend) ->
 
 
 def liger_expert_mlp():
-    from liger_kernel.ops import LigerFusedMoEFunction
+    from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
     # The gradients of the top-k scores are added up tile by tile in the compute dtype, by atomics.
     return lambda x, scores, ids, w13, w2: LigerFusedMoEFunction.apply(x, w13, w2, ids, scores), 3
 
 
 def moe_ops_expert_mlp():
-    import moe_ops
+    import moe_ops  # pyright: ignore[reportMissingImports]
 
     def run(x, scores, ids, w13, w2):
         rows, row_map, offsets = moe_ops.permute(x, ids, E=w13.shape[0])
@@ -92,14 +92,15 @@ def moe_ops_expert_mlp():
 
 
 def liger_cross_entropy():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
+    from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
 
+    cross_entropy = functional.liger_fused_linear_cross_entropy
     # By default the weight's gradient is summed over the chunks in the compute dtype.
-    return lambda x, weight, labels: function(x, weight.to(x.dtype), labels, accum_dtype=torch.float32), FACTOR
+    return lambda x, weight, labels: cross_entropy(x, weight.to(x.dtype), labels, accum_dtype=torch.float32), FACTOR
 
 
 def cut_cross_entropy():
-    from cut_cross_entropy import linear_cross_entropy
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     # Unfiltered: the default drops gradients below eps / 32, on random data all but the labels' own. Gradients are
     # added up in the compute dtype, block by block.

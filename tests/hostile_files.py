@@ -18,9 +18,9 @@ from acceleron.data import Shards
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
-from acceleron.training.resume import warn_of_changes
+from acceleron.training.checkpointing import CheckpointManager
+from acceleron.training.resume import warn_about_changes
 from acceleron.training.run import Run
-from acceleron.training.saver import Saver
 
 resource = pytest.importorskip("resource")
 
@@ -67,12 +67,12 @@ def write_checkpoint(run: Run, directory: Path) -> Path:
     """Train a new run for two steps and save a checkpoint in train.py's format."""
     for _ in range(2):
         run.step(1e-3)
-    run.judgements()
+    run.read_anomalies()
     contents = {"format": FORMAT, "config": CONFIG.to_dict(), "options": asdict(run.options), "environment": {"a": "b"}}
-    saver = Saver(directory)
-    saver.save(contents | run.state_dict(), 0)
-    saver.wait()
-    assert saver.outcome().error is None
+    manager = CheckpointManager(directory)
+    manager.save(contents | run.state_dict(), 0)
+    manager.wait()
+    assert manager.result().error is None
     return directory / "checkpoint_2.pt"
 
 
@@ -84,7 +84,7 @@ def use_checkpoint(run: Run, path: Path):
         load_model(contents, path, torch.device("cpu"), torch.float32)
         run.batches = []
         run.load_state_dict(contents, path)
-        warn_of_changes(run.options, {"torch": "2"}, contents)
+        warn_about_changes(run.options, {"torch": "2"}, contents)
         assert 0 <= run.steps < 2**62
         assert 0 <= np.random.get_state()[2] <= 624  # numpy reads out of bounds beyond it
         run.step(1e-3)

@@ -119,7 +119,7 @@ def test_a_run_on_wrong_kernels_stops_before_it_writes(options, tmp_path, monkey
     scale_w2_gradient(monkeypatch, 1.02)
     message = (
         r"^the Triton kernels fail their check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an error of "
-        r"0\.02, and 0\.0001 is allowed; pass --kernels reference, and find the op with "
+        r"0\.02, 0\.0001 is allowed; use --kernels reference, and find the op with "
         r"`python -m bench ops --check_only --model_size nano`$"
     )
     with pytest.raises(InputError, match=message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from acceleron.training.saver import Saver
+from acceleron.training.checkpointing import CheckpointManager
 from bench import checkpoints, decoding, loader, peers, rows
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_loader(run, monkeypatch, wrong):
 @pytest.mark.parametrize("bit", [0, 1])
 def test_a_bit_altered_on_its_way_to_the_checkpoint_fails_the_check(bit, run, monkeypatch):
     """Otherwise the row has ratios."""
-    copy = Saver._copy
+    copy = CheckpointManager._copy
 
     def altered(self, value, key=()):
         copied = copy(self, value, key)
@@ -96,7 +96,7 @@ def test_a_bit_altered_on_its_way_to_the_checkpoint_fails_the_check(bit, run, mo
             copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
         return copied
 
-    monkeypatch.setattr(Saver, "_copy", altered)
+    monkeypatch.setattr(CheckpointManager, "_copy", altered)
     monkeypatch.setattr("acceleron.training.loop.missing_compiler", lambda device: "none here")
     monkeypatch.setattr(checkpoints, "CPU_BATCH", {"nano": 1})
     monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)

@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def selection_restored(monkeypatch):
-    monkeypatch.setattr(ops, "_choice", ops._choice)
+    monkeypatch.setattr(ops, "_backend", ops._backend)
 
 
 def build(dtype=torch.float32):
@@ -57,7 +57,7 @@ def losses_and_gradients(model, choice):
 def expected():
     """From float64, and from the reference in fp32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_choice", ops._choice)
+        patch.setattr(ops, "_backend", ops._backend)
         return [losses_and_gradients(build(dtype), "reference") for dtype in (torch.float64, torch.float32)]
 
 
