@@ -73,7 +73,7 @@ def verify_archive(path: Path):
         raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another checkpoint") from error
     if damaged:
         name = repr(damaged)[1:-1]  # control characters escaped
-        raise DamagedCheckpoint(f"{path}: damaged: wrong checksum of its record {name}; use another checkpoint")
+        raise DamagedCheckpoint(f"{path}: damaged: {name} does not match its checksum; use another checkpoint")
     try:
         # Use torch's reader: zipfile could find another record in a hostile archive.
         found = pickle_globals(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
