@@ -62,9 +62,7 @@ def verify_archive(path: Path):
             if not stored or len(names) < len(records) or sum(r.file_size for r in records) > path.stat().st_size:
                 raise DamagedCheckpoint(f"{path}: not written by torch.save; use another checkpoint")
             if any(r.filename.endswith(".pkl") and r.file_size > MAX_PICKLE_BYTES for r in records):
-                raise DamagedCheckpoint(
-                    f"{path}: its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB; use another checkpoint"
-                )
+                raise DamagedCheckpoint(f"{path}: its pickle is too large; use another checkpoint")
             damaged = archive.testzip()
     except (DamagedCheckpoint, MemoryError):
         raise
@@ -75,9 +73,7 @@ def verify_archive(path: Path):
         raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another checkpoint") from error
     if damaged:
         name = repr(damaged)[1:-1]  # control characters escaped
-        raise DamagedCheckpoint(
-            f"{path}: damaged: its record {name} does not match its checksum; use another checkpoint"
-        )
+        raise DamagedCheckpoint(f"{path}: damaged: {name} does not match its checksum; use another checkpoint")
     try:
         # Use torch's reader: zipfile could find another record in a hostile archive.
         found = pickle_globals(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
@@ -145,9 +141,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise DamagedCheckpoint(f"{path}: damaged: wrong type of {', '.join(wrong)}; use another checkpoint")
     plain = [*contents["options"].items(), *contents["environment"].items()]
     if not all(type(value) in (str, int, float, bool, type(None)) for pair in plain for value in pair):
-        raise DamagedCheckpoint(
-            f"{path}: damaged: its options or environment are not plain values; use another checkpoint"
-        )
+        raise DamagedCheckpoint(f"{path}: damaged: invalid type in options or environment; use another checkpoint")
     for name in ("step", "tokens"):
         if not 0 <= contents[name] < 2**62:
             raise DamagedCheckpoint(f"{path}: damaged: {name} is {short_repr(contents[name])}; use another checkpoint")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from waiting import HANG
+from waiting import TIMEOUT
 
 import generate
 import train
@@ -366,7 +366,7 @@ def test_generate_on_an_ascii_terminal(workdir, redirected, status, shown, error
     run = subprocess.run(
         ["bash", "-c", f"{sys.executable} {ROOT / 'generate.py'} {flags} {redirected}"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        capture_output=True, text=True, timeout=HANG, check=False,
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert run.returncode == status, run.stderr
     assert shown in run.stdout
@@ -376,7 +376,7 @@ def test_generate_on_an_ascii_terminal(workdir, redirected, status, shown, error
 
 def command(script, *arguments):
     run = subprocess.run(
-        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=HANG, check=False
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert run.returncode == 2, run.stderr
     assert run.stdout == ""

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from waiting import HANG
+from waiting import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 # Larger than huggingface_hub's 10 MiB read size, so a transfer can break after the first read.
@@ -81,13 +81,13 @@ def download(output, port, *, repo="someone/Some", shards=2):
         "HF_HOME": str(output.parent / "hub"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(HANG)),
-        "HF_HUB_ETAG_TIMEOUT": str(int(HANG)),
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(TIMEOUT)),
+        "HF_HUB_ETAG_TIMEOUT": str(int(TIMEOUT)),
         "NO_PROXY": "127.0.0.1",
     }
     arguments = ["download", "--repo", repo, "--shards", str(shards), "--output", str(output)]
     command = [sys.executable, "-c", COMMAND, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def requested_files(hub):

@@ -87,7 +87,6 @@ def test_library_panic_becomes_an_input_error(tmp_path):
     ("make", "reason"), [(os.mkfifo, "is neither a file nor a directory"), (os.mkdir, "is a directory: name a file")]
 )
 def test_tokenizer_must_be_a_regular_file(tmp_path, make, reason):
-    """find_tokenizer does not skip it in favor of the next directory."""
     for name in ("data", "scripts"):
         (tmp_path / name).mkdir()
     (tmp_path / "scripts" / "tokenizer.json").write_text(json.dumps(TOKENIZER))

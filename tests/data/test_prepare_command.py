@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.data import Shards
 from acceleron.data import __main__ as data_command
@@ -71,7 +71,7 @@ def test_sigterm_removes_the_partial_output(program, arguments, tmp_path):
     with stalled_prepare(program, arguments) as process:
         assert any((tmp_path / "out").iterdir())
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=HANG)
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, errors) == (75, "SIGTERM: stopped\n")
     assert not (tmp_path / "out").exists()
 
@@ -114,7 +114,7 @@ def test_closed_and_full_standard_streams(arguments, tmp_path, redirected, statu
     """The data is prepared anyway. Only the final message cannot be printed."""
     command = f'{sys.executable} -m acceleron.data "$@" {redirected}'
     run = subprocess.run(
-        ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=HANG
+        ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
     )
     assert (run.returncode, run.stderr) == (status, message)
     assert sorted(os.listdir(tmp_path / "out"))[0] == "shard_00000.npy"

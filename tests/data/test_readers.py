@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from counting_shards import ROW_LENGTH, VOCAB_SIZE, held_out_order, make_loader, make_validation, write_shards
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.data import Loader, Shards, validation_batches
 from acceleron.data import loader as loader_module
@@ -30,16 +30,16 @@ def assert_readers_end():
     """Wait for leftover readers of other tests first. On exit, all readers must end."""
     gc.collect()
     for thread in readers():
-        thread.join(HANG)
+        thread.join(TIMEOUT)
     assert not readers()
     yield
     for thread in readers():
-        thread.join(HANG)
+        thread.join(TIMEOUT)
     assert not readers()
 
 
 def test_readers_start_with_the_first_batch_and_end_with_close(shards, monkeypatch):
-    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", HANG)
+    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", TIMEOUT)
     expected = list(islice(make_loader(shards), 2))
     with assert_readers_end():
         loader = make_loader(shards, num_workers=3)
@@ -70,7 +70,7 @@ def test_readers_end_when_their_loader_loads_a_state(shards):
         next(loader)
         (first,) = readers()
         loader.load_state_dict(loader.state_dict())
-        first.join(HANG)
+        first.join(TIMEOUT)
         assert not first.is_alive()
         loader.close()
 
@@ -83,9 +83,9 @@ def test_validation_reader_reads_at_most_20_batches_and_ends(shards, batch_size,
         patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
         loader, count = make_validation(shards, batch_size=batch_size)
         assert count == len(sizes)
-        batches = [loader.poll(HANG) for _ in range(count)]
+        batches = [loader.poll(TIMEOUT) for _ in range(count)]
         for reader in readers():
-            reader.join(HANG)
+            reader.join(TIMEOUT)
         assert not readers()
         assert len(read_rows) == sum(sizes)
         assert torch.equal(torch.cat(batches), held_out_order(ROW_LENGTH // 4)[: sum(sizes)])
@@ -108,7 +108,7 @@ def test_stopping_validation_early_ends_its_reader(shards):
 def stall_reads(monkeypatch) -> threading.Event:
     """Block all reads until the returned event is set."""
     gate, plain = threading.Event(), Shards.read
-    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
+    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(TIMEOUT) and plain(*arguments))
     return gate
 
 
@@ -121,7 +121,7 @@ def test_poll_returns_none_while_a_reader_stalls(shards, monkeypatch, num_worker
     assert loader.poll(0) is None
     assert loader.position == 0
     gate.set()
-    assert torch.equal(loader.poll(HANG), expected[0])
+    assert torch.equal(loader.poll(TIMEOUT), expected[0])
     assert torch.equal(next(loader), expected[1])
 
 

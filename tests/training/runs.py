@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from waiting import HANG, wait_until
+from waiting import TIMEOUT, wait_until
 
 from acceleron.checkpoint import load_checkpoint
 from acceleron.config import PRESETS
@@ -154,6 +154,6 @@ class Child:
 
     def status(self) -> int:
         """Wait for the process to end and return its exit status."""
-        self.process.join(HANG)
+        self.process.join(TIMEOUT)
         assert not self.process.is_alive(), self.output.read_text()
         return self.process.exitcode

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import assert_bitwise_equal, final_state, options, records
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron import ModelConfig
 from acceleron.checkpoint import list_checkpoints, load_checkpoint
@@ -220,7 +220,7 @@ def test_error_after_a_stop_request_counts_as_the_stop(data_dir, tmp_path, poiso
 
     def fail(output):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert handled.wait(HANG)
+        assert handled.wait(TIMEOUT)
         raise MemoryError
 
     for name, interval in (("unsaved", 100), ("saved", 4)):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import SplitWriter, assert_bitwise_equal, final_state, options, records
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint, verify_archive
 from acceleron.errors import InputError, RunFailed
@@ -70,7 +70,7 @@ def save(manager: CheckpointManager, step: int, good_step: int = 0) -> SaveResul
 def test_save_writes_a_snapshot_in_the_background(tmp_path, monkeypatch):
     """`save` returns while the write is blocked, and later changes do not reach the file."""
     gate, write = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda given, file: write(given, SplitWriter(file, lambda: gate.wait(HANG))))
+    monkeypatch.setattr(torch, "save", lambda given, file: write(given, SplitWriter(file, lambda: gate.wait(TIMEOUT))))
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):  # the second reuses the buffers of the first
         given = contents(step, seed=step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs import records, write_shard
-from waiting import HANG, wait_until
+from waiting import TIMEOUT, wait_until
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "train.py")
@@ -32,7 +32,7 @@ def test_signal_while_torch_is_imported_exits_quietly(tmp_path, script, number, 
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: importing.exists() or process.poll() is not None)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=HANG)
+    output, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, output, errors) == (status, b"", b"")
 
 
@@ -41,7 +41,7 @@ def test_run_with_closed_stdout_and_stderr_trains(tmp_path):
     flags = "--model_size nano --vocab_size 64 --seq_len 64 --batch_size 4 --max_steps 2 --no_compile --device cpu "
     flags += f"--data_dir {data_dir} --save_dir {tmp_path / 'run'} --log_interval 1"
     status = subprocess.run(
-        f"{sys.executable} {TRAIN} {flags} >&- 2>&-", shell=True, timeout=HANG, check=False
+        f"{sys.executable} {TRAIN} {flags} >&- 2>&-", shell=True, timeout=TIMEOUT, check=False
     ).returncode
     assert status == 0
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 2]

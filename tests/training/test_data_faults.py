@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from runs import assert_bitwise_equal, final_state, options, records, write_shard
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.checkpoint import load_checkpoint
 from acceleron.data.loader import Chunks, Loader
@@ -150,7 +150,7 @@ def test_data_stall_is_logged_and_measured(data_dir, tmp_path, monkeypatch, caps
         if loader.position == 3 * loader.batch_size and failures:
             clock.now += failures.pop()
             return None
-        return poll(loader, HANG)
+        return poll(loader, TIMEOUT)
 
     def timed_step(run, lr):
         step(run, lr)

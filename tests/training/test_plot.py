@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.errors import InputError
 from acceleron.training.plot import plot_losses, read_curves
@@ -34,7 +34,7 @@ def test_plot_works_with_any_directory_name_and_backend(tmp_path):
     (run_dir / "metrics.jsonl").write_text(LINES)
     subprocess.run(
         [sys.executable, "-m", "acceleron.training.plot", str(run_dir)],
-        cwd=ROOT, env=os.environ | {"MPLBACKEND": "xyz"}, timeout=HANG, check=True,
+        cwd=ROOT, env=os.environ | {"MPLBACKEND": "xyz"}, timeout=TIMEOUT, check=True,
     )  # fmt: skip
     picture = imread(run_dir / "loss.png")
     assert picture.shape[:2] == (540, 840)
