@@ -39,7 +39,7 @@ def test_attention_matches_the_formula(S, L, head_dim):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Fakes a GPU of a compute capability, and installs stubs of the named flash-attn packages."""
+    """Fakes a GPU of the given compute capability, and installs stubs of the given flash-attn packages."""
 
     def install(major, *modules):
         calls = []
@@ -119,7 +119,7 @@ def test_flash_attn_gets_its_layout_and_flags(gpu, monkeypatch, module, head_dim
 
 
 def test_compiled_flash_attn_follows_torchs_deterministic_setting(monkeypatch):
-    """A change of the setting recompiles. The stub's result shows its `deterministic` argument."""
+    """Changing the setting triggers a recompilation. The stub's result shows its `deterministic` argument."""
 
     def flash_attn_func(q, k, v, causal, deterministic):
         return q + 1 if deterministic else q

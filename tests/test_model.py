@@ -107,7 +107,7 @@ def test_bf16_compute_gives_fp32_gradients_and_loss(dense):
 
 
 def to_transformers(model: Acceleron, **changes):
-    """The model as transformers' GraniteMoeShared, with copied weights. changes: fields of its config."""
+    """The model as transformers' GraniteMoeShared, with copied weights. changes: overrides of its config."""
     from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
 
     config = model.config
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_saves_memory():
 
 @pytest.mark.parametrize("saved", [True, False], ids=["routing saved", "control: routing recomputed"])
 def test_recomputation_keeps_the_routing(monkeypatch, saved):
-    """The logits nearly tie, and change slightly in the recomputation, as another summation order would do."""
+    """The logits nearly tie. The recomputation perturbs them, as a different summation order would."""
     model, ids = small_model(), token_ids(2, 32)
     with torch.no_grad():
         for block in model.blocks:

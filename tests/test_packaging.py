@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_editable_install_imports(source, tmp_path):
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
     # The name sorts last, after the .pth of the editable install.
-    (site / "zz.pth").write_text(sysconfig.get_path("purelib"))
+    (site / "zz.pth").write_text(str(Path(pytest.__file__).parents[1]))
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet"]
     flags = ["--no-deps", "--no-build-isolation", "--no-index", "--editable", str(source)]
     process = subprocess.run(pip + flags, capture_output=True, text=True, check=False, cwd=tmp_path)

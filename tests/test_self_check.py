@@ -15,7 +15,7 @@ from acceleron.self_check import check_gradients
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Widths that blocks of 32 do not divide, and four experts for 24 tokens.
+# Widths that are not multiples of 32, and four experts for 24 tokens.
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=24, d_ff_shared=20
 )
@@ -44,7 +44,7 @@ def scale_w2_gradient(monkeypatch, factor):
 def test_correct_kernels_pass(dense):
     result = check(config=replace(CONFIG, dense=dense))
     assert result.passed
-    assert 0 < result.error < 1e-5  # not 0, which the reference would have
+    assert 0 < result.error < 1e-5  # the reference would have an error of 0
 
 
 def test_allowed_error_in_bf16_is_twice_the_references():
@@ -131,6 +131,8 @@ def test_run_with_crashing_kernels_stops_before_it_writes(options, tmp_path, mon
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
     monkeypatch.setattr(moe, "expert_grads", fail)
-    with pytest.raises(InputError, match=r"device: RuntimeError: CUDA error: an illegal memory access; pass --kernels"):
+    with pytest.raises(
+        InputError, match=r"device: RuntimeError: CUDA error: an illegal memory access; use --kernels reference"
+    ):
         train(options("run"))
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
-"""Shared by the kernel tests: device, test data, and how errors are compared.
+"""Shared by the kernel tests: device, test data and accuracy checks.
 
-The truth is the op's formula in float64. A kernel's error against it is compared with the error of the PyTorch
-reference in the kernel's dtype, not with an absolute tolerance.
+The truth is the op's formula in float64. The error of a kernel has no absolute tolerance: it is compared with the error
+of the PyTorch reference in the same dtype.
 """
 
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ FLOOR = 4 * EPS
 def sum_floor(length: int) -> float:
     """Relative error of `length` fp32 products added one by one; torch adds them in a more accurate order.
 
-    A partial sum of i unit products is about sqrt(i), and each rounding adds eps / sqrt(12) of it. The total is
-    sqrt(length / 24) eps.
+    A partial sum of i unit products is about sqrt(i), and each rounding adds an error of eps / sqrt(12) times that.
+    The relative error of the result is sqrt(length / 24) eps.
     """
     return max(FLOOR, (length / 24) ** 0.5 * EPS)
 
@@ -35,9 +35,9 @@ def error(result, truth) -> float:
 
 
 def assert_accurate(names, results, plains, truths, factor, floor=FLOOR, luck=0.0):
-    """Each result's error is at most factor * the error of `plain` + floor, and its dtype is that of `plain`.
+    """The error of each result is at most factor times that of the plain one, plus floor; the dtypes are equal.
 
-    luck: added for results of fewer than 40 values, where the error of `plain` can be small by chance.
+    luck: added for results of fewer than 40 values, where the plain error can be small by chance.
     """
     for name, result, plain, truth in zip(names, results, plains, truths, strict=True):
         assert (result.dtype, result.shape, result.is_contiguous()) == (plain.dtype, truth.shape, True), name
@@ -49,7 +49,7 @@ def assert_accurate(names, results, plains, truths, factor, floor=FLOOR, luck=0.
 
 
 def assert_equal(results, expected):
-    """Two tensors, or two sequences or dicts of tensors, hold the same values and dtypes."""
+    """Equal values and dtypes, for tensors or nested sequences and dicts of tensors."""
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
@@ -69,6 +69,18 @@ def saved_tensors():
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         yield saved
+
+
+def record_launches(monkeypatch, module, kernel_name):
+    """A list that collects the grid and keyword arguments of each launch of a kernel."""
+    launches, kernel = [], getattr(module, kernel_name)
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append((grid, kwargs)) or kernel[grid](*args, **kwargs)
+
+    monkeypatch.setattr(module, kernel_name, Recorded())
+    return launches
 
 
 class LargestTensor(TorchDispatchMode):

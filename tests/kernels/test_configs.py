@@ -1,4 +1,4 @@
-"""Tile configurations: the tuned table, the rule for other sizes, and the choice of TMA."""
+"""Tile configurations: the tuned table, the rule for other sizes, and when TMA is used."""
 
 import json
 
@@ -36,7 +36,7 @@ def find(device=H100, dtype=torch.bfloat16, sizes=SIZES, tma=True):
     return configs.find_config("rows", device, dtype, sizes, tma)
 
 
-def test_device_entry_precedes_architecture_entry_precedes_rule(write_table):
+def test_lookup_prefers_the_device_then_the_architecture_then_the_rule(write_table):
     named = ENTRY | dict(device=H100.name, block_m=16)
     write_table(*map(json.dumps, (ENTRY | dict(block_m=32), named, ENTRY | dict(arch="sm_80", op="up"))))
     assert find() == TILE._replace(block_m=16)
@@ -60,27 +60,27 @@ BROKEN = {
     "blank": "",
     "sizes": json.dumps(ENTRY | dict(sizes=3)),
     "text": json.dumps(ENTRY | dict(block_m="128")),
-    "no power of two": json.dumps(ENTRY | dict(block_n=100)),
+    "not a power of two": json.dumps(ENTRY | dict(block_n=100)),
     "zero": json.dumps(ENTRY | dict(split=0)),
-    "no bool": json.dumps(ENTRY | dict(flatten=1)),
+    "not a bool": json.dumps(ENTRY | dict(flatten=1)),
 }
 
 
 @pytest.mark.parametrize("line", BROKEN.values(), ids=BROKEN)
-def test_invalid_table_line_raises_an_error_that_names_it(line, write_table):
+def test_error_names_the_invalid_table_line(line, write_table):
     write_table(json.dumps(ENTRY), line)
     with pytest.raises(ValueError, match=r"tuned\.jsonl, line 2: .*remove the line"):
         find()
 
 
-def test_missing_table_raises_an_error_that_names_it(write_table, monkeypatch):
+def test_error_names_the_missing_table(write_table, monkeypatch):
     write_table()
     monkeypatch.setenv("ACCELERON_TUNED", "nowhere.jsonl")
     with pytest.raises(ValueError, match=r"ACCELERON_TUNED=nowhere\.jsonl: No such file"):
         find()
 
 
-def test_unknown_op_in_no_tma_raises_an_error_that_names_it(monkeypatch):
+def test_error_names_the_unknown_op_in_no_tma(monkeypatch):
     monkeypatch.setenv("ACCELERON_NO_TMA", "rows,down")
     with pytest.raises(ValueError, match="ACCELERON_NO_TMA=rows,down: expected names among up, "):
         configs.tma_available("up", H100)

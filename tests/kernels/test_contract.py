@@ -117,7 +117,9 @@ def test_autocast_does_not_change_the_routing(backend):
     layer = MoE(ModelConfig.preset("nano", vocab_size=64)).to(DEVICE)
     x = 1 + 1e-3 * randn(48, 128, seed=8)  # all but a few are 1 in bf16
     with torch.no_grad():
-        layer.router.copy_(torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()])  # 64 of each in a row
+        layer.router.copy_(
+            torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()]
+        )  # each row has 64 of each
         _, expected = layer(x)
         with torch.autocast(DEVICE_TYPE, torch.bfloat16):
             y, stats = layer(x)
@@ -135,7 +137,7 @@ def test_moe_options_work_under_autocast(backend):
         plain = ops.moe(x, *weights)
         forced = ops.moe(x, *weights, force_load_balance=True)
         added = ops.moe(x, *weights, residual_TD=residual)
-        narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # as after a Linear, with an fp32 residual
+        narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # bf16 from a Linear, plus an fp32 residual
     assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
     assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
     assert narrow.y_TD.dtype == torch.bfloat16
@@ -177,7 +179,7 @@ PATTERNS = {
 @pytest.mark.parametrize("value", [None, torch.inf, torch.nan])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ignored_labels_match_torch(pattern, value, backend):
-    """A nonfinite ignored row changes nothing. torch's gradients are NaN there, so it gets finite rows."""
+    """A nonfinite ignored row has no effect. torch would return NaN gradients for it, so its rows stay finite."""
     x, weight, labels = randn(11, 16), randn(20, 16, seed=1), torch.arange(11, device=DEVICE)
     labels[PATTERNS[pattern]] = -100
     ours_x = x.clone()
@@ -280,7 +282,7 @@ def test_wrong_shapes_are_rejected_and_not_broadcast(argument, backend):
 
 
 def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
-    """Their gradients are bf16 again."""
+    """Their gradients stay bf16."""
     x = randn(T, D)
     narrow = [
         randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate([(E, D), W13, W2, (8, D), (D, 4)])
@@ -307,7 +309,7 @@ def test_router_computes_in_fp32_for_16_bit_operands(backend):
 
 
 def test_sequences_of_one_token_have_no_loss(backend):
-    """The target of a token is the next token, and there is none."""
+    """A token's target is the next token, so there is no target."""
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
     assert model(ids, labels=ids).cross_entropy.isnan()
@@ -343,7 +345,7 @@ def test_rms_norm_backward_accepts_missing_gradients():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_generation_under_autocast_equals_generation_without():
+def test_autocast_does_not_change_generation():
     torch.manual_seed(0)
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=32)).to(DEVICE)
     greedy = Sampling(temperature=0.0)

@@ -1,9 +1,20 @@
-"""The fused head and cross-entropy."""
+"""The fused output head and cross-entropy loss."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, DTYPES, FACTOR, LargestTensor, assert_accurate, assert_equal, error, opcheck, randn
+from compare import (
+    DEVICE,
+    DTYPES,
+    FACTOR,
+    LargestTensor,
+    assert_accurate,
+    assert_equal,
+    error,
+    opcheck,
+    randn,
+    record_launches,
+)
 
 from acceleron.kernels import cross_entropy as module
 from acceleron.kernels import formulas, torch_ops
@@ -117,24 +128,19 @@ def test_weight_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
 
 def test_unneeded_gradients_are_not_computed(monkeypatch):
     """Two chunks: one GEMM per chunk for the loss, and one more per chunk for each gradient."""
-    gemms, flags, rows, mm, kernel = [], [], [], torch.mm, module._cross_entropy_kernel
-
-    class Recorded:
-        def __getitem__(self, grid):
-            rows.append(grid[0])
-            return lambda *args, **kwargs: flags.append(kwargs["WITH_GRADIENT"]) or kernel[grid](*args, **kwargs)
-
-    monkeypatch.setattr(module, "_cross_entropy_kernel", Recorded())
+    gemms, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: gemms.append(1) or mm(*args, **kwargs))
+    launches = record_launches(monkeypatch, module, "_cross_entropy_kernel")
     x, weight, labels = inputs(9, 150, 16)
     loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), labels)
-    assert (len(gemms), flags) == (6, [True] * 2)
-    assert rows == [5, 4]
+    assert len(gemms) == 6
+    assert [grid for grid, _ in launches] == [(5,), (4,)]
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x, weight, labels), loss)
-    assert (len(gemms), flags) == (8, [True] * 2 + [False] * 2)
+    assert len(gemms) == 8
     frozen_weight = linear_cross_entropy(x, weight.detach(), labels)
-    assert (len(gemms), flags) == (12, [True] * 2 + [False] * 2 + [True] * 2)
+    assert len(gemms) == 12
+    assert [kwargs["WITH_GRADIENT"] for _, kwargs in launches] == [True, True, False, False, True, True]
     assert torch.equal(torch.autograd.grad(frozen_weight, x)[0], torch.autograd.grad(loss, x)[0])
 
 
@@ -166,7 +172,7 @@ def test_results_are_deterministic():
         ("labels_T", lambda labels: labels.to("meta"), "expected a tensor on"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     arguments = dict(zip(("x_TD", "weight_VD", "labels_T"), inputs(9, 50, 16), strict=True))
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):

@@ -54,7 +54,7 @@ def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert
 
 
 # T, D, F, E and the experts that get tokens. The interpreter runs three programs with blocks of 32 x 32 x 32. The named
-# sizes come first, with their expert count and about their ratio of D to F. Only tiny's experts have two tiles of rows.
+# sizes come first, with their expert count and roughly their ratio of D to F. Only tiny has two row tiles per expert.
 SIZES = {
     "nano": (20, 64, 64, 8, None),
     "tiny": (60, 16, 44, 4, None),
@@ -104,7 +104,7 @@ def test_fp32_weights_get_fp32_gradients():
 
 
 def test_bfloat16():
-    """A residual is added: the interpreter truncates four times in a row, with errors of one sign."""
+    """Adds x to dilute the error, because the interpreter truncates four times in a row, always toward zero."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
     functions = (formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)
     check_errors(tensors, plan, [lambda x, *rest, f=f: f(x, *rest) + x for f in functions])
@@ -162,7 +162,7 @@ def test_disabling_tma_does_not_change_the_results(names, monkeypatch):
         assert used == {op: names != "all" and op not in names for op in configs.OPS}
 
 
-def test_configs_are_looked_up_by_the_sizes_that_configs_py_lists(monkeypatch):
+def test_config_lookup_uses_the_documented_sizes(monkeypatch):
     calls = []
 
     def recorded(op, device, dtype, sizes, tma):
@@ -223,7 +223,7 @@ def test_kernels_do_not_read_past_the_end_of_a_tensor():
     assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr[-2000:]
 
 
-def test_each_gradient_is_the_same_if_it_is_the_only_one():
+def test_gradients_computed_alone_match_joint_gradients():
     tensors, plan = inputs(9, 17, 5, 3)
     grad = randn(*tensors[0].shape, seed=5)
     _, *together = run(expert_mlp, tensors, plan, grad)
@@ -319,7 +319,7 @@ def test_nan_does_not_reach_other_tokens_or_experts(dtype):
 
 
 def test_backward_saves_only_x_the_pre_activation_and_the_plan():
-    """2 D + 8 F bytes per token in 16 bits, and 24 of scores and plan: SonicMoE's "minimal activation memory"."""
+    """2 D + 8 F bytes per token in 16 bits, and 24 bytes of scores and plan: SonicMoE's "minimal activation memory"."""
     T, D, width, E = 43, 40, 48, 8  # shapes that no other test uses
     (x, _, w13, w2), _ = inputs(T, D, width, E, dtype=torch.float16)
     leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2)]
@@ -328,7 +328,7 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
         routing = route_top2(logits)
         plan = dispatch_plan(routing.topk_ids_TK, E)
         y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
-    # Nothing else keeps them alive: no tensor has the shape of the activation or of the expert-sorted rows.
+    # Nothing else is kept: no live tensor has the shape of the activation or of the expert-sorted rows.
     alive = {t.shape for t in gc.get_objects() if type(t) is torch.Tensor}
     assert y.requires_grad
     assert (2 * T, 2 * width) in alive
@@ -366,7 +366,7 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
         ("x_TD", lambda x: x[:, :0], "a last axis that is not empty"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     tensors, plan = inputs(*CASES["odd widths"])
     names = ("x_TD", "topk_scores_TK", "w13_E2FD", "w2_EDF")
     arguments = dict(zip(names, tensors, strict=True)) | dict(plan=plan)

@@ -15,7 +15,7 @@ grouped_gemm = module.grouped_gemm
 
 
 def make_plan(T, E, used=None):
-    """The plan of random experts, all or those in `used`. A token may have the same expert twice."""
+    """A plan for random expert ids, from `used` if given. A token can have the same id twice."""
     pool = torch.tensor(used or range(E))
     indices = torch.randint(len(pool), (T, 2), generator=torch.Generator().manual_seed(1))
     return dispatch_plan(pool[indices].to(DEVICE, torch.int32), E)
@@ -45,7 +45,7 @@ def check_errors(x, w, plan, grad):
 # T, D, F, E and the experts that get rows. The interpreter runs three programs with blocks of 32 x 32 x 32.
 CASES = {
     "several tiles": (50, 64, 96, 3, None),  # full tiles of columns and inner width
-    "partial tiles": (37, 40, 72, 3, None),  # rows of 16 bytes, with a partial inner block
+    "partial tiles": (37, 40, 72, 3, None),  # TMA for the weight gradient only: the last inner block is partial
     "odd widths": (50, 33, 17, 5, None),
     "one token": (1, 64, 32, 4, None),  # more experts than rows
     "empty experts": (40, 32, 64, 9, (1, 4, 5, 7)),  # the first, the last and some in between are empty
@@ -146,8 +146,8 @@ def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):
     assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
 
 
-# Loads stop at an expert's end by TMA's ragged descriptors in the first case, and by masks in the second. At an odd
-# width a load past the end of a row would read the next row's NaN.
+# TMA's ragged descriptors stop loads at the end of an expert in the first case, masks in the second. At an odd width,
+# a load past the end of a row would read the NaN of the next row.
 @pytest.mark.parametrize(("case", "dtype"), [("several tiles", torch.float16), ("odd widths", torch.float32)], ids=str)
 def test_nan_does_not_reach_other_experts(case, dtype):
     x, w, plan, grad = inputs(*CASES[case], dtype)
@@ -190,7 +190,7 @@ def test_results_are_deterministic():
     [
         ("x_ND", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
         ("x_ND", lambda x: x[None], "expected shape"),
-        ("x_ND", lambda x: x[:-1], r"expected shape \(100, any\), but got \(99, 33\)"),  # not the plan's rows
+        ("x_ND", lambda x: x[:-1], r"expected shape \(100, any\), but got \(99, 33\)"),  # not the plan's row count
         ("x_ND", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
         ("w_EFD", lambda w: w.half(), "expected float32, but got float16"),
         ("w_EFD", lambda w: w[..., 1:].contiguous(), "expected shape"),
@@ -202,7 +202,7 @@ def test_results_are_deterministic():
         ("plan", lambda plan: plan._replace(scatter_idx_TK=plan.scatter_idx_TK[:-1]), "expected shape"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     arguments = dict(zip(("x_ND", "w_EFD", "plan"), inputs(*CASES["odd widths"], torch.float32), strict=False))
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"grouped_gemm: {name}.*{message}"):

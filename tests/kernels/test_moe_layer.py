@@ -31,7 +31,7 @@ def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None,
 
 
 def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
-    """y, both losses and the input gradients of their weighted sum; and the tokens per expert."""
+    """y, both losses and the input gradients of their weighted sum, in a list; and the tokens per expert."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
     y, z_loss, balance_loss, tokens_per_expert_E = function(*leaves, **options)
     grad = randn(*y.shape, seed=7, dtype=y.dtype)
@@ -95,7 +95,7 @@ def test_gradient_of_one_output(only):
     assert bool(residual.any()) == all(bool(grad.any()) for grad in experts) == (only == 0)
 
 
-def test_each_gradient_is_the_same_if_it_is_the_only_one():
+def test_gradients_computed_alone_match_joint_gradients():
     tensors = inputs(*CASES["odd widths"], dtype=torch.float16, weights=torch.float32)
     together = run(moe, tensors)[0][3:]
     for index, (name, expected) in enumerate(zip(NAMES, together, strict=True)):
@@ -108,7 +108,7 @@ def test_each_gradient_is_the_same_if_it_is_the_only_one():
 
 @pytest.mark.parametrize("case", ["odd widths", "two experts", "many experts"])
 def test_forced_load_balance(case):
-    """The number of experts does not divide the tokens. With 64 experts, some get none."""
+    """The expert count does not divide the token count. With 64 experts, some get none."""
     tensors = inputs(*CASES[case])
     T, E = len(tensors[0]), len(tensors[1])
     check_errors(tensors, force_load_balance=True)
@@ -134,7 +134,7 @@ def test_results_are_deterministic_with_and_without_grad():
 
 
 def test_memory_saved_for_backward():
-    """Per token 2 D + 8 F + 6 W bytes in 16 bits, and 4 E + 32 of logits, routing and plan. Also the 16-bit weights."""
+    """2 D + 8 F + 6 W bytes per token in 16 bits, 4 E + 32 of logits, routing and plan, and the 16-bit weights."""
     T, D, width, E, W = 51, 40, 48, 8, 24
     tensors = inputs(T, D, width, E, W, dtype=torch.float16, weights=torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -162,7 +162,7 @@ def test_memory_saved_for_backward():
         ("residual_TD", lambda residual: residual.half(), "expected float32, but got float16"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     names = ("x_TD", "router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW", "residual_TD")
     arguments = dict(zip(names, inputs(*CASES["odd widths"]), strict=True))
     arguments[name] = change(arguments[name])

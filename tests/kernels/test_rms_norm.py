@@ -8,7 +8,7 @@ from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rms_norm as module
 from acceleron.kernels.rms_norm import rms_norm
 
-# The interpreter truncates bf16 three times in a row, with errors of one sign.
+# The interpreter truncates bf16 three times in a row, always toward zero.
 FACTOR = FACTOR | {torch.bfloat16: FACTOR[torch.bfloat16] * (2 if DEVICE == "cpu" else 1)}
 EPS = 1e-6
 NAMES = ("norm", "sum", "grad of x", "grad of weight", "grad of residual")
@@ -23,14 +23,14 @@ def run(function, x, weight, residual, grads):
 
 
 def inputs(shape, dtype, weight_dtype, with_residual):
-    # A weight around 1, as in a model, but of unit spread: an omitted product is then visible.
+    # A mean of 1, as in a model, and a unit spread, which reveals a missing product.
     x, weight = randn(*shape, dtype=dtype), 1 + randn(shape[-1], seed=1, dtype=weight_dtype)
     residual = randn(*shape, seed=2, dtype=dtype) if with_residual else None
     return x, weight, residual, [randn(*shape, seed=seed, dtype=dtype) for seed in (3, 4)]
 
 
 def check_accuracy(arguments, weight):
-    """weight: as the truth takes it."""
+    """weight: the one that the truth is computed from."""
     x, _, residual, grads = arguments
     wide = [None if t is None else t.double() for t in (x, weight, residual)]
     truths = run(formulas.rms_norm, *wide, grads)
@@ -39,8 +39,8 @@ def check_accuracy(arguments, weight):
     return results
 
 
-# One row; widths that are no power of two, with partial tiles and more tiles than the interpreter's 24 programs; an odd
-# width, with leading axes; a row wider than a tile.
+# One row; widths that are not powers of two, with partial tiles and more tiles than the interpreter's 24 programs; an
+# odd width, with leading axes; a row wider than a tile.
 @pytest.mark.parametrize("shape", [(1, 64), (53, 1000), (77, 500), (3, 5, 7), (2, 4500)], ids=str)
 @with_and_without_residual
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,8 +61,8 @@ def test_rounds_in_llamas_order():
     norm, total = rms_norm(x, weight, EPS, residual)
     expected, expected_total = torch_ops.rms_norm(x, weight, EPS, residual)
     assert torch.equal(total, expected_total)
-    # The last bits of the statistics differ, so that a value in thousands rounds the other way. Without one of the
-    # roundings it is one in four.
+    # The last bits of the statistics differ, so one value in thousands rounds the other way. With a missing rounding
+    # one in four does.
     assert (norm != expected).float().mean() < 0.01
     assert torch.equal(rms_norm(total, weight, EPS)[0], norm)
 
@@ -133,7 +133,7 @@ def test_backward_saves_one_activation_and_four_bytes_per_row(with_residual):
         ("residual", lambda residual: residual.half(), "expected float32"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     x, weight, residual, _ = inputs((9, 24), torch.float32, torch.float32, True)
     arguments = dict(x=x, weight=weight, residual=residual)
     arguments[name] = change(arguments[name])

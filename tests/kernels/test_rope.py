@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, EPS, FACTOR, assert_accurate, assert_equal, opcheck, randn
+from compare import DEVICE, DTYPES, EPS, FACTOR, assert_accurate, assert_equal, opcheck, randn, record_launches
 
 from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rope as module
 from acceleron.kernels.rope import rope, split_rope
 
-FLOOR = EPS  # either the kernel or torch may fuse a multiply and an add
+FLOOR = EPS  # either the kernel or torch can fuse a multiply and an add
 
 
 def angles(S, C):
@@ -50,8 +50,8 @@ def split_inputs(B, S, H, G, C, dtype=torch.float32):
     return *arguments, (*grads, randn(B, S, G, C, seed=3, dtype=dtype))
 
 
-# B, S, H, G, C: the head_dims of the named sizes (48 and 96 are no powers of two), with partial tiles of positions; one
-# position; head counts that are no powers of two, with half a head of odd width; a single pair.
+# B, S, H, G, C: the head_dims of the named sizes (48 and 96 are not powers of two), with partial tiles of positions;
+# one position; head counts that are not powers of two, with an odd head_dim / 2; a single pair.
 CASES = [(2, 19, 16, 4, 32), (1, 9, 16, 4, 48), (2, 5, 16, 4, 64), (1, 5, 16, 4, 96)]
 CASES += [(3, 1, 4, 4, 32), (1, 70, 6, 3, 10), (1, 3, 1, 1, 2)]
 
@@ -148,15 +148,7 @@ def test_q_and_k_are_new_tensors_and_v_is_a_view():
     "passes", [lambda: run(rope, *inputs(1, 9, 4, 2, 16)), lambda: run_split(split_rope, *split_inputs(1, 9, 4, 2, 16))]
 )
 def test_forward_and_backward_launch_one_kernel_each(monkeypatch, passes):
-    launches = []
-    kernel = module._rope_kernel
-
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, "_rope_kernel", Counted())
+    launches = record_launches(monkeypatch, module, "_rope_kernel")
     passes()
     assert len(launches) == 2
 
@@ -188,7 +180,7 @@ def test_results_are_deterministic():
         ("k_BSGC", lambda k: k.to("meta"), "expected a tensor on"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     cos, sin = angles(9, 16)
     arguments = dict(q_BSHC=randn(2, 9, 4, 16), k_BSGC=randn(2, 9, 2, 16), cos_SC=cos, sin_SC=sin)
     arguments[name] = change(arguments[name])
@@ -207,7 +199,7 @@ def test_bad_arguments_raise_an_error_that_names_them(name, change, message):
         ("sin_SC", dict(sin_SC=torch.zeros(9, 16).half()), "expected float32"),
     ],
 )
-def test_split_bad_arguments_raise_an_error_that_names_them(name, change, message):
+def test_split_errors_name_the_bad_argument(name, change, message):
     cos, sin = angles(9, 16)
     arguments = dict(qkv_BSAC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
     arguments |= {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in change.items()}

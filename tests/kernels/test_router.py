@@ -7,7 +7,7 @@ from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, error
 from acceleron.kernels import formulas, router, torch_ops
 from acceleron.kernels.router import router_logits
 
-# On a GPU three TF32 products replace one fp32 product, to within a few of its last bits.
+# On a GPU, three TF32 products replace an fp32 product. The last few bits differ.
 FP32_FACTOR = {"cuda": 8, "cpu": 1.5}[DEVICE]
 
 
@@ -80,7 +80,7 @@ def test_backward_accepts_an_expanded_gradient():
         (randn(8, 4).t(), randn(2, 8), "x_TD: expected a contiguous tensor"),
     ],
 )
-def test_bad_arguments_raise_an_error_that_names_them(x, weight, message):
+def test_errors_name_the_bad_argument(x, weight, message):
     with pytest.raises(ValueError, match=f"router_logits: {message}"):
         router_logits(x, weight)
 

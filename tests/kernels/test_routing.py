@@ -210,7 +210,7 @@ def test_losses_of_zero_tokens_are_nan():
     ],
     ids=["E=1", "E=257", "1d", "3d", "float64", "int", "strides"],
 )
-def test_bad_arguments_raise_an_error_that_names_them(logits, message):
+def test_errors_name_the_bad_argument(logits, message):
     with pytest.raises(ValueError, match=f"route_top2: logits_TE.*{message}"):
         route_top2(logits.to(DEVICE))
 

@@ -92,7 +92,7 @@ def test_backward_saves_only_the_pre_activation():
     ],
     ids=["float64", "odd", "scalar", "strides"],
 )
-def test_bad_arguments_raise_an_error_that_names_them(gate_up, message):
+def test_errors_name_the_bad_argument(gate_up, message):
     with pytest.raises(ValueError, match=rf"gate_up_N2F: .*{message}"):
         swiglu(gate_up.to(DEVICE))
 

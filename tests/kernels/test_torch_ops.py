@@ -21,7 +21,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 # --- routing ---
 
 
-# T = 1; a T that no block size divides; E = K = 2; many experts; logits of 1e4, which overflow a naive exponential.
+# T = 1; odd T; E = K = 2; many experts; logits of 1e4, which overflow a naive exponential.
 @pytest.mark.parametrize(
     ("T", "E", "scale"), [(1, 8, 1), (37, 8, 1), (64, 2, 1), (50, 64, 1), (20, 256, 1), (33, 8, 1e4)]
 )
