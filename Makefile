@@ -45,6 +45,7 @@ test: setup
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
 test-all: setup
+	$(BIN)/pyright
 	$(BIN)/python -m pytest -n logical --dist worksteal -m slow
 	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942

@@ -1,5 +1,5 @@
-"""Benchmarks: `python -m bench` lists the commands, `pytest bench` times the ops, bench/gpu.sh runs all on a GPU.
+"""Benchmarks: `python -m bench` lists the commands, `pytest bench` times the ops, bench/gpu.sh measures a GPU.
 
-A command is the module of its name. All of them write rows (rows.py) to results.jsonl; report makes a page of them.
-What may crash or hang runs in a worker (worker.py). command has the flags, timing the clocks, shapes the batches.
+Each command is a module. Every command appends rows (rows.py) to results.jsonl; `report` turns them into a page.
+Code that can crash or hang runs in a worker process (worker.py).
 """

@@ -1,11 +1,17 @@
 """python -m bench throughput | quality | memory | ops | report | peers | decoding | loader | checkpoints |
                       ceilings | compile | roofline | tune
 
-What each does, and its flags, with --help.
+`python -m bench COMMAND --help` describes a command and its flags.
 """
 
 import importlib
+import signal
 import sys
+
+if __name__ == "__main__":
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while imports run, which take seconds
 
 from acceleron.errors import InputError, did_you_mean, run_command
 
@@ -21,10 +27,11 @@ def main():
         return
     command = sys.argv.pop(1)
     if command not in COMMANDS:
-        raise InputError(f"unknown command {command}: {did_you_mean(command, COMMANDS)}--help lists all")
+        raise InputError(f"unknown command {command}: {did_you_mean(command, COMMANDS)}--help lists all commands")
     sys.argv[0] = f"python -m bench {command}"
     importlib.import_module(f"bench.{command}").main()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     sys.exit(run_command(main))

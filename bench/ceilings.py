@@ -1,4 +1,4 @@
-"""What this device reaches at most: FLOP/s of a large GEMM, bytes/s of a large copy; and its clocks as found.
+"""Measured ceilings of this device: FLOP/s of a large GEMM and bytes/s of a large copy, with the GPU's clocks.
 
 python -m bench ceilings [--dtype bf16] [--output DIR]
 """
@@ -16,8 +16,8 @@ from .rows import Results, Row, print_rows
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
 
-def card() -> str:
-    """What nvidia-smi says of the card now; empty where there is none."""
+def gpu_state() -> str:
+    """The GPU's current clocks, power limit and temperature, as nvidia-smi prints them; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -28,16 +28,16 @@ def card() -> str:
 def main():
     arguments = parse(__doc__, dtype="auto")
     device, dtype = arguments.device, arguments.dtype
-    results, before = Results(arguments.output, device), card()
-    flops, moved = timing.ceilings(device, dtype)
+    results, before = Results(arguments.output, device), gpu_state()
+    flops, bandwidth = timing.ceilings(device, dtype)
     a, b = torch.randn(2, 256, 256, device=device).to(dtype)
     truth = a.double() @ b.double()
     error = ((a @ b).double() - truth).norm() / truth.norm()
     check = dict(check="a small GEMM against float64", error=error.item(), allowed=torch.finfo(dtype).eps)
-    details = {"card_before": before, "card_after": card()} if before else {}
+    details = {"card_before": before, "card_after": gpu_state()} if before else {}
     rows = [Row("ceilings", f"GEMM, {dtype_name(dtype)}", {}, "FLOP/s", [flops], details=details, **check)]
-    rows.append(Row("ceilings", "copy", {}, "bytes/s", [moved], **check))
+    rows.append(Row("ceilings", "copy", {}, "bytes/s", [bandwidth], **check))
     for row in rows:
         results.write(row)
-    print(details or "no nvidia-smi here")
+    print(details or "nvidia-smi is not available")
     print_rows(rows)

@@ -1,9 +1,9 @@
-"""The cost of a checkpoint: wall clock of some steps with one written in the background, over the same without.
+"""The cost of a background checkpoint: wall clock of --interval steps with one / the same steps without.
 
-The steps with a checkpoint begin with saving it, as train.py does, and end when it is on the disk of the temporary
-directory (TMPDIR) and was read back. Details are medians of interval_seconds (without a checkpoint), blocked_seconds
-(until training went on) and write_seconds, and a checkpoint's bytes. The error is the number of checkpoints that differ
-in a bit from the state to be saved. The exit status is 1 if there are any.
+A timed interval starts with a save, as in train.py, and ends once the checkpoint is on disk (in TMPDIR) and verified.
+The details are medians: interval_seconds (without a checkpoint), blocked_seconds (how long training waits) and
+write_seconds. The error is the number of checkpoints that do not equal the saved state bit for bit. The exit status is
+1 if there are any.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from acceleron.training.loop import Trainer
 from acceleron.training.options import TrainOptions
 from acceleron.training.signals import StopSignals
 
-from .command import compete, parse
+from .command import parse, run_entries
 from .corpus import write_corpus
 from .rows import Results, Row
 from .shapes import CPU_BATCH, CPU_SEQ_LEN, MICRO_BATCH, NANO_VOCAB, SEQ_LEN
@@ -31,14 +31,14 @@ CORPUS_CHARACTERS = 4_000_000
 LEARNING_RATE = 3e-4
 
 
-def frozen(state: dict) -> dict:
-    """The nested state with dtype, shape and bytes of each tensor in its place."""
+def snapshot(state: dict) -> dict:
+    """A copy of the nested state. Each tensor becomes its (dtype, shape, bytes)."""
     return tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.detach().cpu().numpy().tobytes()), state)
 
 
 def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
-    """For `compete`."""
-    run, manager, alone, blocked, writing, wrong = trainer.run, trainer.checkpoints, [], [], [], 0
+    """An entry of `run_entries`."""
+    run, manager, baseline, blocked, written, wrong = trainer.run, trainer.checkpoints, [], [], [], 0
     yield row
 
     def steps() -> float:
@@ -50,25 +50,25 @@ def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
 
     def ratio() -> float:
         nonlocal wrong
-        alone.append(steps())
-        saved, start = frozen(run.state_dict()), time.perf_counter()
+        baseline.append(steps())
+        saved, start = snapshot(run.state_dict()), time.perf_counter()
         trainer._save()
         blocked.append(time.perf_counter() - start)
         steps()
         manager.wait()
         seconds, result = time.perf_counter() - start, manager.result()
         if result.error:
-            raise RunFailed(f"no checkpoint could be written to TMPDIR ({result.error})")
-        writing.append(result.seconds)
-        found = frozen(load_checkpoint(result.path))
-        wrong += any(found[name] != value for name, value in saved.items())
+            raise RunFailed(f"cannot write a checkpoint to TMPDIR ({result.error}): set TMPDIR to another directory")
+        written.append(result.seconds)
+        loaded = snapshot(load_checkpoint(result.path))
+        wrong += any(loaded[name] != value for name, value in saved.items())
         row.details["bytes"] = result.bytes
-        return seconds / alone[-1]
+        return seconds / baseline[-1]
 
     yield ratio
-    row.details |= {"interval_seconds": median(alone), "blocked_seconds": median(blocked)}
-    row.details |= {"write_seconds": median(writing)}
-    row.check, row.error, row.allowed = "checkpoints that differ in a bit from the state to be saved", wrong, 0
+    medians = {"interval_seconds": baseline, "blocked_seconds": blocked, "write_seconds": written}
+    row.details |= {name: median(values) for name, values in medians.items()}
+    row.check, row.error, row.allowed = "checkpoints that differ from the saved state", wrong, 0
 
 
 def main():
@@ -80,17 +80,12 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         print(write_corpus(f"{name}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         options = TrainOptions(
-            f"{name}/data",
-            size,
-            device=str(device),
-            no_gradient_checkpointing=True,
-            save_dir=name,
-            keep_last=1,
+            f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, save_dir=name, keep_last=1,
             **shape,
-        )
+        )  # fmt: skip
         trainer = Trainer(options, None, StopSignals())
         trainer.open_outputs()
         case = dict(size=size, dtype=dtype_name(trainer.run.model.compute_dtype), **shape, interval=arguments.interval)
         row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
         with closing(trainer.run.loader), closing(trainer.metrics), trainer.run.context():
-            compete([entry(trainer, arguments.interval, row)], arguments.rounds, results, ours=1)
+            run_entries([entry(trainer, arguments.interval, row)], arguments.rounds, results, ours=1)

@@ -1,4 +1,4 @@
-"""What the smaller commands share: their flags, and interleaved rounds of entries that are then checked."""
+"""Shared by the commands: flags, and interleaved rounds of entries that are then checked."""
 
 import argparse
 import math
@@ -22,10 +22,10 @@ CHOICES = {"model_size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": 
 
 
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
-    """Flags with these defaults, --device and --output; `dtype` becomes torch's.
+    """Parse flags with these defaults, plus --device and --output; `dtype` becomes a torch.dtype.
 
-    A type as default makes a flag of that type, None if it is not given; a list makes one that takes several values.
-    choices: beside CHOICES. Raises InputError for a bad value.
+    A default that is a type makes a flag of that type, None by default; a list makes a flag that takes several values.
+    choices: allowed values by flag, in addition to CHOICES. Raises InputError for a bad value.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = CHOICES | (choices or {})
@@ -38,10 +38,10 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
         elif isinstance(default, type):
             given |= dict(default=None, type=default)
         if default == [] or isinstance(default, type):
-            given["help"] = "default: by the device"
+            given["help"] = "default: depends on the device"
         parser.add_argument(f"--{name}", **given)
-    about = "directory for results.jsonl (default: below ~/.cache)"
-    parser.add_argument("--output", type=nonempty, metavar="DIR", help=about)
+    output_help = "directory of results.jsonl (default: under ~/.cache)"
+    parser.add_argument("--output", type=nonempty, metavar="DIR", help=output_help)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
         if type(value) in (int, float) and not 0 < value < 1 << 31:
@@ -49,47 +49,47 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
     arguments.device = resolve_device(arguments.device)
     try:
         ops.set_backend("auto", arguments.device)
-    except ValueError as error:  # of an environment variable
+    except ValueError as error:  # a bad environment variable
         raise InputError(str(error)) from error
     if "dtype" in arguments:
-        named = torch.float16 if arguments.dtype == "fp16" else None  # in which nothing is trained
-        arguments.dtype = named or resolve_dtype(arguments.dtype, arguments.device)
+        fp16 = torch.float16 if arguments.dtype == "fp16" else None  # not a training dtype, so resolve_dtype rejects it
+        arguments.dtype = fp16 or resolve_dtype(arguments.dtype, arguments.device)
     return arguments
 
 
 @contextmanager
-def failures_in(row: Row):
-    """What is raised within becomes the row's reason, so that the others still run."""
+def record_failure(row: Row):
+    """Record an exception as the row's `failed` or `absent` and carry on with the other rows."""
     try:
         yield
     except Exception as error:
         setattr(row, "absent" if isinstance(error, ImportError) else "failed", describe(error))
 
 
-def compete(entries: list[Iterator], rounds: int, results: Results, ours: int):
-    """Measure entries in interleaved rounds, check them, write and print their rows.
+def run_entries(entries: list[Iterator], rounds: int, results: Results, ours: int):
+    """Measure entries in interleaved rounds, check them, and write and print their rows.
 
-    An entry is a generator. It yields its row, then a function that returns one value in the row's unit, and before it
-    ends it sets the row's check. Exits with status 1 if one of the first `ours` failed.
+    An entry is a generator. It yields its row, then a function that returns one value in the row's unit, and finally
+    sets the row's check. Exits with status 1 if one of the first `ours` entries fails.
     """
     rows, samples, passed = [next(entry) for entry in entries], {}, []
     print(f"{rows[0].benchmark}: {rows[0].case}", flush=True)
 
     def guarded(row: Row, sample: Callable[[], float]) -> float:
-        with failures_in(row):
+        with record_failure(row):
             if not row.failed:
                 return sample()
         return math.nan
 
     for index, row in enumerate(progress(rows, "preparing")):
-        with failures_in(row):
+        with record_failure(row):
             samples[index] = partial(guarded, row, next(entries[index]))
     for index, values in interleave(samples, rounds).items():
         rows[index].values = values
     for row, entry in zip(rows, progress(entries, "checking"), strict=True):
-        with failures_in(row):
+        with record_failure(row):
             if not row.failed:
-                next(entry, None)  # which has ended if it is absent
+                next(entry, None)  # an absent entry has already ended
         passed.append(results.write(row))
     print_rows(rows, baseline=rows[0].provider)
     print(f"wrote {results.path}")

@@ -1,4 +1,4 @@
-"""Text for benchmarks on any machine: the source of Python's standard library, or of all installed packages."""
+"""Benchmark text that every machine has: the source of Python's standard library, or of all installed packages."""
 
 import hashlib
 import sysconfig
@@ -12,30 +12,30 @@ from acceleron.data.prepare import prepare
 from acceleron.data.shards import ROW_LENGTH
 from acceleron.errors import InputError
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}  # of the standard library
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}  # from the standard library
 
 
 def source_files(packages: bool) -> list[Path]:
-    """In the order of a hash of their names, so that validation and training text are of the same kind."""
+    """Source files, ordered by the hash of their names so that training and validation text are similar."""
     root = Path(sysconfig.get_path("purelib" if packages else "stdlib"))
-    files = [p for p in root.rglob("*.py") if packages or not LEFT_OUT & set(p.relative_to(root).parts)]
+    files = [p for p in root.rglob("*.py") if packages or not EXCLUDED & set(p.relative_to(root).parts)]
     return sorted(files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
 
 
 def write_corpus(directory: str | Path, vocab_size: int, characters: int, packages: bool = False) -> str:
-    """Write a tokenizer and shards of about this many characters. Returns one line about them.
+    """Write a tokenizer and shards of about this many characters. Returns a one-line summary.
 
-    Raises InputError if less than a million characters of source are installed.
+    Raises InputError if fewer than a million characters of source are installed.
     """
     files, length = [], 0
     for file in source_files(packages):
         if length < characters:
-            with suppress(OSError, UnicodeDecodeError):  # a few are Latin-1
+            with suppress(OSError, UnicodeDecodeError):  # a few files are Latin-1
                 length += len(file.read_text(encoding="utf-8"))
                 files.append(str(file))
     if length < 1_000_000:
-        raise InputError(f"only {length:,} characters of Python source are installed here: too few to train on")
-    # The loader holds out at least a row of each shard: a 25th of shards this short, from all over the text.
+        raise InputError(f"only {length:,} characters of Python source are installed, fewer than a million")
+    # The loader holds out at least one row per shard. With 25 rows per shard that is 4 % of the text, evenly spread.
     with mock.patch.dict(prepare.__globals__, ROWS_PER_SHARD=25), redirect_stdout(StringIO()):
         prepare(files, str(directory), vocab_size=vocab_size)
     tokens, what = Shards(directory).num_rows.sum() * ROW_LENGTH, "packages" if packages else "standard library"

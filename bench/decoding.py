@@ -1,8 +1,8 @@
 """Tokens/s of greedy decoding at batch 1, against transformers' generate with the same weights.
 
-Checked are the tokens of the last round: given those before it, each must have the largest logit of the fp32 reference,
-or one about as large. The error is the mean distance in standard deviations of the logits; a random token's is about 4.
-The exit status is 1 if ours failed.
+The check compares the last round's tokens with the fp32 reference: given the tokens before it, each token's logit must
+be close to the largest. The error is the mean distance in standard deviations of the logits, which is about 4 for
+random tokens. The exit status is 1 if ours fails.
 """
 
 import time
@@ -16,29 +16,29 @@ from acceleron.config import PRESETS
 from acceleron.device import dtype_name
 from acceleron.generation import Sampling, generate, prepare_for_inference
 
-from .command import compete, parse
+from .command import parse, run_entries
 from .peers import PEERS, load_weights, transformers_model
 from .rows import Results, Row
 
 PROMPT_TOKENS, TOKENS = 16, 60
-# In bf16 a token near a tie of its router's logits may have another expert, which has moved one of 60 tokens by 3.
+# In bf16 a token with nearly tied router logits can select another expert. That has moved 1 of 60 tokens by 3.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @torch.no_grad()
-def deciding_model(size: str) -> Acceleron:
-    """A model whose blocks decide; at its initialization the embedding does, and the last token is repeated."""
+def model_with_large_weights(size: str) -> Acceleron:
+    """A model that does not just repeat its last token, as one does at initialization, where embeddings dominate."""
     torch.manual_seed(0)
     model = Acceleron(ModelConfig.preset(size))
     for name, weight in model.named_parameters():
         scale = 5 if name.startswith("blocks.") and weight.dim() > 1 else 1
-        weight.copy_((scale * weight).bfloat16())  # so that bf16 rounds no weight
+        weight.copy_((scale * weight).bfloat16())  # bf16 represents every weight exactly
     return model
 
 
 @torch.no_grad()
 def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
-    """The check's error, of the tokens that follow a prompt (1, S)."""
+    """The error of the tokens that follow a prompt (1, S)."""
     ids = torch.cat([prompt, torch.tensor([tokens], device=prompt.device)], dim=1)
     logits = model(ids).logits[0, prompt.shape[1] - 1 : -1]
     chosen = logits.gather(1, ids[0, prompt.shape[1] :, None])[:, 0]
@@ -46,8 +46,8 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
 
 
 def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Callable[[], list[int]]:
-    """A function that returns the TOKENS tokens after the prompt. source: "Acceleron" or PEERS[False]."""
-    model = deciding_model(size)
+    """A function that generates TOKENS tokens after the prompt (1, S). source: "Acceleron" or PEERS[False]."""
+    model = model_with_large_weights(size)
     if source == "Acceleron":
         model = prepare_for_inference(model, dtype).to(prompt.device)
         return lambda: list(generate(model, prompt[0].tolist(), TOKENS, Sampling(temperature=0)))
@@ -60,7 +60,7 @@ def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Calla
 
 
 def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterator:
-    """For `compete`."""
+    """An entry of `run_entries`."""
     case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": TOKENS}
     row, tokens = Row("decoding", source, case, "tokens/s", group="decoding"), []
     yield row
@@ -73,8 +73,8 @@ def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterato
 
     yield rate
     with ops.using_backend("reference", prompt.device):
-        row.error = distance(deciding_model(size).to(prompt.device), prompt, tokens)
-    row.check = "mean distance from the fp32 reference's choices, in standard deviations of the logits"
+        row.error = distance(model_with_large_weights(size).to(prompt.device), prompt, tokens)
+    row.check = "mean distance to the fp32 reference's largest logit, in standard deviations"
     row.allowed = ALLOWED[dtype]
 
 
@@ -82,4 +82,4 @@ def main():
     arguments = parse(__doc__, device="cpu", model_size="tiny", dtype="bf16", rounds=5)
     prompt = torch.randint(PRESETS[arguments.model_size].vocab_size, (1, PROMPT_TOKENS), device=arguments.device)
     entries = [entry(source, arguments.model_size, arguments.dtype, prompt) for source in ("Acceleron", PEERS[False])]
-    compete(entries, arguments.rounds, Results(arguments.output, arguments.device), ours=1)
+    run_entries(entries, arguments.rounds, Results(arguments.output, arguments.device), ours=1)

@@ -1,4 +1,4 @@
-"""The six grouped GEMMs of a training step, each beside plain PyTorch on the same tensors."""
+"""The six grouped GEMMs of a training step, each paired with plain PyTorch on the same tensors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from acceleron.kernels.torch_ops import grouped_gemm
 
 
 class Gemm(NamedTuple):
-    """Triton's function and plain PyTorch's of `tensors`; both return a tensor, or a tuple of them."""
+    """The Triton and the plain PyTorch function of `tensors`. Both return a tensor or a tuple of tensors."""
 
     ours: Callable[..., Tensor | tuple[Tensor, ...]]
     plain: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -24,7 +24,7 @@ class Gemm(NamedTuple):
 
 
 def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
-    """The GEMMs at a model's widths, on unit-scale data in this dtype and a random router's choices."""
+    """The GEMMs at a model's widths, on random unit-scale data in `dtype` and random routing."""
     T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     generator = torch.Generator(device).manual_seed(0)
 
@@ -55,7 +55,7 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
         dscores = scores_TK.new_empty(2 * T).index_copy_(0, gather_idx.long(), (r * act).float().sum(dim=-1))
         return dh, (act * scores_N1).to(h.dtype), dscores.view(T, 2)
 
-    def weight_grad(a, b, idx: Tensor | None = None) -> Tensor:  # in fp32, as parameters are
+    def weight_grad(a, b, idx: Tensor | None = None) -> Tensor:  # fp32, like the parameters
         return grouped_weight_grad(a, b, offsets, idx, torch.float32)
 
     def plain_weight_grad(a, b) -> Tensor:

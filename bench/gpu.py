@@ -1,18 +1,18 @@
-"""bench/gpu.sh: what to measure on one GPU in a few minutes, the most important first.
+"""bench/gpu.sh: benchmark one GPU in a few minutes, most important measurements first.
 
-bench/gpu.sh --stage first --output DIR            within 230 s: does everything work, and where does the time go?
-bench/gpu.sh --stage full --output DIR             within 260 s: throughput and a profile of all sizes
-bench/gpu.sh --stage rest --output DIR             within 260 s: resume, peers, memory, other modes
-bench/gpu.sh --stage tune --output DIR             within 200 s: the GEMMs' configurations, and throughput with them
-bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU, at small shapes, kernels interpreted
+bench/gpu.sh --stage first --output DIR            230 s: kernel checks, tiny's throughput and profile, attention
+bench/gpu.sh --stage full --output DIR             260 s: throughput and profiles of all sizes
+bench/gpu.sh --stage rest --output DIR             260 s: resume, peers, memory, other modes
+bench/gpu.sh --stage tune --output DIR             200 s: tuned GEMM configurations, and throughput with them
+bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU: small shapes, interpreted kernels
 
-Each part is a process group with a time limit. A part may use all the time that the parts after it do not need; parts
-for which no time is left are skipped. What a kernel check finds broken is avoided in all later parts with this DIR. DIR
-receives results.jsonl as rows are measured, log.txt, summary.txt (what failed; last, the headline table), report.md
-with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part failed, 2 for bad input.
+A stage is a list of parts. Each part runs in its own process group with a time limit: the time that is left, minus the
+planned time of the parts after it. Parts that no longer fit are skipped. Later parts with the same DIR avoid kernels
+that failed their check. DIR receives results.jsonl, log.txt, summary.txt (failures first, the headline table last),
+report.md with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part fails, 2 for bad input.
 
-Needs torch, Triton and the project's dependencies, no network and no installation. Only the standard library is
-imported here, so that a broken installation is reported like any other failure.
+The stages need torch, Triton and the project's dependencies, but no network and no installation. This module imports
+only the standard library, so a broken installation is reported like any other failure.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 
 class Part(NamedTuple):
-    """The arguments of a Python command, the seconds that it is planned to take, and changes of its environment."""
+    """A Python command: its arguments, planned seconds, and changes to its environment."""
 
     name: str
     seconds: float
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     environment: dict[str, str] | None = None
 
 
-# The arguments of the parts: on a GPU, and on a CPU, whose interpreter truncates to bf16 where a GPU rounds.
+# Arguments on a GPU, and on a CPU. The CPU avoids bf16: the interpreter truncates to bf16 where a GPU rounds.
 GPU = {
     "one": "tiny",
     "two": "tiny small",
@@ -68,12 +68,12 @@ SMOKE = dict.fromkeys(("one", "two", "all"), "nano") | {
     "memory": "--tokens 32 --dtype fp32",
     "resume": "tests/training/test_resume.py",
 }
-# Without torch.compile, which takes seconds per op.
+# No compiled reference: torch.compile takes seconds per op.
 PROVIDERS = ("triton", "reference", "liger-kernel", "moe-ops")
 
 
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
-    """The parts of a stage in order. Planned for 16 cores: importing torch and triton takes 8 s, a CUDA context 3 s."""
+    """The parts of a stage, in order. Planned for 16 cores; imports take 8 s, and a CUDA context 3 s."""
     arguments, interpreted = SMOKE if smoke else GPU, {"TRITON_INTERPRET": "01"[smoke]}
 
     def bench(command: str, *flags: str) -> list[str]:
@@ -83,22 +83,22 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     compiled = ["-m", "bench", "compile", "--arch", "sm_90"]
     if stage == "first":
         return [
-            # A GEMM of 1.4 ms and a copy of 0.7 ms, 10 rounds of 10 ms each.
+            # A 1.4 ms GEMM and a 0.7 ms copy, 10 rounds of 10 ms each.
             Part("ceilings", 15, bench("ceilings")),
-            # 7 s of two cores per size, 16 cores.
+            # 7 s on two cores per size.
             Part("compile", 25, [*compiled, "--model_size", *arguments["two"].split()]),
-            # 36 checks at 65,536 tokens: references in fp32 and bf16 of 50 to 500 ms each.
+            # 36 checks at 65,536 tokens, each with fp32 and bf16 references of 50 to 500 ms.
             Part("kernels", 45, bench("ops --check_only --provider triton --model_size {two} {checks}"), interpreted),
-            # Two contenders: the check, two compilations of 5 to 10 s each, a profile of 2 s, 2 rounds of 1 s.
+            # Per contender: the check, two compilations of 5 to 10 s, a profile of 2 s, 2 rounds of 1 s.
             Part("throughput and profile", 90, bench("throughput --model_size {one} {train} --profile")),
-            # 4 head_dims x 5 backends: 10 ms per call, some 20 calls per round, and plain PyTorch's truth.
+            # 4 head_dims x 5 backends: 10 ms per call, about 20 calls per round, and the plain PyTorch reference.
             Part("attention", 35, bench("ops --op attention --model_size {all} {attention}")),
             report,
         ]
     tuned = {"ACCELERON_TUNED": f"{output}/tuned.jsonl"}
     if stage == "tune":
         return [
-            # Bounded by its own budget, which leaves 15 s to start. A candidate takes some 2 s to compile, on 15 cores.
+            # 100 s of tuning and 15 s to start. A candidate compiles in about 2 s, on 15 cores.
             Part("tune", 115, bench("tune --model_size {all} {tune}"), interpreted),
             Part("throughput, tuned", 75, bench("throughput --model_size {two} {train}"), tuned),
             report,
@@ -106,16 +106,16 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     if stage == "full":
         return [
             Part("compile", 35, [*compiled, "--model_size", *arguments["all"].split()]),
-            # 30 s until all processes have checked their models; then 18 (tiny), 20, 36 and 70 s (large).
+            # 30 s until every process has checked its model, then 18 (tiny), 20, 36 and 70 s (large).
             Part("throughput", 205, bench("throughput --model_size {all} {train} --profile")),
             report,
         ]
     return [
-        # Runs of nano, eager and compiled.
+        # nano, eager and compiled.
         Part("resume", 40, ["-m", "pytest", "-q", "-x", "-k", "equals", arguments["resume"]]),
-        # The experts beside their peers.
+        # The experts against their peers.
         Part("ops", 80, bench("ops {ops} --model_size {published} {all} --provider", *PROVIDERS)),
-        # transformers is imported too.
+        # Includes the import of transformers.
         Part("memory", 30, bench("memory --model_size {one} {memory}")),
         Part("predecessor's command", 40, bench("throughput --model_size {one} {train} --mode predecessor")),
         Part("deterministic", 45, bench("throughput --model_size {one} {train} --mode deterministic")),
@@ -124,7 +124,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
 
 
 class Log:
-    """Prints lines and keeps them in a file of bounded size."""
+    """Prints lines and appends them to a file of bounded size."""
 
     def __init__(self, path: Path):
         self.file, self.left, self.lock = path.open("a", encoding="utf-8"), LOG_BYTES, threading.Lock()
@@ -138,8 +138,10 @@ class Log:
 
 
 def run_part(part: Part, limit: float, log: Log) -> str:
-    """Run a part. At the limit its processes get SIGTERM, and GRACE seconds to write what they have. Returns why it
-    failed, or an empty string."""
+    """Run a part. At the limit its process group gets SIGTERM, then SIGKILL after GRACE seconds.
+
+    Returns the reason of a failure, or an empty string.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
     process = subprocess.Popen(
         [sys.executable, *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -147,18 +149,18 @@ def run_part(part: Part, limit: float, log: Log) -> str:
     )  # fmt: skip
 
     def copy():
-        for line in process.stdout:  # universal newlines: a progress bar's \r ends a line
+        for line in process.stdout:  # universal newlines: the \r of a progress bar ends a line
             log.write(f"   {line.rstrip()}")
 
     reader = threading.Thread(target=copy, daemon=True)
     reader.start()
-    reason = f"exceeded its {limit:.0f} s"
+    reason = f"timed out after {limit:.0f} s"
     try:
         with suppress(subprocess.TimeoutExpired):
             status = process.wait(limit)
             reason = f"exit status {status}" if status else ""
     finally:
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):  # stuck in a driver, it never ends
+        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):  # a stuck driver ignores SIGKILL
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
@@ -167,67 +169,63 @@ def run_part(part: Part, limit: float, log: Log) -> str:
     return reason
 
 
-def run(planned: list[Part], seconds: float, output: Path, log: Log, known: int = 0) -> list[str]:
-    """Run the parts within so many seconds. Returns the names of those that failed or were skipped, with the reason.
+def run(planned: list[Part], seconds: float, output: Path, log: Log, old_rows: int = 0) -> list[str]:
+    """Run the parts within `seconds`. Returns "name: reason" for each part that failed or was skipped.
 
-    known: rows of `output` that are older than these kernels.
+    old_rows: the number of rows in `output` whose fallbacks do not apply.
     """
     deadline, failed = time.monotonic() + seconds, []
     while sum(part.seconds for part in planned) > seconds and len(planned) > 2:
-        skipped = planned.pop(-2)  # the first part, and the report, which is last, always run
-        failed.append(f"{skipped.name}: skipped, no time is left")
+        skipped = planned.pop(-2)  # keep the first part, and the report at the end
+        failed.append(f"{skipped.name}: skipped, no time left")
     for number, part in enumerate(planned):
-        avoid([row for row in rows_of(output)[known:] if row["benchmark"] == "fallbacks"])
+        apply_fallbacks([row for row in read_rows(output)[old_rows:] if row["benchmark"] == "fallbacks"])
         limit = deadline - time.monotonic() - sum(later.seconds for later in planned[number + 1 :]) - GRACE
         log.write(f"== {part.name}: python {' '.join(part.command)} (at most {limit:.0f} s)")
-        began = time.monotonic()
+        start = time.monotonic()
         reason = run_part(part, max(limit, 1), log)
-        elapsed = time.monotonic() - began
+        elapsed = time.monotonic() - start
         log.write(f"== {part.name}: {'FAILED, ' + reason if reason else 'done'} in {elapsed:.0f} s")
         row = {"benchmark": "part", "provider": part.name, "case": {}, "details": {"seconds": elapsed, "limit": limit}}
         row |= {"failed": reason} if reason else {"check": "exit status", "error": 0, "allowed": 0}
         row |= {"about": {"command": " ".join(part.command), "date": datetime.now(UTC).isoformat(timespec="seconds")}}
         with (output / "results.jsonl").open("a") as file:
-            file.write("\n" * bool(unfinished(output)) + json.dumps(row) + "\n")
+            file.write("\n" * bool(partial_line(output)) + json.dumps(row) + "\n")
         if reason:
             failed.append(f"{part.name}: {reason}")
-        (output / "summary.txt").write_text("\n".join(summary(failed, rows_of(output))) + "\n")
+        (output / "summary.txt").write_text("\n".join(summary(failed, read_rows(output))) + "\n")
     return failed
 
 
-def avoid(found: list[dict]):
-    """Set the variables of the newest row of fallbacks for the parts to come."""
+def apply_fallbacks(rows: list[dict]):
+    """Set the environment variables of the latest `fallbacks` row for the remaining parts."""
     for name in ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS"):
-        value = found[-1].get("details", {}).get(name) if found else None
+        value = rows[-1].get("details", {}).get(name) if rows else None
         if isinstance(value, str):
             os.environ[name] = value
 
 
-def unfinished(output: Path) -> bytes:
-    """What stands after the last line of the results: a line that a killed process left unfinished."""
+def partial_line(output: Path) -> bytes:
+    """The partial line that a killed process left at the end of the results."""
     path = output / "results.jsonl"
     return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
 
 
-def rows_of(output: Path) -> list[dict]:
-    """The rows so far; lines that are none are passed over."""
-    found = []
+def read_rows(output: Path) -> list[dict]:
+    """The valid rows so far."""
+    rows = []
     with suppress(OSError):
         for line in (output / "results.jsonl").read_text(errors="replace").splitlines():
             with suppress(ValueError):
                 row = json.loads(line)
-                if (
-                    isinstance(row, dict)
-                    and isinstance(row.get("benchmark"), str)
-                    and isinstance(row.get("provider"), str)
-                ):
-                    found.append(row)
-    return found
+                if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("benchmark", "provider")):
+                    rows.append(row)
+    return rows
 
 
 def summary(failed: list[str], rows: list[dict]) -> list[str]:
-    """What failed; the kernels that take the most time; and the headline table last."""
-    lines = [f"FAILED {reason}" for reason in failed] or ["every part is done"]
+    """The lines of summary.txt: failures, the most expensive kernels, and last the headline table."""
+    lines = [f"FAILED {reason}" for reason in failed] or ["all parts succeeded"]
     for row in rows:
         if row.get("failed") and row["benchmark"] != "part":
             lines.append(f"FAILED {row['benchmark']}, {row['provider']}, {row.get('case')}: {str(row['failed'])[:200]}")
@@ -238,42 +236,40 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
         for kernel in row.get("details", {}).get("profile", [])[:15]:
             name = f"{row['provider']}: {kernel['kernel'][:70]}"
             lines.append(f"{name:90} {kernel['calls']:6} calls {1e3 * kernel['seconds']:9.2f} ms")
-    form = "{:10} {:12} {:>12} {:>12} {:>8} {:>6} {:>8}"
-    lines.append(form.format("size", "mode", "MoE tok/s", "dense tok/s", "ratio", "MFU", "GiB"))
+    columns = "{:10} {:12} {:>12} {:>12} {:>8} {:>6} {:>8}".format
+    lines.append(columns("size", "mode", "MoE tok/s", "dense tok/s", "ratio", "MFU", "GiB"))
     for moe in moes:
-        origin = moe["group"], moe["about"]["date"]
-        dense = [row for row in trained if row not in moes and (row["group"], row["about"]["date"]) == origin]
-        most = max((row["median"] for row in dense), default=None)
-        found, details, switches = moe["case"], moe["details"], moe["about"].get("switches", "")
-        against = (f"{most:,.0f}", f"{moe['median'] / most:.3f}") if most else ("", "")
+        case, details, about = moe["case"], moe["details"], moe["about"]
+        key = moe["group"], about["date"]
+        dense = [row for row in trained if row not in moes and (row["group"], row["about"]["date"]) == key]
+        fastest = max((row["median"] for row in dense), default=None)
+        against = (f"{fastest:,.0f}", f"{moe['median'] / fastest:.3f}") if fastest else ("", "")
         memory, mfu = details.get("peak_memory_bytes", 0) / 2**30, details.get("mfu", 0)
-        shown = (f"{moe['median']:,.0f}", *against, f"{mfu:.1%}", f"{memory:.1f}")
-        lines.append(
-            form.format(found["size"], found["mode"], *shown) + f"  {moe['about'].get('device', '')} {switches}"
-        )
+        line = columns(case["size"], case["mode"], f"{moe['median']:,.0f}", *against, f"{mfu:.1%}", f"{memory:.1f}")
+        lines.append(f"{line}  {about.get('device', '')} {about.get('switches', '')}")
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(
         prog="bench/gpu.sh",
-        usage=argparse.SUPPRESS,  # the description has it; an error is one line
+        usage=argparse.SUPPRESS,  # it is in the description, and keeps errors to one line
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--stage", choices=SECONDS)
-    parser.add_argument("--seconds", type=float, help="for all parts; default 200 to 260")
+    parser.add_argument("--seconds", type=float, help="time for all parts; default 200 to 260")
     parser.add_argument("--output", metavar="DIR")
-    parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the seconds")
+    parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the time")
     arguments = parser.parse_args()
-    if not (arguments.stage and arguments.output):  # not `required`, which hides the name of an unknown flag
+    if not (arguments.stage and arguments.output):  # `required=True` would hide an unknown flag's name
         parser.error("--stage and --output are required")
     if arguments.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia[0-9]*")]):
-        parser.error("there is no NVIDIA GPU here; --smoke runs the stage on a CPU")
-    # torch.compile would otherwise move Triton's cache, and what the first parts compiled would be compiled again.
+        parser.error("no NVIDIA GPU found; --smoke runs the stage on a CPU")
+    # torch.compile would otherwise move Triton's cache, and kernels from the first parts would compile again.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
     seconds = default if arguments.seconds is None else arguments.seconds
@@ -282,14 +278,14 @@ def main():
     output = Path(arguments.output).resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "tuned.jsonl").touch()  # an empty table, should nothing be tuned
+        (output / "tuned.jsonl").touch()  # an empty table, in case nothing is tuned
         log = Log(output / "log.txt")
     except OSError as error:
-        parser.error(f"--output {output}: cannot be written ({error.strerror})")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part in progress ends too
-    # The first stage finds out anew what to avoid; the others start from what it found.
-    known = len(rows_of(output)) if arguments.stage == "first" else 0
-    failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log, known)
+        parser.error(f"--output {output}: cannot be written ({error.strerror}): name another directory")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_part then ends its process group
+    # The first stage ignores older fallbacks; the other stages apply them.
+    old_rows = len(read_rows(output)) if arguments.stage == "first" else 0
+    failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log, old_rows)
     for line in (output / "summary.txt").read_text().splitlines():
         log.write(line)
     sys.exit(bool(failed))

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# What to measure on one GPU in a few minutes; bench/gpu.py says what and how. $PYTHON is the interpreter to use.
+# Benchmarks one GPU in a few minutes; see bench/gpu.py. $PYTHON selects the interpreter.
 PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m bench.gpu "$@"

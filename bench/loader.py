@@ -1,7 +1,7 @@
-"""Tokens/s of the data loader with one reader thread, files cached.
+"""Tokens/s of the data loader with one reader thread and cached files.
 
-Checked is as much of an epoch as there are full batches: the error is the number of its sequences that are no chunk of
-a training row as numpy slices it, or came before. The exit status is 1 if there are any.
+The check reads the full batches of one epoch. The error is the number of sequences that repeat an earlier one or are
+not a chunk of a training row, as sliced by numpy. The exit status is 1 if there are any.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from acceleron.data import Loader, Shards
 
-from .command import compete, parse
+from .command import parse, run_entries
 from .rows import Results, Row, progress
 
 VOCAB_SIZE = 50304
@@ -22,24 +22,23 @@ BATCH_SIZE, SEQ_LENS = 32, (2048, 256)
 
 
 def wrong_sequences(loader: Loader, directory: Path, seq_len: int) -> int:
-    """The check's error."""
-    rows = np.concatenate(
-        [np.load(path)[: ROWS * 99 // 100] for path in directory.glob("*.npy")]
-    )  # the rest is held out
+    """The number of sequences in an epoch that are wrong or repeated."""
+    train_rows = ROWS * 99 // 100  # the rest is held out
+    rows = np.concatenate([np.load(path)[:train_rows] for path in directory.glob("*.npy")])
     chunks = {chunk.tobytes() for chunk in rows.astype(np.int64).reshape(-1, seq_len)}
     found = [row.tobytes() for _ in range(len(chunks) // BATCH_SIZE) for row in next(loader).numpy()]
     return len(found) - len(chunks.intersection(found))
 
 
 def entry(directory: Path, seq_len: int) -> Iterator:
-    """For `compete`."""
+    """An entry of `run_entries`."""
     case = {"seq_len": seq_len, "batch_size": BATCH_SIZE}
     row = Row("loader", f"Loader, seq_len {seq_len}", case, "tokens/s", group=f"loader, {seq_len}")
     yield row
     timed, checked = (Loader(Shards(directory), **case, vocab_size=VOCAB_SIZE, seed=0) for _ in range(2))
     timer = Timer("next(loader)", globals={"loader": timed})
     yield lambda: BATCH_SIZE * seq_len / timer.blocked_autorange(min_run_time=0.5).mean
-    row.check, row.allowed = "sequences that are no chunk of the shards, or came before", 0
+    row.check, row.allowed = "sequences that are wrong or repeated", 0
     row.error = wrong_sequences(checked, directory, seq_len)
 
 
@@ -51,4 +50,4 @@ def main():
             ids = np.random.default_rng(shard).integers(VOCAB_SIZE, size=(ROWS, ROW_LENGTH), dtype=np.int32)
             np.save(f"{name}/shard_{shard:05d}.npy", ids)
         entries = [entry(Path(name), seq_len) for seq_len in SEQ_LENS]
-        compete(entries, arguments.rounds, results, ours=len(entries))
+        run_entries(entries, arguments.rounds, results, ours=len(entries))

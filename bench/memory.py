@@ -1,12 +1,12 @@
 """Memory: the bytes that a block saves for its backward pass, and the peak of a training step.
 
-A row's value is, by `what` of its case:
-  saved  the storages that autograd holds after the block's forward pass, each once, the input included; not the
-         parameters, their copies in the compute dtype (weight_copies of the details), or RoPE's tables.
-  peak   the most that torch allocates for the model and two steps of forward, backward and AdamW.
+`what` in a row's case names the measured value:
+  saved  bytes that autograd holds after the block's forward pass. Each storage counts once. The input counts, but not
+         parameters, their copies in the compute dtype (`weight_copies` in the details), or RoPE tables.
+  peak   peak bytes that torch allocates for the model and two steps of forward, backward and AdamW.
 
-formula_bytes of the details is what the Triton kernels have to save. --tokens are a batch: up to 2048, or sequences of
-2048. The exit status is 1 if one of ours failed.
+`formula_bytes` in the details is the minimum that the Triton kernels must save. --tokens is the batch: up to 2048, or a
+multiple of 2048. The exit status is 1 if one of ours fails.
 """
 
 import gc
@@ -30,7 +30,7 @@ from acceleron.errors import InputError
 from acceleron.kernels.contract import TOP_K
 from acceleron.training.optimizer import build_optimizer
 
-from .command import failures_in, parse
+from .command import parse, record_failure
 from .peers import Contender, our_backend
 from .rows import Results, Row, progress, say
 from .shapes import SEQ_LEN
@@ -39,12 +39,12 @@ VARIANTS = ({}, {"dense": True}, {"checkpointing": True}, {"compiled": True})
 
 
 def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> int:
-    """Bytes per token that the Triton kernels save for the backward pass of an MoE block, by design.
+    """Bytes per token that an MoE block on the Triton kernels saves for its backward pass, by design.
 
-    The MoE: x; the pre-activations (2 F) of K routed experts and the shared one, and the shared one's activation;
-    4 bytes per logit, and for score, expert id, gather index and scatter index of each of the K assignments. Around it:
-    the block's input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and
-    k; attention's output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
+    The MoE: x; pre-activations (2 F) of K routed experts and the shared expert; the shared expert's activation; 4 bytes
+    per logit; 4 bytes each for the score, id, gather index and scatter index of K assignments. The rest of the block:
+    its input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and k; the
+    attention output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
     """
     D, kv, routing = config.d_model, config.num_kv_heads * config.head_dim, 16 * TOP_K
     if checkpointing:
@@ -54,20 +54,20 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
 
 
 def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
-    """The bytes that autograd saves in calls of the block while `run` runs, apart from its "weight_copies"."""
+    """The "bytes" that autograd saves in the block's calls during run(), and those of "weight_copies"."""
     tensors, parameters, call = {}, list(block.parameters()), type(block).__call__
 
     def keep(tensor: Tensor) -> Tensor:
-        # The tensor lives as long as its entry, so that no other gets its address.
+        # Keeping the tensor alive keeps its address unique.
         tensors[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    class Routing(TorchDispatchMode):  # selective checkpointing keeps the routing itself, unseen by autograd's hooks
+    class Routing(TorchDispatchMode):  # checkpointing saves the routing without autograd's hooks
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             results = function(*args, **(kwargs or {}))
             return tree_map_only(Tensor, keep, results) if function in ops.ROUTING_OPS else results
 
-    def counted(self, x: Tensor, *tables, **others):
+    def counting_call(self, x: Tensor, *tables, **others):
         recompute = any(argument is True for argument in tables)
         with saved_tensors_hooks(keep, lambda tensor: tensor), Routing() if recompute else nullcontext():
             y = call(self, x, *tables, **others)
@@ -76,19 +76,19 @@ def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
                 tensors.pop(known.untyped_storage().data_ptr(), None)
         return y
 
-    with mock.patch.object(type(block), "__call__", counted):
+    with mock.patch.object(type(block), "__call__", counting_call):
         run()
-    found = {"bytes": 0, "weight_copies": 0}
+    totals = {"bytes": 0, "weight_copies": 0}
     for tensor in tensors.values():
         flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-        alike = [p for p in parameters if p.numel() == flat.numel() and flat.is_floating_point()]
-        is_copy = any(torch.equal(p.detach().to(flat.dtype).flatten(), flat) for p in alike)
-        found["weight_copies" if is_copy else "bytes"] += flat.nbytes
-    return found
+        same_size = [p for p in parameters if p.numel() == flat.numel() and flat.is_floating_point()]
+        is_copy = any(torch.equal(p.detach().to(flat.dtype).flatten(), flat) for p in same_size)
+        totals["weight_copies" if is_copy else "bytes"] += flat.nbytes
+    return totals
 
 
 def peak_bytes(run: Callable, device: torch.device) -> int:
-    """The most that torch had allocated while `run` ran, above what it had before."""
+    """Peak bytes allocated by torch during run(), minus the bytes allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -96,14 +96,14 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         run()
-    # Each allocation or release, compiled code's included, is an event with a positive or negative number of bytes.
+    # Each allocation (positive bytes) or release (negative bytes) is an event, in compiled code as well.
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The bytes and details, and the gradients to check."""
+    """The bytes and further details, and the gradients to check."""
     if contender.block:
         model, run, gradients = contender.build(device)
         layers = model.model.layers if contender.source == "transformers" else model.blocks
@@ -112,7 +112,7 @@ def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int],
     def two_steps():
         nonlocal gradients
         model, run, gradients = contender.build(device)
-        optimizer = build_optimizer(model, 0.1)  # with learning rate 0: a check knows the weights
+        optimizer = build_optimizer(model, 0.1)  # learning rate 0: the check assumes the initial weights
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
             run()
@@ -121,13 +121,13 @@ def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int],
     return {"bytes": peak_bytes(two_steps, device)}, gradients()
 
 
-def row_of(contender: Contender, device: torch.device) -> Row:
-    """A contender's row: measured and checked, or with the reason why not."""
+def measure_row(contender: Contender, device: torch.device) -> Row:
+    """A contender's row: measured and checked, or with the reason of its failure."""
     tokens, checkpointing = contender.batch_size * contender.seq_len, contender.checkpointing
     case = dict(what="saved", part="block") if contender.block else dict(what="peak", part="model step")
     case |= dict(tokens=tokens, checkpointing=checkpointing, compiled=contender.compiled)
     row = contender.row("memory", "bytes", **case)
-    with failures_in(row):
+    with record_failure(row):
         row.details, gradients = measure(contender, device)
         row.values = [row.details.pop("bytes")]
         contender.check(row, gradients, device)
@@ -140,7 +140,7 @@ def row_of(contender: Contender, device: torch.device) -> Row:
 
 
 def main():
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines per use
     arguments = parse(__doc__, model_size="tiny", tokens=SEQ_LEN, dtype="auto")
     device, dtype, tokens, failed = arguments.device, arguments.dtype, arguments.tokens, False
     if tokens < 2 or (tokens > SEQ_LEN and tokens % SEQ_LEN):
@@ -150,9 +150,9 @@ def main():
     variants = [(ours, variant) for variant in VARIANTS[: 3 if missing_compiler(device) else 4]]
     variants += [("transformers", {}), ("transformers", {"dense": True})]
     for block, (source, variant) in progress(list(product((True, False), variants)), "contenders"):
-        row = row_of(Contender(source, *shape, block=block, **variant), device)
+        row = measure_row(Contender(source, *shape, block=block, **variant), device)
         failed |= not results.write(row) and source == ours
-        result = row.complaint() or f"{row.details['bytes_per_token']:,.0f} bytes per token"
+        result = row.problem() or f"{row.details['bytes_per_token']:,.0f} bytes per token"
         say(f"{row.case['what']}: {row.provider}{', checkpointed' * row.case['checkpointing']}: {result}")
     print(f"wrote {results.path}")
     if failed:

@@ -1,4 +1,4 @@
-"""The benchmarked ops at their shapes: inputs and FLOPs of each."""
+"""The benchmarked ops: inputs, outputs and FLOPs of each at a shape."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from acceleron.kernels.contract import Routing
 
 from .gemms import gemm_cases
 
-# Shapes that peers publish, of expert_mlp: tokens, and widths. Liger's are 32768 tokens with 8 experts each: with two
-# each, as many rows are 131072.
+# expert_mlp shapes from peers' READMEs: tokens and widths. Liger publishes 32768 tokens with top-8 routing; top-2 needs
+# 131072 tokens for the same number of rows.
 PUBLISHED = {
     "sonicmoe-768": (40960, dict(d_model=768, d_ff=1024, num_experts=32)),
     "sonicmoe-1536": (24576, dict(d_model=1536, d_ff=1024, num_experts=32)),
@@ -21,8 +21,8 @@ PUBLISHED = {
 }
 
 
-class Draw:
-    """Random tensors of unit scale, the same ones for every provider."""
+class RandomTensors:
+    """Random unit-scale tensors with a fixed seed, so every provider gets the same inputs."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -33,7 +33,7 @@ class Draw:
         return values.to(dtype or self.dtype).requires_grad_(grad)
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A matrix, or one per expert, that keeps unit scale."""
+        """A matrix, or one per expert, scaled to give unit-scale products."""
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
     def routing(self, T: int, E: int) -> Routing:
@@ -47,9 +47,9 @@ class Draw:
 class Case:
     """An op at a shape.
 
-    precision: the dtype it computes in. make: its inputs, in order; those that have a gradient require it. flops: its
-    GEMMs' in the forward pass; backward has two GEMMs for each. scalar_grad: the gradient of outputs that are scalars.
-    ours, plain: for a GEMM kernel, Triton's function of the inputs and plain PyTorch's.
+    precision: the dtype it computes in. make: makes the inputs, with requires_grad where they have gradients. flops:
+    FLOPs of the forward GEMMs; backward has two GEMMs for each of them. scalar_grad: the gradient of scalar outputs.
+    ours, plain: a GEMM kernel's Triton and plain PyTorch functions of the inputs.
     """
 
     op: str
@@ -57,7 +57,7 @@ class Case:
     precision: torch.dtype
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    make: Callable[[Draw], tuple]
+    make: Callable[[RandomTensors], tuple]
     flops: float = 0
     scalar_grad: float = 1.0
     ours: Callable | None = None
@@ -65,81 +65,82 @@ class Case:
 
 
 def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Case]:
-    """All ops at the shape of a model, for `tokens` tokens in sequences of at most its max_seq_len.
+    """All ops at a model's shapes, for `tokens` tokens in sequences of at most max_seq_len.
 
-    Those that take most of a step come first, in case the time of a run is short.
+    The most expensive ops come first, in case a run has little time.
     """
     T, D, E, F, V = tokens, config.d_model, config.num_experts, config.d_ff, config.vocab_size
     W, H, G, C, fp32 = config.d_ff_shared, config.num_heads, config.num_kv_heads, config.head_dim, torch.float32
     S = min(T, config.max_seq_len)
     B = T // S
 
-    def angles(draw: Draw) -> tuple[Tensor, Tensor]:
-        angle = draw(S, C // 2, dtype=fp32, grad=False).repeat(1, 2)
+    def angles(randn: RandomTensors) -> tuple[Tensor, Tensor]:
+        angle = randn(S, C // 2, dtype=fp32, grad=False).repeat(1, 2)
         return angle.cos(), angle.sin()
 
-    def experts(draw: Draw, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        return draw.weight(E, 2 * F, D, dtype=dtype), draw.weight(E, D, F, dtype=dtype)
+    def experts(randn: RandomTensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        return randn.weight(E, 2 * F, D, dtype=dtype), randn.weight(E, D, F, dtype=dtype)
 
-    def routed(draw: Draw) -> tuple:
-        routing = draw.routing(T, E)
-        return draw(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(draw)
+    def routed(randn: RandomTensors) -> tuple:
+        routing = randn.routing(T, E)
+        return randn(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(randn)
 
-    def layer(draw: Draw) -> tuple:
-        shared = draw.weight(2 * W, D, dtype=fp32), draw.weight(D, W, dtype=fp32)
-        return draw(T, D), draw.weight(E, D, dtype=fp32), *experts(draw, fp32), *shared, draw(T, D)
+    def layer(randn: RandomTensors) -> tuple:
+        shared = randn.weight(2 * W, D, dtype=fp32), randn.weight(D, W, dtype=fp32)
+        return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D)
 
     return [
         Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 12 * T * D * F),
         Case(
             "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
-            ("y", "z_loss", "balance_loss", "counts"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
+            ("y", "z_loss", "balance_loss", "tokens_per_expert"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
         ),
         Case(
             "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
-            lambda draw: (draw(T, D), draw.weight(V, D, dtype=fp32), draw.labels(T, V)), 2 * T * D * V,
+            lambda randn: (randn(T, D), randn.weight(V, D, dtype=fp32), randn.labels(T, V)), 2 * T * D * V,
         ),
         Case(
             "attention", shape, dtype, ("q", "k", "v"), ("y",),
-            lambda draw: (draw(B, S, H, C), draw(B, S, G, C), draw(B, S, G, C)),
-            2 * B * H * S * S * C,  # half of two GEMMs, as no query sees what comes after it
+            lambda randn: (randn(B, S, H, C), randn(B, S, G, C), randn(B, S, G, C)),
+            2 * B * H * S * S * C,  # half of two GEMMs, because attention is causal
         ),
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
-            lambda draw: (draw(2 * T, D), experts(draw)[0], torch_ops.dispatch_plan(draw.routing(T, E).topk_ids_TK, E)),
-            8 * T * D * F,
+            lambda randn: (
+                randn(2 * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E).topk_ids_TK, E)
+            ), 8 * T * D * F,
         ),
         Case(
             "router_logits", shape, fp32, ("x", "weight"), ("logits",),
-            lambda draw: (draw(T, D), draw.weight(E, D, dtype=fp32)), 2 * T * D * E,
+            lambda randn: (randn(T, D), randn.weight(E, D, dtype=fp32)), 2 * T * D * E,
         ),
         Case(
-            "route_top2", shape, fp32, ("logits",), ("scores", "ids", "z_loss", "balance_loss", "counts"),
-            lambda draw: (draw(T, E, dtype=fp32),),
-            scalar_grad=T,  # the losses are means over the tokens: this makes their gradients as large as the scores'
+            "route_top2", shape, fp32, ("logits",), ("scores", "ids", "z_loss", "balance_loss", "tokens_per_expert"),
+            lambda randn: (randn(T, E, dtype=fp32),),
+            scalar_grad=T,  # scales the gradients of the mean losses to those of the scores
         ),
         Case(
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),
-            lambda draw: (draw.routing(T, E).topk_ids_TK, E),
+            lambda randn: (randn.routing(T, E).topk_ids_TK, E),
         ),
-        Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda draw: (draw(T, 2 * W),)),
+        Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda randn: (randn(T, 2 * W),)),
         Case(
             "rope", shape, dtype, ("q", "k", "cos", "sin"), ("q", "k"),
-            lambda draw: (draw(B, S, H, C), draw(B, S, G, C), *angles(draw)),
+            lambda randn: (randn(B, S, H, C), randn(B, S, G, C), *angles(randn)),
         ),
         Case(
             "split_rope", shape, dtype, ("qkv", "cos", "sin", "H", "G"), ("q", "k", "v"),
-            lambda draw: (draw(B, S, H + 2 * G, C), *angles(draw), H, G),
+            lambda randn: (randn(B, S, H + 2 * G, C), *angles(randn), H, G),
         ),
         Case(
             "rms_norm", shape, dtype, ("x", "weight", "residual"), ("norm", "sum"),
-            lambda draw: (draw(T, D), draw(D, dtype=fp32), draw(T, D)),
+            lambda randn: (randn(T, D), randn(D, dtype=fp32), randn(T, D)),
         ),
     ]  # fmt: skip
 
 
 OPS = [case.op for case in cases("", ModelConfig.preset("tiny"), 1, torch.float32)]
-# The grouped GEMMs, in the order of gemm_cases, by their results; hidden_grad has an elementwise kernel too.
+# Outputs of the grouped GEMMs, in the order of gemm_cases. hidden_grad includes an elementwise kernel.
 GEMMS = {
     "up": ("h", "act"), "rows-down": ("y",), "hidden_grad": ("dh", "act", "dscores"), "rows-dx": ("rows",),
     "weight_grad-w13": ("dw13",), "weight_grad-w2": ("dw2",),
@@ -147,16 +148,16 @@ GEMMS = {
 
 
 def gemm_kernel(op: str) -> str:
-    """The GEMM kernel that a case of GEMMS launches, as ACCELERON_NO_TMA names it."""
+    """The GEMM kernel that an op of GEMMS launches, by its name in ACCELERON_NO_TMA."""
     return "rows" if op == "hidden_grad" else op.partition("-")[0]
 
 
 def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:
-    """One grouped GEMM. Its tensors are made with its functions, which hold the routing on the tensors' device."""
+    """One grouped GEMM. Make the inputs before calling `ours` or `plain`, which use their routing."""
     made = {}
 
-    def make(draw: Draw) -> tuple:
-        made["gemm"] = gemm_cases(config, tokens, draw.dtype, draw.device)[list(GEMMS).index(op)]
+    def make(randn: RandomTensors) -> tuple:
+        made["gemm"] = gemm_cases(config, tokens, randn.dtype, randn.device)[list(GEMMS).index(op)]
         return made["gemm"].tensors
 
     functions = dict(ours=lambda *x: made["gemm"].ours(*x), plain=lambda *x: made["gemm"].plain(*x))
@@ -166,7 +167,7 @@ def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torc
 
 
 def select_cases(sizes: Iterable[str], ops: Iterable[str], tokens: int, dtype: torch.dtype) -> list[Case]:
-    """The cases of these ops at named sizes, and expert_mlp's at published shapes; GEMM kernels first."""
+    """The cases of `ops` at named sizes, GEMM kernels first. Published shapes include only expert_mlp."""
     found = []
     for size in sizes:
         if size in PUBLISHED:

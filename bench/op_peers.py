@@ -1,6 +1,6 @@
-"""The providers of an op: Triton, the reference (plain PyTorch), eager and compiled, and installed peers.
+"""The providers of an op: Triton, the reference in plain PyTorch (eager and compiled), and installed peers.
 
-All providers of an op take its inputs in the same order (bench/op_cases.py) and return its outputs in the same order.
+All providers of an op take the same inputs and return the same outputs, in the order of bench/op_cases.py.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from .op_cases import Case
 from .rows import describe
 
 EPS = 1e-6
-# A provider's error may be this many times the reference's own in the same dtype.
+# A provider's error can be up to FACTOR times the reference's error in the same dtype.
 FACTOR = 1.5
 
 
 class Provider(NamedTuple):
     """An implementation of an op, or the reason why it is `absent`.
 
-    factor: how many times the reference's error it may have; above FACTOR with a reason where it is made.
+    factor: the largest allowed error, in units of the reference's error. Values above FACTOR have a comment.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Provider(NamedTuple):
 
 
 def ours(op: str, functions: dict[str, Callable]) -> Callable:
-    """Our op as a function of the case's inputs; `functions` has Triton's or the reference's, by name."""
+    """Our op as a function of the case's inputs. functions: the ops of one backend, by name."""
     if op == "expert_mlp":
-        # From the top-k ids on: the peers build their dispatch plans in here, too.
+        # Includes the dispatch plan, because the peers build theirs inside the op.
         def run(x_TD, topk_scores_TK, topk_ids_TK, w13_E2FD, w2_EDF):
             plan = functions["dispatch_plan"](topk_ids_TK, w13_E2FD.shape[0])
             return functions["expert_mlp"](x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
 
         return run
     if op == "moe":
-        # A token near a tie could choose other experts, which the check would take for an error.
+        # With learned routing, tokens near a tie can select other experts, which would fail the check.
         return lambda *inputs: functions["moe"](*inputs, force_load_balance=True)
     if op == "rms_norm":
         return lambda x_TD, weight_D, residual_TD: functions["rms_norm"](x_TD, weight_D, EPS, residual_TD)
@@ -57,7 +57,7 @@ def ours(op: str, functions: dict[str, Callable]) -> Callable:
 
 
 def plain(case: Case) -> Callable:
-    """The op in plain PyTorch, which gives the truth."""
+    """The op in plain PyTorch, the ground truth."""
     if case.op == "attention":
         return partial(sdpa, backend=SDPBackend.MATH)
     return case.plain or ours(case.op, vars(torch_ops))
@@ -70,13 +70,13 @@ def sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, backend: SDPBackend) ->
     return y.transpose(1, 2)
 
 
-# Peers. Each maker imports its package and returns the provider's function, and its factor.
+# Peers: each function imports its package and returns the provider's function and factor.
 
 
 def liger_expert_mlp():
     from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
-    # The gradients of the top-k scores are added up tile by tile in the compute dtype, by atomics.
+    # Atomics accumulate the gradients of the top-k scores in the compute dtype, tile by tile.
     return lambda x, scores, ids, w13, w2: LigerFusedMoEFunction.apply(x, w13, w2, ids, scores), 3
 
 
@@ -95,15 +95,15 @@ def liger_cross_entropy():
     from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
 
     cross_entropy = functional.liger_fused_linear_cross_entropy
-    # By default the weight's gradient is summed over the chunks in the compute dtype.
+    # The default accumulates the weight gradient over chunks in the compute dtype.
     return lambda x, weight, labels: cross_entropy(x, weight.to(x.dtype), labels, accum_dtype=torch.float32), FACTOR
 
 
 def cut_cross_entropy():
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
-    # Unfiltered: the default drops gradients below eps / 32, on random data all but the labels' own. Gradients are
-    # added up in the compute dtype, block by block.
+    # The default filter drops gradients below eps / 32: on random data, all but those of the labels. Gradients are
+    # accumulated in the compute dtype, block by block.
     return lambda x, weight, labels: linear_cross_entropy(x, weight.to(x.dtype), labels, filter_eps=None), 10
 
 
@@ -114,7 +114,7 @@ PEERS = {
 
 
 def peer(distribution: str, maker: Callable, device: torch.device) -> Provider:
-    """The provider of an installed peer; absent if its package is, or cannot be used here."""
+    """A peer's provider, or the reason why its package is absent or unusable."""
     try:
         version(distribution)
         if device.type != "cuda":
@@ -122,12 +122,12 @@ def peer(distribution: str, maker: Callable, device: torch.device) -> Provider:
         run, factor = maker()
     except PackageNotFoundError:
         return Provider(distribution, absent="not installed")
-    except Exception as error:  # whatever another package does while it is imported
+    except Exception as error:  # importing a third-party package can raise anything
         return Provider(distribution, absent=f"cannot be imported ({describe(error)})")
     return Provider(distribution, run, factor=factor)
 
 
-# FlashAttention's own tests allow two to three times the error of matmuls and a softmax in the same dtype.
+# FlashAttention's tests allow 2 to 3 times the error of matmul and softmax in the same dtype.
 ATTENTION_FACTOR = 3
 SDPA = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -143,27 +143,27 @@ def flash(q: Tensor, k: Tensor, v: Tensor, function: Callable) -> Tensor:
 
 
 def attention_providers(device: torch.device) -> list[Provider]:
-    """The model's own attention, each of SDPA's backends, and the flash-attn packages."""
+    """The model's attention, each SDPA backend, and the flash-attn packages."""
     on_gpu = device.type == "cuda"
 
-    def as_the_model(q, k, v):
+    def model_attention(q, k, v):
         with best_sdpa() if on_gpu else nullcontext():
             return causal_attention(q, k, v)
 
-    found = {"acceleron": (as_the_model, None)}
+    found = {"acceleron": (model_attention, None)}
     for name, backend in SDPA.items():
         found[name] = partial(sdpa, backend=backend), None if on_gpu or name in ON_CPU else "needs a GPU"
     installed = {name: (function, majors) for name, function, majors in find_flash_packages()}
     for name, module, _ in FLASH_PACKAGES:
         function, majors = installed.get(name, (None, ()))
         usable = on_gpu and torch.cuda.get_device_capability(device)[0] in majors
-        absent = None if usable else "not made for this device" if function else f"{module} cannot be imported"
+        absent = None if usable else "does not support this device" if function else f"{module} cannot be imported"
         found[name] = partial(flash, function=function), absent
     return [Provider(name, *each, factor=ATTENTION_FACTOR) for name, each in found.items()]
 
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
-    """All providers of a case's op; the absent ones with the reason."""
+    """All providers of a case's op, including absent ones."""
     if case.op == "attention":
         return attention_providers(device)
     absent = ops.triton_unavailable(device)
@@ -173,6 +173,6 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         return found
     compiler = missing_compiler(device)
     absent = f"torch.compile needs {compiler}" if compiler else None
-    compiled = cache(lambda: torch.compile(plain(case), dynamic=False))  # which imports for seconds: if it is called
+    compiled = cache(lambda: torch.compile(plain(case), dynamic=False))  # lazy: torch.compile imports for seconds
     found.append(Provider("reference compiled", lambda *inputs: compiled()(*inputs), absent))
     return found + [peer(name, maker, device) for name, maker in PEERS.get(case.op, {}).items()]

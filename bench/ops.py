@@ -1,15 +1,15 @@
-"""Every op of acceleron.kernels, and attention, against plain PyTorch, eager and compiled, and installed peers.
+"""Every op of acceleron.ops, and attention, against plain PyTorch (eager and compiled) and installed peers.
 
 python -m bench ops [--model_size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
 
-Each provider is checked, then timed in rounds interleaved with the others, at the shapes of the model sizes and, for
-expert_mlp, at those that its peers publish. "forward" keeps nothing for backward, as in an evaluation. expert_mlp
-starts from the top-k ids: every provider builds its dispatch plan within it.
+Each provider is checked, then timed in interleaved rounds. The shapes are those of the model sizes and, for expert_mlp,
+those that its peers publish. "forward" saves nothing for backward, as in an evaluation. expert_mlp starts from the
+top-k ids, so every provider builds its own dispatch plan.
 
-Checks and timings run in a process of their own, so that a crash, a hang, or an exhausted memory costs one provider at
-one shape. With --check_only nothing is timed, the four grouped-GEMM kernels are checked one by one too, and what fails
-is replaced: a kernel that fails with TMA is tried without it, and an op that still fails leaves its place to the
-reference. A row `fallbacks` then has the values of ACCELERON_NO_TMA and ACCELERON_REFERENCE_OPS that avoid them.
+Checks and timings run in a separate process: a crash, a hang or an out-of-memory error costs one provider at one shape.
+--check_only times nothing and also checks each grouped GEMM alone. It retries a kernel that fails with TMA without TMA,
+and replaces an op that still fails with the reference. A `fallbacks` row records the values of ACCELERON_NO_TMA and
+ACCELERON_REFERENCE_OPS that do the same in training.
 """
 
 import os
@@ -28,22 +28,22 @@ from acceleron.errors import InputError
 
 from . import timing
 from .command import parse
-from .op_cases import GEMMS, OPS, PUBLISHED, Case, Draw, gemm_kernel, select_cases
+from .op_cases import GEMMS, OPS, PUBLISHED, Case, RandomTensors, gemm_kernel, select_cases
 from .op_peers import Provider, plain, providers
-from .rows import Results, Row, describe, print_rows, progress, say, spread
-from .worker import Failure, Worker
+from .rows import Results, Row, print_rows, progress, say, spread
+from .worker import Failure, Worker, serve_calls
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float16: "fp16"}
 TOKENS = {"cuda": 65536, "cpu": 256}
 SIZES = {"cuda": ["tiny", "small", "medium", "large", *PUBLISHED], "cpu": ["nano", "tiny"]}
 FORWARD, BOTH = "forward", "forward + backward"
 OURS = ("triton", "reference")
-# However large the reference's own error is, no provider's may be larger.
-LARGEST_ERROR = 0.05
+# An absolute limit for every provider, even if the reference's error is large.
+MAX_ERROR = 0.05
 
 
 class Settings(NamedTuple):
-    """What a worker needs to build the same cases as its parent."""
+    """All that a worker needs to build the cases of its parent."""
 
     sizes: tuple[str, ...]
     ops: tuple[str, ...]
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What a case's results are compared with. errors: plain PyTorch's in the case's dtype, by the result's name."""
+    """The expected results of a case. errors: those of plain PyTorch in the case's dtype, by result name."""
 
     results: dict[str, Tensor]
     output_grads: list[Tensor | None]
@@ -64,7 +64,7 @@ class Truth(NamedTuple):
 
 
 def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
-    """Leaves of the same values, the floats in another dtype if one is given."""
+    """Detached copies as new leaves. dtype: converts the floating-point tensors."""
 
     def copy(x):
         if not isinstance(x, Tensor):
@@ -76,18 +76,18 @@ def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
 
 
 def _outputs(run: Callable, inputs: tuple) -> tuple[Tensor, ...]:
-    found = run(*inputs)
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+    outputs = run(*inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _leaves(case: Case, inputs: tuple) -> dict[str, Tensor]:
-    """The inputs that have a gradient, by name."""
+    """The inputs that require gradients, by name."""
     named = zip(case.inputs, inputs, strict=False)
     return {name: x for name, x in named if isinstance(x, Tensor) and x.requires_grad}
 
 
 def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list[Tensor | None]) -> tuple:
-    """Outputs, and the gradients of the leaves."""
+    """The outputs, and the gradients of the leaves."""
     outputs = _outputs(run, inputs)
     pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
     grads = torch.autograd.grad([out for out, _ in pairs], leaves, [g.to(out.dtype) for out, g in pairs])
@@ -95,7 +95,7 @@ def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list
 
 
 def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> dict[str, Tensor]:
-    """Outputs without gradients ("... alone"), and outputs and gradients, by name."""
+    """By name: outputs under no_grad ("... alone"), outputs with a graph, and gradients."""
     with torch.no_grad():
         results = {f"{name} alone": x for name, x in zip(case.outputs, _outputs(run, inputs), strict=True)}
     if leaves := _leaves(case, inputs):
@@ -106,7 +106,7 @@ def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> di
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
-    """Relative root mean square; for integers the share that differs."""
+    """Relative RMS error; for integers, the fraction that differs."""
     if result.shape != truth.shape:
         raise ValueError(f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
     if not truth.is_floating_point():
@@ -114,37 +114,36 @@ def _error(result: Tensor, truth: Tensor) -> float:
     return ((result.to(truth.dtype) - truth).norm() / truth.norm()).item()
 
 
-def truth_of(case: Case, inputs: tuple, draw: Draw) -> Truth:
-    """The results of plain PyTorch on the same inputs in float64; in float32 on CUDA for 16-bit ops."""
-    wide = _copies(
-        inputs, torch.float32 if draw.device.type == "cuda" and case.precision.itemsize == 2 else torch.float64
-    )
+def compute_truth(case: Case, inputs: tuple, randn: RandomTensors) -> Truth:
+    """The results of plain PyTorch on the same inputs in float64, or in float32 for 16-bit ops on CUDA."""
+    fp32 = randn.device.type == "cuda" and case.precision.itemsize == 2
+    wide = _copies(inputs, torch.float32 if fp32 else torch.float64)
     outputs = _outputs(plain(case), wide)
-    grads = [
-        torch.tensor(case.scalar_grad, device=x.device) if x.dim() == 0 else draw(*x.shape, grad=False) for x in outputs
-    ]
-    grads = [grad if x.requires_grad else None for x, grad in zip(outputs, grads, strict=True)]
-    del outputs
+    grads = []
+    for x in outputs:
+        grad = torch.tensor(case.scalar_grad, device=x.device) if x.dim() == 0 else randn(*x.shape, grad=False)
+        grads.append(grad if x.requires_grad else None)
+    del outputs, x
     truths, plains = (_results(case, plain(case), each, grads) for each in (wide, _copies(inputs)))
     return Truth(truths, grads, {name: _error(plains[name], truth) for name, truth in truths.items()})
 
 
 def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[str, float, float]:
-    """What was compared, the error and the allowed error of the result that is worst."""
-    # Where the reference happens to be exact: an eighth of a unit, and a few of fp32's for sums and exponentials.
-    units = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
-    judged = []
+    """Compare a provider's results with the truth. Returns (check, error, allowed error) of the worst result."""
+    # A floor for results where the reference happens to be exact: eps / 8, plus a few fp32 roundings.
+    floor = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
+    checked = []
     for name, result in _results(case, provider.run, _copies(inputs), truth.output_grads).items():
         error, floats = _error(result, truth.results[name]), truth.results[name].is_floating_point()
-        allowed = min(provider.factor * truth.errors[name] + units, LARGEST_ERROR) if floats else 0.0
+        allowed = min(provider.factor * truth.errors[name] + floor, MAX_ERROR) if floats else 0.0
         passes = error <= allowed  # False for NaN
-        judged.append((not passes, error / allowed if allowed and passes else error, name, error, allowed))
-    *_, name, error, allowed = max(judged)
-    return f"{name}, the worst of {len(judged)}, relative RMS to plain PyTorch in a wider dtype", error, allowed
+        checked.append((not passes, error / allowed if allowed and passes else error, name, error, allowed))
+    *_, name, error, allowed = max(checked)
+    return f"{name} (worst of {len(checked)}): relative RMS error against higher-precision PyTorch", error, allowed
 
 
-def bind(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
-    """The calls to time, by pass, once run."""
+def warm_calls(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
+    """The functions to time, by pass. Each has run once."""
     leaves, forward = list(_leaves(case, inputs).values()), torch.no_grad()(lambda: _outputs(provider.run, inputs))
     grads = [None if g is None else g.to(out.dtype, copy=True) for out, g in zip(forward(), output_grads, strict=True)]
     calls = {FORWARD: forward}
@@ -154,8 +153,8 @@ def bind(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> d
     return calls
 
 
-def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
-    """By pass, the bytes of all inputs and outputs, and of their gradients: each is moved once at least."""
+def min_bytes(case: Case, inputs: tuple) -> dict[str, int]:
+    """The minimum memory traffic by pass: all inputs, outputs and gradients move once."""
     with torch.no_grad():
         outputs = _outputs(plain(case), inputs)
     floats = [x for x in outputs if x.is_floating_point()]
@@ -164,78 +163,79 @@ def least_bytes(case: Case, inputs: tuple) -> dict[str, int]:
     return {FORWARD: forward} | ({BOTH: forward + sum(x.nbytes for x in (*leaves, *floats))} if leaves else {})
 
 
-def work_of(case: Case, step: str, moved: int, seconds: list[float], ceilings: tuple[float, float]) -> dict:
-    """A row's details: FLOPs, bytes, what bounds the op, and its share of this run's measured ceiling."""
+def roofline_details(case: Case, step: str, moved: int, seconds: list[float], ceilings: tuple[float, float]) -> dict:
+    """A row's details: FLOPs, bytes, whether compute or memory bounds the op, and its share of the measured ceiling."""
     flops = case.flops * (3 if step == BOTH else 1)
-    least = {"compute": flops / ceilings[0], "memory": moved / ceilings[1]}
-    bound = max(least, key=least.get)
-    share = least[bound] / spread(seconds)[0]
-    return {"flops": flops, "bytes": moved, "bound": bound, "share_of_ceiling": share}
+    limits = {"compute": flops / ceilings[0], "memory": moved / ceilings[1]}
+    bound = max(limits, key=limits.get)
+    return {"flops": flops, "bytes": moved, "bound": bound, "share_of_ceiling": limits[bound] / spread(seconds)[0]}
 
 
-@lru_cache(maxsize=1)  # the providers of a case follow one another
+@lru_cache(maxsize=1)  # consecutive calls share a case
 def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider], tuple, Truth]:
     """A case with its providers, inputs and truth."""
-    torch.compiler.reset()  # else a function's ninth shape is not compiled
-    case, draw = settings.cases()[number], Draw(settings.dtype, settings.device)
-    inputs = case.make(draw)
+    torch.compiler.reset()  # dynamo stops compiling a function at its ninth shape
+    case, randn = settings.cases()[number], RandomTensors(settings.dtype, settings.device)
+    inputs = case.make(randn)
     named = {provider.name: provider for provider in providers(case, settings.device)}
-    return case, named, inputs, truth_of(case, inputs, draw)
+    return case, named, inputs, compute_truth(case, inputs, randn)
 
 
-def serve(connection, settings: Settings):
-    """A worker. It answers (number, name, timed) with the check of one provider, also run as it will be timed;
-    (number, names, rounds) with the seconds by pass and name; and (number, None, None) with the least bytes by pass."""
-    while True:
-        number, wanted, last = connection.recv()
-        try:
-            case, named, inputs, truth = prepare(settings, number)
-            if wanted is None:
-                answer = least_bytes(case, inputs)
-            elif isinstance(wanted, str):
-                answer = check(case, named[wanted], inputs, truth)
-                if last:
-                    bind(case, named[wanted], inputs, truth.output_grads)
-            else:
-                calls = {name: bind(case, named[name], inputs, truth.output_grads) for name in wanted}
-                passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[wanted[0]]}
-                answer = {step: timing.measure(these, settings.device, last) for step, these in passes.items()}
-        except Exception as error:  # a peer may raise anything
-            answer = Failure(describe(error))
-            if settings.device.type == "cuda":
-                torch.cuda.synchronize()  # raises, which ends this process, if the CUDA context is lost
-        connection.send(answer)
+# Functions that the worker runs.
+
+
+def find_min_bytes(settings: Settings, number: int) -> dict[str, int]:
+    """`min_bytes` of a case."""
+    case, _, inputs, _ = prepare(settings, number)
+    return min_bytes(case, inputs)
+
+
+def check_provider(settings: Settings, number: int, name: str, timed: bool) -> tuple[str, float, float]:
+    """`check` of a provider. timed: also run the calls to time once."""
+    case, named, inputs, truth = prepare(settings, number)
+    result = check(case, named[name], inputs, truth)
+    if timed:
+        warm_calls(case, named[name], inputs, truth.output_grads)
+    return result
+
+
+def time_providers(settings: Settings, number: int, names: list[str], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds per call by pass and name, one value per round."""
+    case, named, inputs, truth = prepare(settings, number)
+    calls = {name: warm_calls(case, named[name], inputs, truth.output_grads) for name in names}
+    passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[names[0]]}
+    return {step: timing.measure(these, settings.device, rounds) for step, these in passes.items()}
 
 
 class Checker:
-    """The parent's side of a worker: rows of cases, and what to avoid."""
+    """The parent's side of a worker: turns cases into rows, and disables TMA where it fails."""
 
     def __init__(self, settings: Settings, rounds: int, limit: float):
         self.settings, self.rounds, self.limit = settings, rounds, limit
-        self.worker = Worker(serve, settings)  # it imports while the ceilings are measured
+        self.worker = Worker(serve_calls)  # imports while this process measures the ceilings
         self.ceilings = timing.ceilings(settings.device, settings.dtype) if rounds else None
 
-    def ask(self, *message):
-        return self.worker.ask(message, self.limit)
+    def ask(self, function: Callable, *arguments):
+        return self.worker.ask((function, (self.settings, *arguments)), self.limit)
 
     def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
-        """Rows of each pass of each provider, checked and, with rounds, timed; without, of the last pass only."""
+        """Check and time a case. Returns a row per provider and pass; without rounds, only rows of the last pass."""
         steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
         if not names:
             return []
         try:
-            steps = self.ask(number, None, None)
+            steps = self.ask(find_min_bytes, number)
             for name in names:
                 try:
-                    passed[name] = self.checked(number, case, name)
+                    passed[name] = self.check(number, case, name)
                 except Failure as failure:
                     reasons[name] = str(failure)
             timed = [name for name, (_, error, allowed) in passed.items() if error <= allowed]
             if self.rounds and timed:
-                seconds = self.ask(number, timed, self.rounds)
+                seconds = self.ask(time_providers, number, timed, self.rounds)
         except Failure as failure:
-            what = "" if passed or reasons else "the truth: "
-            reasons |= {name: f"{what}{failure}" for name in names if name not in reasons}
+            prefix = "" if passed or reasons else "the truth: "
+            reasons |= {name: f"{prefix}{failure}" for name in names if name not in reasons}
         rows = []
         for step, name in product(steps if self.rounds else list(steps)[-1:], names):
             about = {"op": case.op, "shape": case.shape, "pass": step, "dtype": NAMES[self.settings.dtype]}
@@ -244,55 +244,54 @@ class Checker:
             row.check, row.error, row.allowed = passed.get(name, ("", None, None))
             if name in seconds.get(step, {}) and not row.failed:
                 row.unit, row.values = "s", seconds[step][name]
-                row.details = work_of(case, step, steps[step], row.values, self.ceilings)
+                row.details = roofline_details(case, step, steps[step], row.values, self.ceilings)
             rows.append(row)
         return rows
 
-    def checked(self, number: int, case: Case, name: str) -> tuple[str, float, float]:
-        """The check of one provider. One of our GEMM kernels that fails with TMA is checked again without it, and goes
-        without it from then on. Raises Failure."""
-        without = gemm_kernel(case.op)
+    def check(self, number: int, case: Case, name: str) -> tuple[str, float, float]:
+        """Check one provider. If a GEMM kernel of ours fails with TMA, disable TMA for it and retry. Raises Failure."""
+        kernel = gemm_kernel(case.op)
         try:
-            found = self.ask(number, name, bool(self.rounds))
-            if found[1] <= found[2] or not may_drop_tma(case, name):
-                return found
-            reason = f"error {found[1]:.3g}, where {found[2]:.3g} is allowed"
+            what, error, allowed = self.ask(check_provider, number, name, bool(self.rounds))
+            if error <= allowed or not can_disable_tma(case, name):
+                return what, error, allowed
+            reason = f"error {error:.3g}, allowed {allowed:.3g}"
         except Failure as failure:
-            if not may_drop_tma(case, name):
+            if not can_disable_tma(case, name):
                 raise
-            reason, without = str(failure), "all"  # each further crash or hang would cost a process
-        say(f"{case.op}, {case.shape}: fails with TMA ({reason}); trying it without")
-        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), without])
+            reason, kernel = str(failure), "all"  # each further crash or hang would cost a process
+        say(f"{case.op}, {case.shape}: fails with TMA ({reason}); retrying without TMA")
+        os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), kernel])
         self.worker.close()  # the next process inherits the variable
-        what, error, allowed = self.ask(number, name, bool(self.rounds))
-        return f"{what} (without TMA; with it: {reason})", error, allowed
+        what, error, allowed = self.ask(check_provider, number, name, bool(self.rounds))
+        return f"{what} (without TMA; with TMA: {reason})", error, allowed
 
 
 def without_tma() -> list[str]:
     return [name for name in os.environ.get("ACCELERON_NO_TMA", "").split(",") if name]
 
 
-def may_drop_tma(case: Case, name: str) -> bool:
+def can_disable_tma(case: Case, name: str) -> bool:
     return name == "triton" and case.op in GEMMS and not {gemm_kernel(case.op), "all"} & set(without_tma())
 
 
 def fallbacks(rows: list[Row]) -> dict[str, str]:
-    """The environment that avoids the kernels that failed."""
+    """Environment variables that disable the kernels that failed."""
     wrong = {row.case["op"] for row in rows if row.provider == "triton" and row.failed}
     wrong -= {row.case["op"] for row in rows if row.failed.startswith("the truth")}
     names = (wrong & set(OPS)) | ({"expert_mlp", "moe", "grouped_gemm"} if wrong & set(GEMMS) else set())
     return {"ACCELERON_NO_TMA": ",".join(without_tma()), "ACCELERON_REFERENCE_OPS": ",".join(sorted(names))}
 
 
-def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) -> list[Row]:
-    """Check, and with rounds time, all cases; each row is written as soon as it exists. Returns the rows."""
-    rows, absent, avoided = [], {}, None
+def run_cases(checker: Checker, selected: Sequence[str] | None, results: Results) -> list[Row]:
+    """Check all cases and, with rounds, time them. Writes each row at once and returns all rows."""
+    rows, absent, env = [], {}, None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
-        found = [p for p in providers(case, checker.settings.device) if not wanted or p.name in wanted]
+        found = [p for p in providers(case, checker.settings.device) if not selected or p.name in selected]
         absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
         names = [provider.name for provider in found if not provider.absent]
-        if not checker.rounds and case.op in (avoided or {}).get("ACCELERON_REFERENCE_OPS", "").split(","):
-            continue  # it contains a kernel that failed
+        if not checker.rounds and case.op in (env or {}).get("ACCELERON_REFERENCE_OPS", "").split(","):
+            continue  # the op uses a kernel that failed
         these = checker.measure(number, case, names)
         for row in these:
             results.write(row)
@@ -300,12 +299,10 @@ def run_cases(checker: Checker, wanted: Sequence[str] | None, results: Results) 
             say(f"{case.op}, {case.shape}, {step}")
             print_rows(list(passes), baseline=names[0])
         rows += these
-        if not checker.rounds and avoided != fallbacks(rows):
-            avoided = fallbacks(rows)
-            results.write(
-                Row("fallbacks", "triton", details=avoided, check="the kernels' checks", error=0.0, allowed=0.0)
-            )
-            say(f"to avoid what failed: {avoided}")
+        if not checker.rounds and env != fallbacks(rows):
+            env = fallbacks(rows)
+            results.write(Row("fallbacks", "triton", details=env, check="the kernels' checks", error=0.0, allowed=0.0))
+            say(f"environment that avoids failed kernels: {env}")
     for (op, name), reason in absent.items():
         results.write(Row("ops", name, {"op": op}, absent=reason))
         say(f"absent: {name} ({op}): {reason}")
@@ -316,19 +313,19 @@ def main():
     choices = {"model_size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
     flags = dict(model_size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
     arguments = parse(__doc__, choices, **flags)
-    device, check_only, wanted = arguments.device, arguments.check_only, arguments.provider
+    device, check_only, selected = arguments.device, arguments.check_only, arguments.provider
     if not check_only and os.environ.get("TRITON_INTERPRET") == "1":
-        raise InputError("TRITON_INTERPRET=1 is set, under which times mean nothing: unset it, or add --check_only")
+        raise InputError("TRITON_INTERPRET=1 makes timings meaningless: unset it, or add --check_only")
     sizes, names = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]
     settings = Settings(tuple(sizes), tuple(names), arguments.tokens or TOKENS[device.type], arguments.dtype, device)
     known = {provider.name for case in settings.cases() for provider in providers(case, device)}
-    if unknown := sorted(set(wanted or ()) - known):
+    if unknown := sorted(set(selected or ()) - known):
         raise InputError(f"--provider {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
     results = Results(arguments.output, device)
     rounds = 0 if check_only else arguments.rounds or (10 if device.type == "cuda" else 5)
     checker = Checker(settings, rounds, arguments.limit)
     try:
-        rows = run_cases(checker, wanted or (OURS if check_only else None), results)
+        rows = run_cases(checker, selected or (OURS if check_only else None), results)
     finally:
         checker.worker.close()
     print(f"wrote {results.path}")

@@ -1,10 +1,10 @@
 """Tokens/s of forward and backward: MoE and dense baseline against transformers' models with the same weights.
 
-Ours are compiled if there is a compiler. No optimizer runs. The gradients of the last round are checked. The exit
-status is 1 if one of ours failed.
+Our models are compiled if a compiler is installed. No optimizer runs. The check compares the gradients of the last
+round with the fp32 reference. The exit status is 1 if one of ours fails.
 
-bf16 represents all weights exactly, and the router losses have weight 0, as transformers' differ. So all contenders
-compute the same function, and the fp32 reference gives the true gradients.
+All contenders compute the same function: bf16 represents every weight exactly, and the router losses have weight 0,
+because transformers defines them differently.
 """
 
 import math
@@ -23,11 +23,11 @@ from acceleron.config import PRESETS
 from acceleron.device import dtype_name, missing_compiler, synchronize
 from acceleron.errors import InputError
 
-from .command import compete, parse
+from .command import parse, run_entries
 from .rows import Results, Row
 
 PEERS = {False: "transformers GraniteMoeShared, grouped_mm experts", True: "transformers Llama"}  # by `dense`
-# transformers' names of our parameters; several where ours is their concatenation along the first dimension.
+# transformers' names for our parameters. Ours concatenates several of theirs along the first dimension.
 THEIR_NAMES = {
     "embedding": ["embed_tokens.weight"], "norm.weight": ["norm.weight"],
     "attention_norm.weight": ["input_layernorm.weight"], "ffn_norm.weight": ["post_attention_layernorm.weight"],
@@ -39,14 +39,14 @@ THEIR_NAMES = {
     "moe.shared.w13": ["shared_mlp.input_linear.weight"], "moe.shared.w2": ["shared_mlp.output_linear.weight"],
     "mlp.w13": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.w2": ["mlp.down_proj.weight"],
 }  # fmt: skip
-# The allowed relative RMS error: FACTOR times that of the reference in the same dtype, plus FLOOR. transformers, which
-# also rounds the router's logits, has up to 1.7 times the reference's error.
+# The allowed relative RMS error is FACTOR times the reference's error in the same dtype, plus FLOOR. transformers also
+# rounds the router logits, which takes its error up to 1.7 times the reference's.
 FACTOR, FLOOR = 3, {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model of ours, by the "triton" or "reference" backend, or of "transformers"; with `block` it has one layer."""
+    """A model. source: our kernel backend, "triton" or "reference", or "transformers". block: only one layer."""
 
     source: str
     size: str
@@ -65,9 +65,9 @@ class Contender:
         return Row(benchmark, provider, case, unit, group=self.size + ", block" * self.block)
 
     def build(self, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
-        """The model, its forward and backward pass, and a function that returns its gradients on the CPU, by our names.
+        """The model, a function that runs forward and backward, and one that returns CPU gradients by our names.
 
-        Raises ImportError if transformers is needed and not installed.
+        Raises ImportError if the model needs transformers and it is not installed.
         """
         overrides = dict(num_layers=1, vocab_size=1024) if self.block else {}
         config = ModelConfig.preset(self.size, self.dense, z_loss_coef=0.0, balance_loss_coef=0.0, **overrides)
@@ -89,17 +89,17 @@ class Contender:
 
         return model, run, lambda: {name: torch.cat([p.grad for p in ps]).cpu() for name, ps in parameters.items()}
 
-    def check(self, row: Row, found: dict[str, Tensor], device: torch.device):
-        """Set the row's check: of the gradient whose error is the largest in comparison with what is allowed."""
+    def check(self, row: Row, gradients: dict[str, Tensor], device: torch.device):
+        """Set the row's check from the gradient with the largest ratio of error to allowed error."""
         same = replace(self, source="reference", compiled=False, checkpointing=True)
         truth, plain = (_gradients(replace(same, dtype=dtype), device) for dtype in (torch.float32, self.dtype))
 
         def errors(grads: dict[str, Tensor]) -> dict[str, float]:
             return {name: ((grads[name] - true).norm() / true.norm()).item() for name, true in truth.items()}
 
-        error, allowed = errors(found), {name: FACTOR * e + FLOOR[self.dtype] for name, e in errors(plain).items()}
+        error, allowed = errors(gradients), {name: FACTOR * e + FLOOR[self.dtype] for name, e in errors(plain).items()}
         worst = max(truth, key=lambda name: (not error[name] <= allowed[name], error[name] / allowed[name]))  # or NaN
-        row.check = f"gradient of {worst} (the worst) against the fp32 reference"
+        row.check = f"gradient of {worst} (worst) against the fp32 reference"
         row.error, row.allowed = error[worst], allowed[worst]
 
 
@@ -116,10 +116,10 @@ def _gradients(contender: Contender, device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceleron:
-    """A model whose weights bf16 represents, and whose routers read each token's ranks of the experts in its embedding.
+    """A model with bf16-representable weights whose routers rank the experts by leading embedding values.
 
-    By random routers, tokens near a tie have other experts in bf16 than in fp32. That changes gradients by up to 40 %,
-    so that no check could find a wrong one.
+    With random routers, tokens near a tie select other experts in bf16 than in fp32. That changes gradients by up to
+    40 % and hides wrong ones.
     """
     model, experts = Acceleron(config, compute_dtype=dtype), config.num_experts
     model.embedding[:, :experts] = 0.5 * torch.rand(config.vocab_size, experts).argsort(dim=1)
@@ -131,8 +131,8 @@ def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceler
 
 
 def transformers_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """transformers' GraniteMoeShared or, for a dense config, Llama; parameters in dtype."""
-    import transformers  # takes seconds
+    """transformers' GraniteMoeShared or, for a dense config, Llama, with parameters in `dtype`."""
+    import transformers  # slow to import
 
     fields = dict(
         vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers,
@@ -152,7 +152,7 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def load_weights(peer: nn.Module, model: Acceleron) -> dict[str, list[Tensor]]:
-    """Copy our weights into transformers' model of the same config. Returns its parameters by our names."""
+    """Copy our weights into the transformers model of the same config. Returns its parameters by our names."""
     theirs, found = dict(peer.named_parameters()), {}
     for name, weight in model.named_parameters():
         *layer, part = name.split(".", 2) if name.startswith("blocks.") else [name]
@@ -160,12 +160,12 @@ def load_weights(peer: nn.Module, model: Acceleron) -> dict[str, list[Tensor]]:
         found[name] = [theirs.pop(prefix + their_name) for their_name in THEIR_NAMES[part]]
         for parameter, rows in zip(found[name], weight.split([len(p) for p in found[name]]), strict=True):
             parameter.copy_(rows)
-    assert not theirs, f"parameters without weights: {[*theirs]}"
+    assert not theirs, f"uninitialized parameters: {[*theirs]}"
     return found
 
 
 def entry(contender: Contender, device: torch.device) -> Iterator:
-    """For `compete`."""
+    """An entry of `run_entries`."""
     shape = dict(batch_size=contender.batch_size, seq_len=contender.seq_len)
     row = contender.row("peers", "tokens/s", **shape)
     yield row
@@ -193,4 +193,4 @@ def main():
     contenders = [Contender(ours, *shape, dense=dense, compiled=compiled) for dense in (False, True)]
     contenders += [Contender("transformers", *shape, dense=dense) for dense in (False, True)]
     entries = [entry(contender, device) for contender in contenders]
-    compete(entries, arguments.rounds, Results(arguments.output, device), ours=2)
+    run_entries(entries, arguments.rounds, Results(arguments.output, device), ours=2)

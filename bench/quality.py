@@ -1,11 +1,11 @@
-"""Trains the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compares them.
+"""Train the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compare them.
 
-Both are tuned first, at half of the steps and with a separate seed. The final runs take the best rate of each: for
-every seed, both models on the whole budget and the MoE on smaller budgets, each with its full schedule. They give
-  - the difference of the validation losses at equal tokens, paired by seed, with its 95 % confidence interval;
-  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. The tokens come from a
-    line through the losses of a seed's MoE runs over log(tokens), the seconds per token from its longest run.
-Seconds are tokens over median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
+Tuning runs select each model's learning rate, with half of the steps and a separate seed. The final runs use it: for
+every seed, both models on the full token budget and the MoE on smaller ones, each with a complete schedule. Results:
+  - the difference in validation loss at equal tokens, paired by seed, with a 95 % confidence interval;
+  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. Per seed, the tokens come
+    from the MoE runs' losses, interpolated over log(tokens), and the seconds per token from the longest MoE run.
+Wall clock is tokens / median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
 """
 
 import math
@@ -34,7 +34,7 @@ from .command import parse
 from .corpus import write_corpus
 from .rows import Results, Row, progress, ranged, say
 
-# flags: train.py's. shares: the MoE's smaller budgets. lr: rates to tune with. at_once: runs, one core each if several.
+# flags: of train.py. shares: the MoE's smaller budgets. lr: learning rates to try. at_once: concurrent runs.
 PRESETS = {
     "cpu": dict(
         flags=dict(model_size="nano", vocab_size=2048, batch_size=4, seq_len=256, dtype="fp32", no_compile=True),
@@ -48,9 +48,9 @@ PRESETS = {
 
 
 def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[subprocess.Popen]):
-    """Train and score what the row's provider and case describe; set its values, check and details, or `failed`.
+    """Train and score the model of the row's provider and case. Sets values, check and details, or `failed`.
 
-    Appends the process that trains to `started`.
+    Appends the training process to `started`.
     """
     steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
     flags = plan.flags | {
@@ -67,8 +67,8 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[sub
         started.append(process)
         errors = process.stderr.read()
     if process.returncode:
-        said = errors.strip().rpartition("\n")[2] if process.returncode > 0 else ""  # a killed process says no reason
-        row.failed = said or f"exit status {process.returncode}"
+        reason = errors.strip().rpartition("\n")[2] if process.returncode > 0 else ""  # a killed process prints none
+        row.failed = reason or f"exit status {process.returncode}"
         return
     records = pd.read_json(f"{save_dir}/metrics.jsonl", lines=True)
     rate = records.tokens_per_second.median()
@@ -77,12 +77,12 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[sub
     loss, again = score(f"{save_dir}/checkpoint_{steps}.pt", data, plan)
     row.values, row.check = [loss], "train.py's val_loss against torch's cross_entropy on fp32 logits"
     row.error = float(abs(curve.val_loss.iloc[-1] / again - 1))
-    row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # the order of summation, or bf16 activations
+    row.allowed = 1e-4 if row.case["dtype"] == "fp32" else 5e-3  # summation order, or bf16 activations
 
 
 @torch.no_grad()
 def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
-    """Loss of all held-out text, and of the part of it on which train.py validates."""
+    """The loss on all held-out text, and on the part that train.py validates on."""
     contents, batch_size = load_checkpoint(checkpoint), plan.flags["batch_size"]
     model = Acceleron(contents["config"]).to(plan.device)
     assign_weights(model, contents, checkpoint, assign=False)
@@ -97,19 +97,19 @@ def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
 
 
 def final_runs(rows: list[Row]) -> list[pd.DataFrame]:
-    """The valid final runs of each command."""
-    final = [r for r in rows if r.benchmark == "quality" and r.case["purpose"] == "final" and not r.complaint()]
+    """The valid final runs, one frame per command."""
+    final = [r for r in rows if r.benchmark == "quality" and r.case["purpose"] == "final" and not r.problem()]
     lines = [row.about | row.case | row.details | {"model": row.provider, "loss": row.median} for row in final]
     return [runs for _, runs in pd.DataFrame(lines).groupby(["device", "size", "dtype", "date"])] if lines else []
 
 
 def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and 95 % confidence interval by Student's t: NaN if a value is, and the interval of a single value."""
+    """Mean and 95 % confidence interval (Student's t). NaN if a value is NaN; one value has a NaN interval."""
     return values.mean(skipna=False), *ttest_1samp(values, 0).confidence_interval()
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
-    """Tokens at which the line of losses (index: tokens, rising) over log(tokens) meets `loss`; NaN if far away."""
+    """Tokens to reach `loss`, interpolating losses (index: tokens) over log(tokens); NaN far outside their range."""
     if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
     found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))
@@ -117,7 +117,7 @@ def tokens_to_reach(loss: float, losses: pd.Series) -> float:
 
 
 def summary(runs: pd.DataFrame) -> dict[str, str]:
-    """The two comparisons of one command's final runs; NaN is unknown. Seeds that lack a model do not count."""
+    """The two comparisons of one command's final runs, NaN if unknown. Skips seeds that lack a model."""
     budget = runs.tokens.max()
     full = runs[runs.tokens == budget].pivot_table(["loss", "seconds"], "seed", "model")
     full = full.reindex(
@@ -133,7 +133,7 @@ def summary(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def run_all(plan: Namespace, data: str, results: Results, purpose: str, runs: list[tuple]) -> list[Row]:
-    """Train and score each (model, seed, lr, share of the budget). Returns the rows that did not fail."""
+    """Train and score each (model, seed, lr, share of the budget). Returns the rows that succeed."""
 
     def run(model: str, seed: int, lr: float, share: float) -> Row:
         tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
@@ -151,15 +151,15 @@ def run_all(plan: Namespace, data: str, results: Results, purpose: str, runs: li
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in started:
-            process.kill()  # nothing once it has ended
+            process.kill()  # no effect on a process that has exited
 
 
 def main():
     arguments = parse(__doc__)
     plan = Namespace(**PRESETS[arguments.device.type], **vars(arguments))
     results = Results(plan.output, plan.device)
-    ops.set_backend("reference", plan.device)  # for the scores, which check train.py's own
-    torch.set_num_threads(max(1, torch.get_num_threads() // plan.at_once))  # for each run, and the scores
+    ops.set_backend("reference", plan.device)  # the scores check those of train.py
+    torch.set_num_threads(max(1, torch.get_num_threads() // plan.at_once))  # per run, and for the scores
     with tempfile.TemporaryDirectory() as data:
         say("preparing the text")
         say(write_corpus(data, plan.flags["vocab_size"], plan.characters, packages=plan.device.type == "cuda"))
@@ -167,7 +167,7 @@ def main():
         tuned = run_all(plan, data, results, "tuning", runs)
         best = {row.provider: row.case["lr"] for row in sorted(tuned, key=lambda row: -row.median)}
         if len(best) < 2:
-            raise InputError("every tuning run of a model failed: see above")
+            raise InputError("every tuning run of a model failed: see the errors above")
         runs = [(model, seed, lr, 1) for seed in seeds for model, lr in best.items()]
         runs += [("MoE", seed, best["MoE"], share) for share in plan.shares for seed in seeds]
         rows = run_all(plan, data, results, "final", runs)

@@ -1,4 +1,4 @@
-"""report.md of a results directory, with plots beside it: what failed, the headline figures, then every valid row.
+"""Write report.md and its plots to a results directory: failures, headline figures, then every valid row.
 
 python -m bench report [DIR] [--compare OTHER]. With --compare the exit status is 1 if there is a regression.
 """
@@ -20,34 +20,34 @@ from acceleron.flags import Parser, nonempty
 from .quality import final_runs, summary
 from .rows import FILE, Row, default_directory, number, ranged, ratio, read, spread
 
-KEYS = ["benchmark", "provider", "case", "device", "switches"]  # rows of equal keys measure the same thing
+KEYS = ["benchmark", "provider", "case", "device", "switches"]  # rows with equal keys measure the same thing
 UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2**20), "FLOP/s": ("TFLOP/s", 1e12), "bytes/s": ("GB/s", 1e9)}
 HIDDEN = {"flops", "bytes", "flops_per_token", "peak_flops", "ceiling_flops", "ceiling_bytes", "val_tokens", "loss"}
-RANGES = "Ranges: p20 .. p80, or 95 % confidence over seeds. `relative`: to the line with 1 of the same rounds."
-# Two runs on one machine differ by more than the rounds of each. Smaller changes are not marked; a loss is steadier.
+RANGES = "Ranges: p20 .. p80, or 95 % confidence over seeds. `relative`: to the row with 1 in the same rounds."
+# Runs on one machine differ by more than their rounds do. Smaller relative changes are ignored; losses vary less.
 FLOOR, LOSS_FLOOR = 0.05, 0.005
 STYLE = {"svg.hashsalt": "0", "svg.fonttype": "none", "text.parse_math": False, "figure.constrained_layout.use": True}
 
 
 def escape(value: object) -> str:
-    """Text as a line of Markdown without markup; a float as `number` has it; nothing for NaN."""
+    """One line of escaped Markdown. `number` formats floats; NaN becomes an empty string."""
     if isinstance(value, float):
         return "" if value != value else number(value)
     return re.sub(r"([\\`*_|\[\]#~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def table(lines: list[dict] | pd.DataFrame) -> str:
-    """A Markdown table, or nothing if there are no lines."""
+    """A Markdown table, or an empty string if there are no lines."""
     frame = pd.DataFrame(lines)
     cells = [frame.columns, ["---"] * len(frame.columns), *frame.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in cells) if len(frame) else ""
 
 
 def latest(rows: list[Row]) -> pd.DataFrame:
-    """The last row by date for each of KEYS, and `why` it is no result: "FAILED: ...", "absent: ..." or nothing."""
+    """The latest row for each of KEYS. `why` is "FAILED: ...", "absent: ..." or, for a valid row, empty."""
     lines = []
     for row in rows:
-        why = ("absent: " if row.absent else "FAILED: ") + row.complaint() if row.complaint() else ""
+        why = ("absent: " if row.absent else "FAILED: ") + row.problem() if row.problem() else ""
         case = ", ".join(f"{name} {value}" for name, value in sorted(row.case.items()))
         about = (str(row.about.get(name, "")) for name in ("device", "switches", "date"))
         lines.append((row.benchmark, row.provider, case, *about, why, row))
@@ -56,7 +56,7 @@ def latest(rows: list[Row]) -> pd.DataFrame:
 
 
 def baseline(row: Row, rows: list[Row]) -> Row | None:
-    """The row that this one is relative to: the fastest dense row of its case and rounds, or else the first row."""
+    """The row to compare with, from the same case and rounds: the fastest dense row, or else the first row."""
     key = row.group, row.about.get("date"), row.case
     same = [r for r in rows if row.group and (r.group, r.about.get("date"), r.case) == key]
     if row.benchmark == "throughput":
@@ -65,11 +65,11 @@ def baseline(row: Row, rows: list[Row]) -> Row | None:
 
 
 def speed(rows: list[Row]) -> list[dict]:
-    """The MoE and the dense baseline of each size, where the dense baseline is fastest and routing is not balanced."""
+    """MoE and dense baseline of each size, in the mode with the fastest dense baseline; "balanced" is a fallback."""
     pairs = [(row, baseline(row, rows)) for row in rows if (row.benchmark, row.provider[:3]) == ("throughput", "MoE")]
     pairs = [(row.case["mode"] != "balanced", dense.median, row.median, row, dense) for row, dense in pairs if dense]
     best = {}
-    for *_, row, dense in sorted(pairs, key=lambda pair: pair[:3]):  # so that the best comes last
+    for *_, row, dense in sorted(pairs, key=lambda pair: pair[:3]):  # best last
         line = {"device": row.about.get("device")} | {name: row.case[name] for name in ("size", "dtype", "mode")}
         line |= {"MoE tokens/s": ranged(spread(row.values)), "dense tokens/s": ranged(spread(dense.values))}
         line |= {"MoE / dense": ranged(ratio(row, dense)), "MFU": row.details.get("mfu")}
@@ -78,7 +78,7 @@ def speed(rows: list[Row]) -> list[dict]:
 
 
 def section(rows: list[Row], sources: list[dict]) -> str:
-    """The table of a benchmark's rows."""
+    """A table of one benchmark's rows."""
     lines = []
     for row in rows:
         (unit, size), base = UNITS.get(row.unit, (row.unit, 1)), baseline(row, rows)
@@ -95,10 +95,10 @@ def section(rows: list[Row], sources: list[dict]) -> str:
 
 
 def changes(here: list[Row], there: list[Row]) -> list[dict]:
-    """Regressions and improvements since `there` beyond the spread of both. What fails now is a regression."""
+    """Regressions and improvements since `there` beyond the spread of both. A new failure is a regression."""
     both = latest(there).query("why == ''").merge(latest(here), on=KEYS, suffixes=("_before", ""))
     if both.empty:
-        raise InputError("--compare: no row has the benchmark, provider, case, device and switches of a row there")
+        raise InputError("--compare: no row here matches a row there in benchmark, provider, case, device and switches")
     lines = []
     for line in both.itertuples():
         mark, before, now = "regression" if line.why.startswith("FAILED") else "", "", line.why
@@ -113,15 +113,15 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
 
 
 def bars(rows: list[Row]) -> Figure:
-    """Tokens/s with p20 and p80, a panel for each size and device."""
+    """Bars of tokens/s with p20 and p80, one panel per size and device."""
     frame = pd.DataFrame([row.case | row.about | {"row": row} for row in rows])
     panels = list(frame.groupby(["size", "device"], sort=False).row)
     figure = Figure(figsize=(9, 0.25 * len(frame) + len(panels)))
     for axis, (panel, part) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
         names = [", ".join(map(str, (r.provider, *r.case.values(), *r.about.get("switches", ())))) for r in part]
         middle, low, high = np.transpose([spread(row.values) for row in part])
-        colours = ["#0072b2" if row.provider.startswith("MoE") else "#e69f00" for row in part]
-        axis.barh(names, middle, xerr=[middle - low, high - middle], color=colours)
+        colors = ["#0072b2" if row.provider.startswith("MoE") else "#e69f00" for row in part]
+        axis.barh(names, middle, xerr=[middle - low, high - middle], color=colors)
         axis.set(title=", ".join(panel), xlabel="tokens/s")
         axis.invert_yaxis()
     return figure
@@ -147,14 +147,14 @@ def losses(commands: list[pd.DataFrame]) -> Figure:
 
 
 def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> str:
-    """The text of report.md. Writes the plots that it shows to `output`."""
+    """The text of report.md. Writes its plots to `output`."""
     frame = latest(rows)
     missing = frame[frame.why != ""].groupby(["why", "benchmark", "provider"], as_index=False).case.agg("; ".join)
     failed, absent = (table(missing[missing.why.str.startswith(start)]) for start in ("FAILED", "absent"))
     valid = list(frame.row[frame.why == ""])
     sources = list({str(row.about): row.about for row in valid}.values())
     blocks = [f"# Benchmarks on {escape('; '.join(filter(None, frame.device.unique())))}", failed or "No row failed."]
-    blocks += [table(speed(valid)) or "Tokens/s of the MoE and its dense baseline were not measured."]
+    blocks += [table(speed(valid)) or "No MoE was measured together with its dense baseline."]
     trained, runs = [row for row in valid if row.benchmark == "throughput"], final_runs(valid)
     blocks += [table([summary(each) for each in runs]), RANGES]
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
@@ -164,7 +164,7 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
             figure.savefig(output / f"{name}.svg", metadata={"Date": None})
             blocks.append(f"![{name}]({name}.svg)")
     if changed is not None:
-        blocks += ["## Changes", table(changed) or "None beyond the spread of both."]
+        blocks += ["## Changes", table(changed) or "No change exceeds the spread of both."]
     for name in dict.fromkeys(row.benchmark for row in valid):
         blocks += [f"## {escape(name)}", section([row for row in valid if row.benchmark == name], sources)]
     blocks += ["## Absent", absent] if absent else []
@@ -175,7 +175,7 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", type=nonempty, metavar="DIR", help="default: the newest results")
-    parser.add_argument("--compare", type=nonempty, metavar="OTHER", help="earlier results, to mark what changed")
+    parser.add_argument("--compare", type=nonempty, metavar="OTHER", help="earlier results to compare with")
     given = parser.parse_args()
     newest = max(default_directory().glob(f"*/{FILE}"), default=default_directory() / FILE).parent
     directory = Path(given.directory or newest)

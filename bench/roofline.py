@@ -1,12 +1,12 @@
-"""A training step's time on an H100 or H200, as a lower bound and as a prediction. No GPU is needed.
+"""Lower bound and prediction of a training step's time on an H100 or H200, without a GPU.
 
-The steps of the MoE and of its dense baseline are traced (bench/trace.py). A table lists their launches by kind:
-  bound ms      the larger of each launch's time for its FLOPs and its bytes, at the card's ceilings
-  gap ms        the part of the bound above the FLOPs' time, which no faster kernel can save
-  predicted ms  the time at rates measured in training steps on an H200, and 3 us at least
-The FLOP floor is the time of the active parameters' FLOPs, as train.py's MFU counts them. Launches are assumed to run
-one after another without a pause. The kernel that limits the MoE is the MoE-only kernel whose predicted time most
-exceeds its bound. bench/LOG.md, 2026-11-26, compares predictions with measured steps.
+bench/trace.py traces a step of the MoE and of its dense baseline. A table lists the launches by kind:
+  bound ms      per launch, the larger of its FLOPs and its bytes divided by the GPU's measured ceilings
+  gap ms        the part of the bound above the FLOP time: memory traffic that no faster kernel avoids
+  predicted ms  the time at rates measured in training steps on an H200, at least 3 us per launch
+The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
+limiting kernel is the MoE-only kernel whose predicted time exceeds its bound the most. bench/LOG.md, 2026-11-26,
+compares predictions with measurements.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import pandas as pd
 
 from acceleron.flags import Parser
 
-from .compile import SIZES, refuse_interpreter
+from .compile import SIZES, reject_interpreter
 from .shapes import batch_shape
 from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
 
-# FLOP/s of a cuBLAS GEMM of 8192 cubed in bf16, and bytes/s of a copy, both measured.
+# Measured FLOP/s of an 8192^3 bf16 cuBLAS GEMM, and bytes/s of a copy.
 CEILINGS = {"h100": (798e12, 3.0e12), "h200": (796e12, 4.23e12)}
-USABLE_GIB = 79  # of an H100
-# The prediction's rates, from profiles of training steps on an H200 (bench/LOG.md, 2026-11-26): of cuBLAS's GEMMs, our
-# grouped GEMMs, and attention forward and backward, by the width of the tile that cuDNN pads a head to.
+USABLE_GIB = 79  # of an H100's memory
+# Rates in profiled training steps on an H200 (bench/LOG.md, 2026-11-26): cuBLAS GEMMs, our grouped GEMMs, and attention
+# (forward, backward) by the tile width that cuDNN pads head_dim to.
 GEMM_RATE = 670e12
 GROUPED_RATES = {
     "_up_kernel": dict(zip(SIZES, (510e12, 584e12, 593e12, 620e12), strict=True)),
@@ -32,20 +32,20 @@ GROUPED_RATES = {
     "_weight_grad_kernel": dict(zip(SIZES, (716e12, 576e12, 624e12, 649e12), strict=True)),
 }
 ATTENTION_RATES = {64: (385e12, 335e12), 128: (470e12, 413e12)}
-# Of the ceiling, of kernels that wait for memory; and the least time between the starts of two launches.
-MOVED_SHARE, LEAST_SECONDS = 0.95, 3e-6
-SHOWN = 0.005  # the share of the time from which on a kind has a line of its own
+# The share of the bandwidth ceiling that memory-bound kernels reach, and the minimum seconds per launch.
+BANDWIDTH_SHARE, MIN_SECONDS = 0.95, 3e-6
+MIN_SHARE = 0.005  # kinds with less of the predicted time share one line
 
 
 def bound(launch: Launch, gpu: str) -> float:
-    """Seconds."""
+    """The lower bound of a launch's time, in seconds."""
     flops_per_second, bytes_per_second = CEILINGS[gpu]
-    return max(launch.flops / flops_per_second, launch.moved / bytes_per_second)
+    return max(launch.flops / flops_per_second, launch.bytes_moved / bytes_per_second)
 
 
 def predicted(launch: Launch, size: str, gpu: str) -> float:
-    """Seconds."""
-    rate, bytes_per_second = CEILINGS[gpu]  # the rate of a kernel of few FLOPs, which its bytes bound
+    """The predicted time of a launch, in seconds."""
+    rate, bytes_per_second = CEILINGS[gpu]  # other kernels are memory-bound, so their FLOP rate does not matter
     if launch.name in GROUPED_RATES:
         rate = GROUPED_RATES[launch.name][size]
     elif launch.head_dim:
@@ -53,18 +53,18 @@ def predicted(launch: Launch, size: str, gpu: str) -> float:
         rate = ATTENTION_RATES[tile][launch.name == "attention backward"] * launch.head_dim / tile
     elif launch.name in LIBRARY_GEMMS:
         rate = GEMM_RATE
-    return max(launch.flops / rate, launch.moved / (MOVED_SHARE * bytes_per_second), LEAST_SECONDS)
+    return max(launch.flops / rate, launch.bytes_moved / (BANDWIDTH_SHARE * bytes_per_second), MIN_SECONDS)
 
 
 def by_kind(launches: list[Launch], size: str, gpu: str) -> pd.DataFrame:
-    """The table that the module's docstring describes, by predicted time; small kinds together; last all launches."""
-    found = pd.DataFrame(launches)
-    table = pd.DataFrame({"name": found.name, "launches": 1, "GFLOP": found.flops / 1e9, "MB": found.moved / 1e6})
+    """The module docstring's table, sorted by predicted time. Small kinds share a row; the last row is the total."""
+    frame = pd.DataFrame(launches)
+    table = pd.DataFrame({"name": frame.name, "launches": 1, "GFLOP": frame.flops / 1e9, "MB": frame.bytes_moved / 1e6})
     table["bound ms"] = [1e3 * bound(launch, gpu) for launch in launches]
-    table["gap ms"] = table["bound ms"] - 1e3 * (found.flops / CEILINGS[gpu][0])
+    table["gap ms"] = table["bound ms"] - 1e3 * (frame.flops / CEILINGS[gpu][0])
     table["predicted ms"] = [1e3 * predicted(launch, size, gpu) for launch in launches]
     seconds = table.groupby("name")["predicted ms"].transform("sum")
-    small = seconds < SHOWN * table["predicted ms"].sum()
+    small = seconds < MIN_SHARE * table["predicted ms"].sum()
     table.loc[small, "name"] = f"{table.name[small].nunique()} other kinds"
     table = table.groupby("name").sum().sort_values("predicted ms", ascending=False)
     table.loc["all"] = table.sum()
@@ -72,7 +72,7 @@ def by_kind(launches: list[Launch], size: str, gpu: str) -> pd.DataFrame:
 
 
 def limiting_kernel(moe: Step, dense: Step, size: str, gpu: str) -> tuple[str, float]:
-    """The MoE-only kernel whose predicted time most exceeds its bound, and by how many seconds."""
+    """The MoE-only kernel whose predicted time exceeds its bound the most, and the excess in seconds."""
     excess, common = Counter(), {launch.name for launch in dense.launches}
     for launch in moe.launches:
         if launch.name not in common:
@@ -81,7 +81,7 @@ def limiting_kernel(moe: Step, dense: Step, size: str, gpu: str) -> tuple[str, f
 
 
 def totals(size: str, gpu: str, moe: Step, dense: Step) -> pd.DataFrame:
-    """Floors, bounds and predictions of the MoE and of its dense baseline."""
+    """FLOP floors, bounds and predictions for the MoE and its dense baseline."""
     steps = {"MoE": moe, "dense baseline": dense}
     floor = {name: step.model_flops / CEILINGS[gpu][0] for name, step in steps.items()}
     times = {"FLOP floor": floor, "bound": {}, "predicted": {}}
@@ -93,8 +93,8 @@ def totals(size: str, gpu: str, moe: Step, dense: Step) -> pd.DataFrame:
         rows[f"{kind}, ms"] = {name: 1e3 * x for name, x in seconds.items()}
         rows[f"{kind}, tokens/s"] = {name: steps[name].tokens / x for name, x in seconds.items()}
         if kind != "FLOP floor":
-            rows[f"{kind}, the FLOP floor's share"] = {name: floor[name] / x for name, x in seconds.items()}
-            rows[f"{kind}, tokens/s MoE / dense"] = {"MoE": seconds["dense baseline"] / seconds["MoE"]}
+            rows[f"FLOP floor / {kind}"] = {name: floor[name] / x for name, x in seconds.items()}
+            rows[f"{kind}, MoE / dense tokens/s"] = {"MoE": seconds["dense baseline"] / seconds["MoE"]}
     rows[f"peak memory, GiB of {USABLE_GIB}"] = {name: step.peak_bytes / 2**30 for name, step in steps.items()}
     return pd.DataFrame(rows).T
 
@@ -104,10 +104,10 @@ def main():
     parser.add_argument("--model_size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--gpu", choices=CEILINGS, default="h100")
     for name in ("batch_size", "grad_accum", "seq_len"):
-        parser.add_argument(f"--{name}", type=int, help="default: as in bench throughput on a GPU")
+        parser.add_argument(f"--{name}", type=int, help="default: that of bench throughput on a GPU")
     arguments = parser.parse_args()
     shapes = {size: batch_shape(size, True, arguments) for size in arguments.model_size}
-    refuse_interpreter()
+    reject_interpreter()
     for size, (batch_size, accum, seq_len) in shapes.items():
         steps = []
         for model in ("MoE", "dense baseline"):

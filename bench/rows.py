@@ -1,6 +1,6 @@
 """Benchmark results: one row type for every command, appended as JSON lines to DIR/results.jsonl.
 
-A row is a result only if it passed a correctness check in the run that measured it. What failed is a row as well.
+A row is valid only if it passes a correctness check in the run that measures it. Failures are rows, too.
 """
 
 import json
@@ -24,63 +24,63 @@ from tqdm import tqdm
 from acceleron.errors import InputError, file_error, path_error
 
 FILE = "results.jsonl"
-# Packages that a figure can depend on, and environment variables that change which kernels run.
+# Packages that affect results, and environment variables that change which kernels run.
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "moe-ops", "cut-cross-entropy", "flash-attn")
 SWITCHES = ("ACCELERON_NO_TMA", "ACCELERON_REFERENCE_OPS", "ACCELERON_TUNED")
 
 
 @dataclass
 class Row:
-    """One measurement. Rows of equal benchmark and case are comparable."""
+    """One measurement. Rows with equal benchmark and case are comparable."""
 
     benchmark: str  # the command
     provider: str  # the implementation measured
-    case: dict = field(default_factory=dict)  # what was measured, as flat JSON values
+    case: dict = field(default_factory=dict)  # the measured configuration, as flat JSON values
     unit: str = ""
     values: list[float] = field(default_factory=list)  # one per round, in `unit`
-    group: str = ""  # rows of one command and group were measured in the same interleaved rounds
-    check: str = ""  # what was compared with what
+    group: str = ""  # rows of one command and group share interleaved rounds
+    check: str = ""  # what the check compares
     error: float | None = None
     allowed: float | None = None  # the largest error that passes
-    details: dict = field(default_factory=dict)  # further figures
+    details: dict = field(default_factory=dict)  # further values
     failed: str = ""
     absent: str = ""
-    about: dict = field(default_factory=dict)  # where it comes from; `Results.write` fills it in
+    about: dict = field(default_factory=dict)  # command, date, commit, device, versions; set by `Results.write`
 
     @property
     def median(self) -> float:
         return spread(self.values)[0]
 
-    def complaint(self) -> str:
-        """Why this row is no result: it failed, is absent, or has not passed a check. Empty if it is one."""
+    def problem(self) -> str:
+        """Why the row is not valid: it failed, is absent, or did not pass its check. Empty if it is valid."""
         if self.failed or self.absent:
             return self.failed or self.absent
         if not self.check or self.error is None or self.allowed is None:
             return "no correctness check"
-        if not self.error <= self.allowed:  # so that NaN fails
-            return f"wrong: {self.check}: error {self.error:.3g}, where {self.allowed:.3g} is allowed"
+        if not self.error <= self.allowed:  # NaN fails
+            return f"wrong: {self.check}: error {self.error:.3g}, allowed {self.allowed:.3g}"
         if not all(math.isfinite(value) for value in self.values):
             return f"not finite: {self.values}"
         return ""
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile, interpolated between values."""
+    """Median, 20th and 80th percentile, with linear interpolation."""
     return tuple(float(value) for value in np.percentile(values, [50, 20, 80]))
 
 
 def ratio(row: Row, other: Row) -> tuple[float, float, float]:
-    """Median, p20 and p80 of row / other taken round by round, which cancels what slows a whole round."""
+    """Median, p20 and p80 of row / other, round by round, which cancels a slowdown of both."""
     return spread([a / b for a, b in zip(row.values, other.values, strict=True)])
 
 
 def number(value: float) -> str:
-    """With four digits, or all before the point."""
+    """A number with four significant digits, or as an integer from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def ranged(values: tuple[float, float, float], size: float = 1) -> str:
-    """The middle (low .. high), in units of `size`."""
+    """Format (middle, low, high) as "middle (low .. high)", in units of `size`."""
     middle, low, high = (number(value / size) for value in values)
     return middle if low == high else f"{middle} ({low} .. {high})"
 
@@ -96,25 +96,23 @@ def device_name(device: torch.device) -> str:
 
 
 def default_directory() -> Path:
-    """Where results go unless --output names a directory: outside the checkout."""
+    """The parent directory of results without --output. It is outside the checkout."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acceleron" / "bench"
 
 
 class Results:
-    """Appends rows to <directory>/results.jsonl, each as soon as it exists.
+    """Appends rows to <directory>/results.jsonl.
 
-    Without a directory, it is <default_directory()>/<date>-<device>. Raises InputError if it cannot be written,
-    RunFailed for a full disk.
+    The default directory is <default_directory()>/<date>-<device>. Raises InputError if the file cannot be written, and
+    RunFailed if the disk is full.
     """
 
     def __init__(self, directory: str | None, device: torch.device):
         name, date = device_name(device), datetime.now(UTC).isoformat(timespec="seconds")
         command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(["python", *sys.orig_argv[1:]]))
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --exclude='*' --dirty=+ 2>/dev/null"
-        commit = subprocess.getoutput(
-            f"{git} || echo ${{ACCELERON_COMMIT:-unknown}}"
-        )  # with a + if tracked files differ from it
-        installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
+        commit = subprocess.getoutput(f"{git} || echo ${{ACCELERON_COMMIT:-unknown}}")  # "+": with local changes
+        installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
         versions = [f"python {platform.python_version()}", *(f"{p} {installed[p]}" for p in PACKAGES if p in installed)]
         self.about = dict(command=command, date=date, commit=commit, device=name, versions=", ".join(versions))
         if switches := {switch: os.environ[switch] for switch in SWITCHES if os.environ.get(switch)}:
@@ -125,16 +123,16 @@ class Results:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             text = self.path.read_bytes() if self.path.exists() else b""
-            with self.path.open("a") as file:  # a line that was not finished goes
+            with self.path.open("a") as file:  # drop a partial last line
                 file.truncate(text.rfind(b"\n") + 1)
         except OSError as error:
             raise file_error(f"--output {self.directory}: cannot be written", error) from error
 
     def write(self, row: Row) -> bool:
-        """Append the row. Returns True unless it failed; a row that did not pass its check loses its figures."""
-        if not row.absent and row.complaint():
-            unchecked = {"unchecked_values": row.values} if row.values else {}  # for a person, never for a report
-            row.failed, row.values, row.details = row.complaint(), [], row.details | unchecked
+        """Append the row. Returns False if it failed. A row that fails its check keeps no `values`."""
+        if not row.absent and row.problem():
+            unchecked = {"unchecked_values": row.values} if row.values else {}  # for debugging; reports ignore them
+            row.failed, row.values, row.details = row.problem(), [], row.details | unchecked
         row.about = self.about
         fields = {name: value for name, value in asdict(row).items() if value not in ("", [], {}, None)}
         if row.values:
@@ -145,22 +143,22 @@ class Results:
 
 
 def read(directory: Path, what: str = "DIR") -> list[Row]:
-    """The rows of a directory. Raises InputError if there are none, or a line is not a row.
+    """Read the rows of a directory. Skips a partial last line, which a killed process leaves.
 
-    A last line that was not finished, as its process was killed, is skipped. what: the flag that names the directory.
+    what: the directory's flag, for error messages. Raises InputError if a line is not a row, or there are no rows.
     """
     path, rows = directory / FILE, []
     if not directory.is_dir():
         raise path_error(what, directory, "directory")
     if not path.is_file():
-        raise InputError(f"{what} {directory} has no {FILE}: name a directory that a benchmark wrote to")
+        raise InputError(f"{what} {directory} has no {FILE}: name the --output directory of a benchmark")
     try:
         for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             fields = json.loads(line)
             if not isinstance(fields, dict):
                 raise TypeError("not an object")
             row = Row(**{name: fields[name] for name in fields if name in Row.__dataclass_fields__})
-            row.complaint()  # raises TypeError if error, allowed or values are not numbers
+            row.problem()  # raises TypeError if error, allowed or values are not numbers
             if not all(isinstance(value, dict) for value in (row.case, row.details, row.about)):
                 raise TypeError("case, details and about must be objects")
             rows.append(row)
@@ -172,22 +170,22 @@ def read(directory: Path, what: str = "DIR") -> list[Row]:
 
 
 TERMINAL = bool(sys.stderr and sys.stderr.isatty())
-# A bar with an ETA: on a terminal at once, elsewhere a line at most every five seconds.
+# A progress bar with an ETA. Without a terminal it prints a line at most every five seconds.
 progress = partial(tqdm, dynamic_ncols=True, mininterval=0.1 if TERMINAL else 5.0)
-say = tqdm.write if TERMINAL else partial(print, flush=True)  # a line, above the bar
+say = tqdm.write if TERMINAL else partial(print, flush=True)  # prints a line above the bar
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one short line."""
+    """Format an exception as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def print_rows(rows: list[Row], baseline: str = ""):
-    """A line per written row: median (p20 .. p80) or the complaint; and the ratio to the baseline provider."""
+    """Print a line per written row: median (p20 .. p80) and the ratio to the baseline provider, or the problem."""
     width = max(len(row.provider) for row in rows)
     bases = {row.group: row for row in rows if row.provider == baseline and row.values}
     for row in rows:
-        text = row.complaint() or f"passed: error {row.error:.2g} of {row.allowed:.2g} allowed"
+        text = row.problem() or f"passed: error {row.error:.2g}, allowed {row.allowed:.2g}"
         if row.values:
             base = bases.get(row.group, row)
             text = f"{ranged(spread(row.values))} {row.unit}"

@@ -1,4 +1,4 @@
-"""The batches that the benchmarks train."""
+"""Batch shapes of the training benchmarks."""
 
 import argparse
 
@@ -7,25 +7,25 @@ from acceleron.errors import InputError
 
 NANO_VOCAB = 2048
 SEQ_LEN = 2048
-# Sequences per micro-batch on a GPU: 128, or as many as an H100 holds by `python -m bench roofline`. Of its 79 GiB at
-# most 70 are for the peak of one contender and the state of the other, which waits there for its round (12 bytes per
-# parameter, 22 GiB of large's MoE). The peaks are 63, 60, 47 and 66 GiB from tiny to large; 128 sequences of small
-# would take 113, 32 of medium 77, 16 of large 73.
+# Sequences per micro-batch on a GPU: 128, or as many as fit on an H100 by `python -m bench roofline`. The budget is 70
+# of 79 GiB, for one contender's peak and the other's resident state (12 bytes per parameter, 22 GiB for large's MoE).
+# The peaks are 63, 60, 47 and 66 GiB from tiny to large; 128 sequences of small would take 113, 32 of medium 77, 16 of
+# large 73.
 MICRO_BATCH = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}
-STEP_SEQUENCES = 128  # per optimizer step on a GPU: 262,144 tokens, as many as the predecessor's command
+STEP_SEQUENCES = 128  # per optimizer step on a GPU: 262,144 tokens, like the predecessor's command
 CPU_BATCH, CPU_SEQ_LEN = {"nano": 8, "tiny": 4, "small": 2, "medium": 1, "large": 1}, 512
 
 
 def batch_shape(size: str, on_gpu: bool, arguments: argparse.Namespace) -> tuple[int, int, int]:
-    """Sequences per micro-batch, micro-batches per step, tokens per sequence: the flags', or by size and device.
+    """Returns (batch_size, grad_accum, seq_len) from the flags, or defaults by size and device.
 
-    Raises InputError for a flag that no training can have.
+    Raises InputError for an invalid flag.
     """
     for name in ("batch_size", "grad_accum", "seq_len"):
         value = getattr(arguments, name)
         if value is not None and (value < 1 or (name == "seq_len" and (value < 2 or ROW_LENGTH % value))):
-            wanted = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
-            raise InputError(f"--{name} {value}: expected {wanted}")
+            expected = f"a divisor of {ROW_LENGTH} above 1" if name == "seq_len" else "at least 1"
+            raise InputError(f"--{name} {value}: expected {expected}")
     batch_size = arguments.batch_size or (MICRO_BATCH if on_gpu else CPU_BATCH)[size]
     grad_accum = arguments.grad_accum or (max(1, STEP_SEQUENCES // batch_size) if on_gpu else 1)
     return batch_size, grad_accum, arguments.seq_len or (SEQ_LEN if on_gpu else CPU_SEQ_LEN)

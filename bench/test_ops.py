@@ -1,7 +1,7 @@
-"""pytest bench: the ops of `python -m bench ops` under pytest-benchmark, none without a passed check.
+"""pytest bench: the ops of `python -m bench ops` under pytest-benchmark. An op must pass its check to be timed.
 
-The sizes are tiny on a GPU and nano on a CPU. `-k swiglu` selects an op. The providers follow one another here;
-`python -m bench ops` interleaves them, and times device events on a GPU.
+The size is tiny on a GPU and nano on a CPU. `-k swiglu` selects an op. Providers run one after another here; `python -m
+bench ops` interleaves them, and on a GPU times them with device events.
 """
 
 import time
@@ -13,7 +13,7 @@ from acceleron.device import resolve_device, resolve_dtype
 
 from .op_cases import OPS
 from .op_peers import providers
-from .ops import BOTH, FORWARD, TOKENS, Settings, bind, check, prepare
+from .ops import BOTH, FORWARD, TOKENS, Settings, check, prepare, warm_calls
 
 DEVICE = resolve_device("auto")
 SIZE = "tiny" if DEVICE.type == "cuda" else "nano"
@@ -28,7 +28,7 @@ TESTS = [
 
 
 def clock() -> float:
-    """Seconds, once the GPU has finished what was launched."""
+    """Wall-clock seconds, after the GPU is idle."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -42,4 +42,4 @@ def test_op(benchmark, number, step, provider):
     assert error <= allowed, what
     benchmark.group = f"{case.op}, {case.shape}, {step}"
     benchmark.extra_info |= {"check": what, "error": error, "allowed": allowed}
-    benchmark(bind(case, providers[provider], inputs, truth.output_grads)[step])
+    benchmark(warm_calls(case, providers[provider], inputs, truth.output_grads)[step])

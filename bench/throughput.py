@@ -1,23 +1,24 @@
-"""Training tokens/s of train.py's own loop, optimizer and data loader included: the MoE and its dense baseline.
+"""Training tokens/s of the MoE and its dense baseline in train.py's own loop, with optimizer and data loader.
 
-Each contender is a process that runs `train()` and pauses between interleaved rounds, so that what slows the machine
-slows all of them, and ratios are taken round by round. Before it trains, it checks loss and gradients of its model, in
-its mode, against the fp32 reference (acceleron/self_check.py).
+Each contender is a process that runs `train()` and pauses between interleaved rounds. Ratios are taken round by round,
+which cancels slowdowns of the machine. Before training, a contender checks the loss and gradients of its model, in its
+mode, against the fp32 reference (acceleron/self_check.py).
 
 Modes: compiled (all activations kept), eager, checkpointed (compiled), balanced (--debug_force_load_balance),
-deterministic, and predecessor (batch 32, accumulation 4, compiled, checkpointed: the predecessor's own command). The
-text is the source of Python's library. MFU counts the FLOPs of the active parameters, recomputation excluded.
---seconds: of training per round; --limit: most seconds of a start; --profile: add each kernel's time to the MoE's rows.
-The exit status is 1 if anything failed.
+deterministic, and predecessor (batch 32, accumulation 4, compiled, checkpointed, as in the predecessor's command). The
+text is the source of Python's standard library. MFU counts the FLOPs of the active parameters without recomputation.
+--seconds: training time per round. --limit: time limit for starting. --profile: add kernel times to the MoE's rows.
+The exit status is 1 if anything fails.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -52,24 +53,23 @@ MODES = {
     "deterministic": dict(no_gradient_checkpointing=True, deterministic=True),
     "predecessor": dict(batch_size=32, grad_accum=4),
 }
-BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # unless asked for others
-GPU_MODES = ("deterministic", "predecessor")  # on a CPU only if asked for
+BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # the default of --kernels
+GPU_MODES = ("deterministic", "predecessor")  # skipped on a CPU unless --mode names them
 CORPUS_CHARACTERS = 4_000_000
 NEVER = 1 << 30
 
 
 def serve(connection, options: TrainOptions):
-    """A contender's process: the check, then train.py's loop, which pauses before each step that no round has asked
-    for."""
+    """The worker of a contender: runs the check, then train.py's loop, which pauses between rounds."""
     device, step, left = torch.device(options.device), Run.step, 1
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides; the loop would save a checkpoint
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them; the loop would save
         signal.signal(number, signal.SIG_IGN)
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS's first GEMM, which the check has
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS's first GEMM, in the check
     connection.recv()
     compiler = devices.missing_compiler(device)
     if not options.no_compile and compiler:
-        raise RuntimeError(f"torch.compile needs the compiler {compiler}, which is not installed")
+        raise RuntimeError(f"torch.compile needs {compiler}: install it, or use --mode eager")
     config, dtype = model_config(options, None), devices.resolve_dtype(options.dtype, device)
     shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
     mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
@@ -79,32 +79,32 @@ def serve(connection, options: TrainOptions):
     devices.reset_peak_memory(device)
     connection.send(check)
     connection.recv()
-    answer, began = {}, time.perf_counter()
+    answer, start = {}, time.perf_counter()
 
     def build(*args, **kwargs) -> Acceleron:
-        with device:  # billions of weights take a GPU no time
+        with device:  # initializing large models is fast on a GPU
             return Acceleron(*args, **kwargs)
 
     def pause(run: Run) -> int:
-        """Send the round's seconds, answer questions, and return the number of steps of the next round."""
-        nonlocal answer, began
+        """Send the round's seconds, answer requests, and return the number of steps in the next round."""
+        nonlocal answer, start
         synchronize(device)
-        answer |= {"seconds": time.perf_counter() - began}
+        answer |= {"seconds": time.perf_counter() - start}
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the memory is the next contender's
+            torch.cuda.empty_cache()  # free the memory for the next contender
         while True:
             try:
                 connection.send(answer)
                 message = connection.recv()
             except (EOFError, ConnectionError):
-                sys.exit()  # not an error, after which the loop would save a checkpoint
+                sys.exit()  # after an exception, the loop would save a checkpoint
             if isinstance(message, int):
                 break
-            answer = figures(run) if message == "figures" else profiled(lambda: step(run, 0.0), device)
+            answer = metrics(run) if message == "metrics" else profile_step(lambda: step(run, 0.0), device)
         if device.type == "cuda":
-            step(run, run.optimizer.param_groups[0]["lr"])  # refills the allocator's cache, untimed
+            step(run, run.optimizer.param_groups[0]["lr"])  # untimed: refills the allocator's cache
         synchronize(device)
-        answer, began = {}, time.perf_counter()
+        answer, start = {}, time.perf_counter()
         return message
 
     def paused_step(run: Run, lr: float):
@@ -114,7 +114,7 @@ def serve(connection, options: TrainOptions):
             step(run, lr)
         except Exception as error:
             connection.send(Failure(describe(error)))
-            sys.exit()  # the loop would save a checkpoint first
+            sys.exit()
         left -= 1
 
     with (
@@ -127,17 +127,17 @@ def serve(connection, options: TrainOptions):
         train(options)
 
 
-def figures(run: Run) -> dict:
-    """What a contender knows after its rounds."""
+def metrics(run: Run) -> dict:
+    """A contender's metrics after its rounds."""
     flops = flops_per_token(run.model.config, run.model.num_parameters()[1], run.options.seq_len)
-    found = {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops}
+    values = {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops}
     statistics = run.read_statistics() if run.unread_steps else {}
     names = ("loss", "expert_least_share", "expert_most_share")
-    return found | {name: statistics[name] for name in names if name in statistics}
+    return values | {name: statistics[name] for name in names if name in statistics}
 
 
-def profiled(step, device: torch.device) -> list[dict]:
-    """The kernels of one step that take longest (on a CPU: ops), with their calls and seconds."""
+def profile_step(step: Callable, device: torch.device) -> list[dict]:
+    """The 40 most expensive kernels of a step (on a CPU: ops), with their calls and seconds."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         step()
@@ -148,7 +148,7 @@ def profiled(step, device: torch.device) -> list[dict]:
 
 
 class Contender:
-    """The parent's side of one training process. `row` gets its figures, or `failed`."""
+    """The parent's side of a training process. `row` collects its measurements, or `failed`."""
 
     def __init__(self, options: TrainOptions, mode: str, limit: float):
         self.options, self.limit, self.step_seconds = options, limit, 0.0
@@ -159,7 +159,7 @@ class Contender:
         self.worker = Worker(serve, options)
 
     def ask(self, message, limit: float):
-        """The answer, or None once this contender has failed."""
+        """Returns the worker's answer, or None once this contender has failed."""
         try:
             return None if self.row.failed else self.worker.ask(message, limit)
         except Failure as failure:
@@ -167,42 +167,41 @@ class Contender:
             return None
 
     def check(self):
-        """Check the model's loss and gradients, which compiles its kernels."""
+        """Check the model's loss and gradients. This compiles its kernels."""
         if checked := self.ask("check", self.limit):
             name, self.row.error, self.row.allowed = checked
             self.row.check = f"{name} against the fp32 reference"
 
-    def begin(self, with_profile: bool):
-        """Build, train two steps, and profile a third."""
+    def start(self, with_profile: bool):
+        """Build the model, train two steps, and optionally profile a third."""
         row = self.row
-        if started := self.ask("begin", self.limit):
+        if started := self.ask("start", self.limit):
             row.details["start_seconds"] = started["seconds"]
-        if one := self.ask(1, self.limit):
-            self.step_seconds = one["seconds"]
+        if step := self.ask(1, self.limit):
+            self.step_seconds = step["seconds"]
         if with_profile and not row.failed:
             try:
                 row.details["profile"] = self.worker.ask("profile", self.limit)
-            except Failure as failure:  # the rounds still count, if the process has survived
+            except Failure as failure:  # the rounds can go on if the process is alive
                 row.details["profile_failed"] = str(failure)
 
     def round(self, seconds: float):
-        """Train for about this long, in whole steps, and note the tokens/s."""
+        """Train whole steps for about `seconds` and record the tokens/s."""
         steps = max(1, round(seconds / self.step_seconds)) if self.step_seconds else 1
         if answer := self.ask(steps, 60 + 10 * steps * self.step_seconds):
             self.row.values.append(steps * self.options.tokens_per_step / answer["seconds"])
 
     def finish(self, peak: float):
-        if found := self.ask("figures", self.limit):
-            self.row.details |= found | {"mfu": self.row.median * found["flops_per_token"] / peak, "peak_flops": peak}
+        if answer := self.ask("metrics", self.limit):
+            mfu = self.row.median * answer["flops_per_token"] / peak
+            self.row.details |= answer | {"mfu": mfu, "peak_flops": peak}
         self.worker.close()
 
 
-def contenders(
-    size: str, mode: str, directory: str, arguments: argparse.Namespace, stack: ExitStack
-) -> list[Contender]:
-    """The MoE and the dense baseline by each of the kernel backends asked for, on the corpus in <directory>/data.
+def contenders(size: str, mode: str, directory: str, arguments: Namespace, stack: ExitStack) -> list[Contender]:
+    """The MoE and the dense baseline on each selected kernel backend, with the corpus in <directory>/data.
 
-    Their processes end with the stack.
+    Leaving the stack ends their processes.
     """
     device = arguments.device
     batch_size, grad_accum, seq_len = batch_shape(size, device.type == "cuda", arguments)
@@ -220,19 +219,19 @@ def contenders(
     return found
 
 
-def compete(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool):
-    """Fill the rows of contenders that are trained in interleaved rounds, one at a time on the device."""
+def run_rounds(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool):
+    """Train the contenders in interleaved rounds, one at a time, and fill their rows."""
     for contender in found:
-        contender.begin(with_profile and not contender.options.dense)
+        contender.start(with_profile and not contender.options.dense)
     for count in range(rounds):
-        for contender in found[:: -1 if count % 2 else 1]:  # back and forth: none always follows the same other
+        for contender in found[:: -1 if count % 2 else 1]:  # alternate the order
             contender.round(seconds)
     for contender in found:
         contender.finish(peak)
 
 
 def main():
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints two lines each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines per use
     flags = dict(model_size=[], mode=[], kernels=[], dtype="auto", batch_size=int, grad_accum=int, seq_len=int)
     flags |= dict(rounds=5, seconds=3.0, limit=600.0, profile=False)
     arguments = parse(__doc__, {"mode": tuple(MODES), "kernels": ("triton", "reference")}, **flags)
@@ -253,25 +252,25 @@ def main():
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         groups = (contenders(size, mode, directory, arguments, stack) for size, mode in product(sizes, modes))
         if on_gpu:
-            groups = list(groups)  # importing takes many seconds: where there are cores for it, all start together
+            groups = list(groups)  # start all at once: imports take many seconds, and a GPU machine has the cores
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         checks = []
-        if on_gpu:  # the checks, which compile, are made four at a time: 16 GB each at most
+        if on_gpu:  # checks compile, so four run at a time; each takes up to 16 GB
             threads = ThreadPoolExecutor(4)
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             checks = [threads.submit(contender.check) for contender in chain(*groups)]
         for found in progress(groups, "sizes and modes", total=len(sizes) * len(modes)):
             rows = [contender.row for contender in found]
             try:
-                for check in checks:  # the first group waits for all
+                for check in checks:  # the first group waits for all checks
                     check.result()
                 for contender in found if not on_gpu else ():
                     contender.check()
-                compete(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
-            finally:  # what was measured before a signal counts
+                run_rounds(found, arguments.rounds, arguments.seconds, peak, arguments.profile)
+            finally:  # keep measurements made before a signal
                 for row in rows:
                     if not row.values:
-                        row.failed = row.failed or "ended before its first round"
+                        row.failed = row.failed or "stopped before its first round"
                     failed |= not results.write(row)
             baselines = [row for row in rows if row.provider.startswith("dense") and row.values]
             say(f"{rows[0].group}: {json.dumps(rows[0].case)}")

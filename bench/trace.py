@@ -1,8 +1,7 @@
-"""The kernels that a training step launches on a GPU, their FLOPs and bytes, and its peak memory, without a GPU.
+"""Trace a training step without a GPU: the kernels it launches on a GPU, their FLOPs and bytes, and its peak memory.
 
-The step is train.py's own (`Run.step`), compiled as shipped, on tensors without data (`offline`); a step that
-waits for the device raises. Inductor compiles up to its schedule, which says what it fuses, for its Triton backend. Our
-custom ops run up to the launches of their kernels.
+The step is train.py's own (`Run.step`), compiled, on fake tensors (`offline`). A step that waits for the device raises.
+Inductor compiles for Triton up to its schedule, which lists the fused kernels. Our custom ops run up to their launches.
 """
 
 import tempfile
@@ -31,20 +30,20 @@ from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
 from acceleron.training.run import Run
 
-from .compile import GEMMS, Launching, offline
+from .compile import GEMMS, LaunchMode, offline
 
 
 class Launch(NamedTuple):
-    """One kernel. moved: the bytes that it reads and writes, a gathered row as often as it is gathered."""
+    """One kernel launch. bytes_moved: bytes read and written; a gathered row counts each time."""
 
     name: str
     flops: float
-    moved: float
+    bytes_moved: float
     head_dim: int = 0
 
 
 class Step(NamedTuple):
-    """The launches of one optimizer step, the most bytes that its tensors take at one time, and the MFU's FLOPs."""
+    """One optimizer step. peak_bytes: the peak memory of its tensors. model_flops: the FLOPs that MFU counts."""
 
     launches: list[Launch]
     peak_bytes: int
@@ -53,46 +52,44 @@ class Step(NamedTuple):
 
 
 def nbytes(value) -> int:
-    """The bytes of a tensor as a kernel sees it: for a view those that it shows."""
+    """The bytes of a tensor, or of the part that a view shows; 0 for other values."""
     value = value.base if isinstance(value, TensorDescriptor) else value
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def grouped_flops(name: str, a: dict) -> float:
-    """The FLOPs of a grouped GEMM's kernel. a: its arguments."""
+    """The FLOPs of a grouped GEMM kernel with arguments `a`."""
     x = a["a" if name == "_weight_grad_kernel" else "x"]
     rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
-    if name == "_weight_grad_kernel":
-        return 2 * rows * a["M"] * a["N"]
     return 4 * rows * a["D"] * a["F"] if name == "_up_kernel" else 2 * rows * a["I"] * a["O"]
 
 
 def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) -> Launch:
-    """A launch of one of our kernels: each argument is read or written once, with these exceptions."""
+    """A launch of one of our kernels. Each argument is read or written once, except where noted."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
     if name == "_gather_kernel":
         moved += nbytes(a["out_ptr"]) - nbytes(a["x_ptr"])
     if name == "_hidden_grad_kernel":
-        moved += nbytes(a["act_ptr"])  # read, and overwritten
+        moved += nbytes(a["act_ptr"])  # read and overwritten
     if name == "_cross_entropy_kernel":
-        moved += nbytes(a["logits_ptr"])  # read, and overwritten; its second reading is from L2
+        moved += nbytes(a["logits_ptr"])  # read and overwritten; the second read hits L2
     if name in GEMMS:
         return Launch(name, grouped_flops(name, a), moved)
     logits = a.get("logits_ptr" if name == "_logits_kernel" else "dlogits_ptr")
-    return Launch(name, nbytes(logits) // 4 * 2 * a.get("D", 0), moved)  # FLOPs of a router's GEMM, if it is one
+    return Launch(name, nbytes(logits) // 4 * 2 * a.get("D", 0), moved)  # 0 FLOPs unless it is a router GEMM
 
 
-# Ops of torch, besides views, that launch nothing. Others launch one kernel, or a few that are counted as one.
+# Torch ops, besides views, that launch nothing. Every other op counts as one launch.
 SILENT = {
     "device", "empty", "empty_like", "new_empty", "scalar_tensor", "_unsafe_view", "_record_function_enter_new",
     "_record_function_exit",
 }  # fmt: skip
-LIBRARY_GEMMS = ("mm", "addmm", "bmm")  # which inductor leaves to libraries, besides attention
+LIBRARY_GEMMS = ("mm", "addmm", "bmm")  # inductor calls libraries for these and for attention
 
 
 def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
-    """A launch of torch's: inputs are read, outputs written, and what is changed in place both."""
+    """A launch of a torch op. It reads inputs, writes outputs, and does both to tensors that it changes in place."""
     moved, flops, head_dim, known = 0.0, 0.0, 0, set()
     arguments = func._schema.arguments
     inputs = [*zip(arguments, args, strict=False), *((x, kwargs[x.name]) for x in arguments if x.name in kwargs)]
@@ -106,17 +103,17 @@ def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
     moved += sum(nbytes(leaf) for leaf in tree_leaves(results) if id(leaf) not in known)
     if name in LIBRARY_GEMMS:
         flops = 2 * prod(args[-2].shape) * args[-1].shape[-1]
-        moved += 2 * nbytes(args[0]) * (name == "addmm")  # copied to where the GEMM adds
+        moved += 2 * nbytes(args[0]) * (name == "addmm")  # copied to the output first
     elif name.startswith("_scaled_dot_product"):
         backward = name.endswith("backward")
         B, H, S, head_dim = args[backward].shape
-        # Half of two GEMMs, as no query sees what comes after it; backward has five.
+        # Causal: half of two GEMMs, or of five in backward.
         flops, name = (5 if backward else 2) * B * H * S * S * head_dim, "attention" + " backward" * backward
     return Launch(name, flops, moved, head_dim)
 
 
-class Recorder(Launching):
-    """A context that collects `launches`, and the most bytes of memory, `peak_bytes`, that tensors take in it."""
+class Recorder(LaunchMode):
+    """A context that records `launches` and the peak memory of tensors, `peak_bytes`."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +124,7 @@ class Recorder(Launching):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # graphs that are compiled already may then run under it
+        return True  # lets compiled graphs run in this mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "acceleron_triton":
@@ -135,14 +132,14 @@ class Recorder(Launching):
                 return super().__torch_dispatch__(func, types, args, kwargs)
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
         results = func(*args, **kwargs)
-        left_to_libraries = name in LIBRARY_GEMMS or name.startswith("_scaled_dot_product")
-        if not (func.is_view or name in SILENT) and (left_to_libraries or not self.in_graph):
+        library_call = name in LIBRARY_GEMMS or name.startswith("_scaled_dot_product")
+        if not (func.is_view or name in SILENT) and (library_call or not self.in_graph):
             self.launches.append(torch_launch(func, name, args, kwargs, results))
-        self.hold(results)
+        self.track(results)
         return results
 
-    def hold(self, values):
-        """Count the memory of these tensors, as long as they live."""
+    def track(self, values):
+        """Count the memory of these tensors while they are alive."""
         for leaf in tree_leaves(values):
             storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
             if storage is not None and storage not in self.storages:
@@ -155,7 +152,7 @@ class Recorder(Launching):
         self.held_bytes -= size
 
     def load_graph(self, graph: GraphLowering) -> SimpleNamespace:
-        """Replaces GraphLowering.compile_to_module: its `call` interprets the graph and records what it launches."""
+        """Replace GraphLowering.compile_to_module: `call` interprets the graph and records its launches."""
         graph.init_wrapper_code()
         graph._update_scheduler()
         fused = [
@@ -174,14 +171,14 @@ class Recorder(Launching):
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """In this context steps run on tensors without data, as on an H100; those in the yielded one's are recorded."""
+    """Run steps on fake tensors as if on an H100. The yielded context records them."""
     recorder = Recorder()
     torch._dynamo.reset()
     with (
         torch._inductor.config.patch(cpu_backend="triton", fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(GraphLowering, "compile_to_module", lambda graph: recorder.load_graph(graph)),
-        mock.patch.object(nn.Module, "to", lambda module, device: module),  # which tensors without data refuse
+        mock.patch.object(nn.Module, "to", lambda module, device: module),  # fake tensors cannot move
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]),
         offline("sm_90", lambda *args, **kwargs: recorder.launches.append(triton_launch(*args, **kwargs))),
     ):
@@ -191,24 +188,23 @@ def recording() -> Iterator[Recorder]:
 def trace_step(
     size: str, dense: bool = False, batch_size: int = 1, grad_accum: int = 1, seq_len: int = ROW_LENGTH
 ) -> Step:
-    """The second training step in bf16 of a named size, or of its dense baseline. Raises what torch raises if the step
-    waits for the device."""
+    """Trace the second bf16 training step of a size or its dense baseline. A step that waits for the device raises."""
     config = ModelConfig.preset(size, dense=dense)
     with tempfile.TemporaryDirectory() as directory:
         options = TrainOptions(
             data_dir=directory, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, dtype="bf16",
             kernels="triton", no_gradient_checkpointing=True,
         )  # fmt: skip
-        np.save(f"{directory}/shard_00000.npy", np.zeros((64, ROW_LENGTH), dtype=np.int32))  # read again and again
+        np.save(f"{directory}/shard_00000.npy", np.zeros((64, ROW_LENGTH), dtype=np.int32))  # repeated every epoch
         shards = Shards(directory)
         with recording() as recorder:
             run = Run(options, config, shards, torch.device("cpu"), torch.bfloat16)
             run.model.compile_blocks()
-            with closing(run.loader):  # whose threads would else outlive a step that fails
-                run.step(1e-3)  # compiles, and makes the optimizer's state
+            with closing(run.loader):  # a failing step must not leave reader threads
+                run.step(1e-3)  # compiles, and creates the optimizer state
                 run.fetch()
                 recorder.launches.clear()
-                recorder.hold([[*run.model.parameters()], [*run.optimizer.state.values()]])
+                recorder.track([[*run.model.parameters()], [*run.optimizer.state.values()]])
                 with recorder:
                     run.step(1e-3)
     active = run.model.num_parameters()[1]

@@ -1,12 +1,12 @@
-"""Search the grouped GEMMs' configurations on this GPU, and write those that beat the rule's to DIR/tuned.jsonl.
+"""Tune the grouped GEMMs on this GPU: write configurations that beat the default rule's to DIR/tuned.jsonl.
 
 python -m bench tune [--model_size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
 
-bench/candidates.jsonl has up to 12 candidates for each size and GEMM, best estimate first, as the values of
-`configs.Config`. They differ from the rule's and compile for sm_90 on Triton 3.6.0 without a complaint of
-`bench compile --check`. All CPU cores compile them. A GEMM has an equal share of the seconds that are left. Each
-candidate is checked against plain PyTorch, then timed in rounds interleaved with the rule's configuration, in a
-separate process. One that is faster in more than four of five rounds, and the best so far, is written at once.
+bench/candidates.jsonl has up to 12 candidates for each size and GEMM, best estimate first, as values of
+`configs.Config`. They differ from the rule's configuration and pass `bench compile --check` for sm_90 on Triton 3.6.0.
+All CPU cores compile candidates. The remaining time is divided equally among the remaining GEMMs. A separate process
+checks each candidate against plain PyTorch and times it in rounds interleaved with the rule's configuration. A
+candidate is written at once if it is the fastest so far and its p80 of candidate / rule is below 1.
 """
 
 import json
@@ -26,9 +26,9 @@ from acceleron.kernels import configs, launch
 from acceleron.kernels.configs import Config
 
 from . import ops
-from .command import failures_in, parse
-from .compile import SIZES, TARGETS, Launching, compile_only, offline
-from .op_cases import GEMMS, Draw
+from .command import parse, record_failure
+from .compile import SIZES, TARGETS, LaunchMode, compile_only, offline
+from .op_cases import GEMMS, RandomTensors
 from .rows import Results, Row, progress, say, spread
 from .shapes import MICRO_BATCH, SEQ_LEN
 from .timing import measure
@@ -39,19 +39,18 @@ ROUNDS, SHARE = 5, "share of the rule's time"
 
 
 def compile_candidate(gemm: ops.Settings, arch: str, config: Config):
-    """Compile it into Triton's cache."""
+    """Compile a candidate into Triton's cache."""
     (case,) = gemm.cases()
-    with mock.patch.object(configs, "find_config", return_value=config), offline(arch, compile_only), Launching():
-        case.ours(*case.make(Draw(gemm.dtype, torch.device("cpu"))))
+    with mock.patch.object(configs, "find_config", return_value=config), offline(arch, compile_only), LaunchMode():
+        case.ours(*case.make(RandomTensors(gemm.dtype, torch.device("cpu"))))
 
 
-def attempt(gemm: ops.Settings, config: Config, row: Row) -> tuple[Row, dict]:
-    """Check a configuration, and if it passes time it beside the rule's. Returns the completed row, and the entry for
-    the tuned table."""
+def try_candidate(gemm: ops.Settings, config: Config, row: Row) -> tuple[Row, dict]:
+    """Check a candidate and, if it passes, time it against the rule. Returns its row and its tuned-table entry."""
     case, providers, inputs, truth = ops.prepare(gemm, 0)
     with mock.patch.object(configs, "find_config", return_value=config) as find:
         row.check, row.error, row.allowed = ops.check(case, providers["triton"], inputs, truth)
-    if row.complaint():
+    if row.problem():
         return row, {}
 
     def run(find_config):
@@ -67,26 +66,26 @@ def attempt(gemm: ops.Settings, config: Config, row: Row) -> tuple[Row, dict]:
 
 
 def tune(candidates: dict[ops.Settings, list[Config]], results: Results, seconds: float, limit: float):
-    """Try candidates until the seconds are over. Appends each that is the best so far to DIR/tuned.jsonl."""
+    """Try candidates until the time is over. Appends each new best one to DIR/tuned.jsonl."""
     end, compiled = time.monotonic() + seconds, {}
     with pool(max(1, (os.cpu_count() or 1) - 1)) as compilers, closing(Worker(serve_calls)) as timer:
-        for gemm, found in candidates.items():
+        for gemm, listed in candidates.items():
             arch = launch.device_of(torch.empty(0, device=gemm.device)).arch
-            found = found if arch in TARGETS else []
-            compiled[gemm] = {x: compilers(compile_candidate, gemm, arch, x, seconds=limit) for x in found}
-        for number, (gemm, found) in enumerate(progress(candidates.items(), "GEMMs")):
+            listed = listed if arch in TARGETS else []
+            compiled[gemm] = {x: compilers(compile_candidate, gemm, arch, x, seconds=limit) for x in listed}
+        for number, (gemm, listed) in enumerate(progress(candidates.items(), "GEMMs")):
             wait(compiled[gemm].values())
             name, best, now = f"{gemm.sizes[0]} {gemm.ops[0]}", 1.0, time.monotonic()
             case = dict(size=gemm.sizes[0], op=gemm.ops[0], dtype=ops.NAMES[gemm.dtype], tokens=gemm.tokens)
-            for config in found:
+            for config in listed:
                 if time.monotonic() > now + (end - now) / (len(candidates) - number):
-                    say(f"{name}: not all candidates were tried within --seconds {seconds:g}")
+                    say(f"{name}: out of time before all candidates were tried; raise --seconds {seconds:g}")
                     break
                 row, entry = Row("tune", " ".join(map(str, config)), case, "s"), {}
-                with failures_in(row):
+                with record_failure(row):
                     if config in compiled[gemm]:
                         compiled[gemm][config].result()
-                    row, entry = timer.ask((attempt, (gemm, config, row)), limit)
+                    row, entry = timer.ask((try_candidate, (gemm, config, row)), limit)
                 results.write(row)
                 middle, _, high = row.details.get(SHARE, (1, 1, 1))
                 if high < 1 and middle < best:
@@ -102,7 +101,7 @@ def main():
     device, dtype = arguments.device, arguments.dtype
     at, x = launch.device_of(torch.empty(0, device=device)), torch.empty(0, 8, dtype=dtype, device=device)
     if not (at and configs.tma_available("rows", at, x)):
-        raise InputError("tuning needs a GPU of sm_90 or later, and a 16-bit dtype")
+        raise InputError("tuning needs a GPU of sm_90 or later and a 16-bit --dtype")
     lines = map(json.loads, CANDIDATES.read_text().splitlines())
     known = {(line["size"], line["op"]): [Config(*config) for config in line["configs"]] for line in lines}
     candidates = {}

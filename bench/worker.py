@@ -1,4 +1,4 @@
-"""A process for code that may crash, hang or exhaust memory. Its failure costs one answer, not the command."""
+"""Worker processes for code that can crash, hang or exhaust memory. A failure costs one answer, not the command."""
 
 import signal
 import threading
@@ -13,19 +13,19 @@ import torch
 from .rows import describe
 
 CONTEXT = get_context("spawn")
-START_SECONDS = 300  # most that importing may take
+START_SECONDS = 300  # limit for imports
 
 
 class Failure(Exception):
-    """Why there is no answer: an exception's message, the exit status of the process, or the limit it exceeded."""
+    """The reason for a missing answer: an exception, the exit status of the process, or its time limit."""
 
-    fatal = False  # whether the process has ended
+    fatal = False  # True if the process has ended
 
 
 class Worker:
-    """Runs `serve(connection, *args)` in a spawned process, which sends an answer or a Failure to each message.
+    """Runs `serve(connection, *args)` in a spawned process. `serve` answers each message, possibly with a Failure.
 
-    The next `ask` starts another process once this one has ended. `serve` sees `close` as EOFError.
+    If the process has ended, the next `ask` starts a new one. `close` raises EOFError in `serve`.
     """
 
     def __init__(self, serve: Callable, *args):
@@ -40,12 +40,11 @@ class Worker:
         self.started = False
 
     def ask(self, message, seconds: float | None = None):
-        """The answer. Raises Failure if the process sends one, ends, or exceeds the limit, which starts once it has
-        imported what it needs."""
+        """Return the answer to a message, or raise Failure. The time limit excludes imports."""
         if self.process is None:
             self.start()
         try:
-            with suppress(OSError):  # a dead process may have sent its reason before it ended
+            with suppress(OSError):  # a dead process may have sent its reason first
                 self.connection.send(message)
             if not self.started:
                 self._receive(START_SECONDS)
@@ -70,12 +69,12 @@ class Worker:
         return self.connection.recv()
 
     def close(self, patience: float = 10.0):
-        """End the process, by force after so many seconds."""
+        """End the process; kill it after `patience` seconds."""
         if self.process:
             self.connection.close()
             self.process.join(patience)
             self.process.kill()
-            self.process.join(10)  # one that is stuck in a driver does not end
+            self.process.join(10)  # a process stuck in a driver never ends
             self.process = None
 
 
@@ -83,7 +82,7 @@ def _run(serve: Callable, connection, args: tuple):
     try:
         connection.send("started")
         serve(connection, *args)
-    except (EOFError, ConnectionError):  # the parent has closed it, or has ended
+    except (EOFError, ConnectionError):  # the parent closed the connection or ended
         return
     except Exception as error:
         traceback.print_exc()
@@ -95,9 +94,9 @@ def _run(serve: Callable, connection, args: tuple):
 
 @contextmanager
 def pool(processes: int) -> Iterator[Callable[..., Future]]:
-    """Yields `call(function, *args, seconds=600)`, whose Future has the function's result, or a Failure.
+    """Yields `call(function, *args, seconds=600)`, which returns a Future of the function's result or of a Failure.
 
-    A call that raises, hangs or ends its process costs its result alone. Leaving the context drops what is not done.
+    A call that raises, hangs or ends its process loses only its own result. Leaving the context cancels pending calls.
     """
     own, workers = threading.local(), []
 
@@ -111,14 +110,14 @@ def pool(processes: int) -> Iterator[Callable[..., Future]]:
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
         for process in [worker.process for worker in workers if worker.process]:
-            process.kill()  # which ends the wait of its thread
+            process.kill()  # unblocks its thread
         threads.shutdown()
         for worker in workers:
             worker.close()
 
 
 def serve_calls(connection):
-    """Answer each (function, arguments) with its result."""
+    """Answer each (function, arguments) message with the result."""
     while True:
         function, arguments = connection.recv()
         try:
@@ -126,5 +125,5 @@ def serve_calls(connection):
         except Exception as error:
             answer = Failure(describe(error))
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # raises, which ends this process, if the CUDA context is lost
+                torch.cuda.synchronize()  # raises, and so ends this process, if the CUDA context is lost
         connection.send(answer)

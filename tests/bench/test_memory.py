@@ -1,4 +1,4 @@
-"""The memory benchmark: its counts against sums made by hand, its check, and its rows."""
+"""The memory benchmark: byte counts against manual sums, the gradient check, and the rows."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ class Block(nn.Module):
         return nn.functional.linear(x, self.weight.half()).square() * table
 
 
-def test_saved_bytes_are_counted_once_without_parameters_and_tables_and_apart_from_copies():
+def test_saved_bytes_exclude_parameters_tables_and_weight_copies():
     x, table, block = torch.randn(6, 4).half().requires_grad_(), torch.randn(6, 8).half(), Block()
     found = memory.saved_bytes(block, lambda: block(x, table).sum().square())
-    # x, and the square's input.
+    # x and the input of square().
     assert found == {"bytes": 2 * (6 * 4 + 6 * 8), "weight_copies": 2 * 8 * 4}
 
 
-def test_the_peak_of_known_allocations():
+def test_peak_bytes_of_known_allocations():
     def allocate():
         a, b = torch.ones(1000, 1000), torch.ones(1000, 1000)
         a + b
@@ -38,11 +38,11 @@ def test_the_peak_of_known_allocations():
     assert memory.peak_bytes(allocate, CPU) == 3 * 4 * 1000 * 1000
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU, the kernels are interpreted")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on a CPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_kernels_save_what_the_formula_says(checkpointing):
-    row = memory.row_of(replace(BLOCK, source="triton", checkpointing=checkpointing), CPU)
-    assert not row.complaint()
+def test_kernels_save_as_many_bytes_as_the_formula(checkpointing):
+    row = memory.measure_row(replace(BLOCK, source="triton", checkpointing=checkpointing), CPU)
+    assert not row.problem()
     assert row.median == pytest.approx(row.details["formula_bytes"], rel=0.02)
 
 
@@ -50,14 +50,14 @@ def test_a_wrong_gradient_fails_the_check():
     _, gradients = memory.measure(replace(BLOCK, checkpointing=True), CPU)
     row = rows.Row("memory", "ours", {})
     BLOCK.check(row, gradients, CPU)
-    assert not row.complaint()
+    assert not row.problem()
     for name in gradients:
         for wrong in (0 * gradients[name], 1.001 * gradients[name], gradients[name] + float("nan")):
             BLOCK.check(row, gradients | {name: wrong}, CPU)
-            assert name in row.complaint()
+            assert name in row.problem()
 
 
-def test_the_command_goes_on_after_a_failure_and_exits_with_1(monkeypatch, tmp_path):
+def test_a_failure_gives_exit_status_1_and_keeps_the_other_rows(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     monkeypatch.setattr(memory, "VARIANTS", ({},))
     monkeypatch.setattr(memory, "build_optimizer", lambda *_: torch.empty(1 << 60))  # out of memory

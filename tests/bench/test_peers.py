@@ -1,4 +1,4 @@
-"""transformers' models with our weights, and the commands that measure in rounds."""
+"""transformers models with our weights, and the commands that use `run_entries`."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_with_our_weights_transformers_gives_our_logits_and_gradients(dense):
+def test_transformers_with_our_weights_matches_logits_and_gradients(dense):
     pytest.importorskip("transformers")
     contenders = [peers.Contender(name, "nano", torch.float32, 2, 24, dense) for name in ("reference", "transformers")]
     (ours, *mine), (theirs, *their) = (contender.build(CPU) for contender in contenders)
@@ -39,8 +39,8 @@ def test_with_our_weights_transformers_gives_our_logits_and_gradients(dense):
         assert (found[name] - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
-def test_a_failure_costs_one_row(run, monkeypatch):
-    """In bf16: Granite's shared expert has its gate and up rows swapped, and the dense baseline raises."""
+def test_a_failing_model_does_not_affect_the_other_rows(run, monkeypatch):
+    """Granite's shared expert has swapped gate and up rows, and the dense baseline raises."""
     pytest.importorskip("transformers")
 
     def swapped(peer, model, load=peers.load_weights):
@@ -61,14 +61,14 @@ def test_a_failure_costs_one_row(run, monkeypatch):
     assert [len(row.values) for row in (moe, llama)] == [2, 2]
     assert "no room" in dense.failed
     assert granite.failed.startswith("wrong: gradient of")
-    assert all(row.allowed < 0.2 for row in (moe, granite, llama))  # half a gradient would not pass
+    assert all(row.allowed < 0.2 for row in (moe, granite, llama))  # tight enough to fail a halved gradient
 
 
-def test_decoding(run):
+def test_decoding_check_passes_and_finds_wrong_tokens(run):
     pytest.importorskip("transformers")
     found = run(decoding, *NANO, "--dtype", "fp32")
-    assert [row.complaint() for row in found] == ["", ""]
-    model, prompt = decoding.deciding_model("nano"), torch.randint(2048, (1, 16), generator=torch.Generator())
+    assert [row.problem() for row in found] == ["", ""]
+    model, prompt = decoding.model_with_large_weights("nano"), torch.randint(2048, (1, 16), generator=torch.Generator())
     tokens = list(decoding.generate(model, prompt[0].tolist(), 8, decoding.Sampling(temperature=0)))
     allowed = decoding.ALLOWED[torch.float32]
     assert decoding.distance(model, prompt, tokens) < allowed
@@ -77,33 +77,32 @@ def test_decoding(run):
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_loader(run, monkeypatch, wrong):
+def test_loader_check_finds_wrong_sequences(run, monkeypatch, wrong):
     following = loader.Loader.__next__
     monkeypatch.setattr(loader, "ROWS", 100)
     monkeypatch.setattr(loader.Loader, "__next__", lambda self: following(self) + wrong)
-    complaints = [row.complaint() for row in run(loader, status="1" if wrong else None)]
-    assert [complaint[:16] for complaint in complaints] == ["wrong: sequences" * wrong] * 2
+    problems = [row.problem() for row in run(loader, status="1" if wrong else None)]
+    assert [problem[:16] for problem in problems] == ["wrong: sequences" * wrong] * 2
 
 
 @pytest.mark.parametrize("bit", [0, 1])
-def test_a_bit_altered_on_its_way_to_the_checkpoint_fails_the_check(bit, run, monkeypatch):
-    """Otherwise the row has ratios."""
+def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
     copy = CheckpointManager._copy
 
-    def altered(self, value, key=()):
+    def flip_bit(self, value, key=()):
         copied = copy(self, value, key)
         if not key:
             copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
         return copied
 
-    monkeypatch.setattr(CheckpointManager, "_copy", altered)
+    monkeypatch.setattr(CheckpointManager, "_copy", flip_bit)
     monkeypatch.setattr("acceleron.training.loop.missing_compiler", lambda device: "none here")
     monkeypatch.setattr(checkpoints, "CPU_BATCH", {"nano": 1})
     monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)
     monkeypatch.setattr(checkpoints, "CORPUS_CHARACTERS", 1_000_000)
     [row] = run(checkpoints, *NANO, "--interval", "1", status="1" if bit else None)
-    assert row.error == 3 * bit  # one in each round, and in the one that warms up
-    assert row.complaint().startswith("wrong: checkpoints" if bit else "")
+    assert row.error == 3 * bit  # two rounds and the warm-up
+    assert row.problem().startswith("wrong: checkpoints" if bit else "")
     assert len(row.values) == 2 * (1 - bit)
-    assert row.details["bytes"] > 12e6  # three fp32 values for each of a million parameters
+    assert row.details["bytes"] > 12e6  # a million parameters, three fp32 values each
     assert row.details["blocked_seconds"] > 0

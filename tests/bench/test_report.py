@@ -1,4 +1,4 @@
-"""The report shows all that the rows hold, and nothing that was not checked."""
+"""The report shows every valid row, and no unchecked value."""
 
 import json
 import re
@@ -30,12 +30,12 @@ def report_of(directory, *rows: Row) -> str:
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:
-    """The tables of a report, by GitHub's rules: cells end at pipes without a backslash."""
+    """Parse the tables of a report. As on GitHub, an unescaped pipe ends a cell."""
     options = dict(sep=r" *(?<!\\)\| *", engine="python", quoting=3, dtype=str, keep_default_na=False, skiprows=[1])
     return [pd.read_csv(StringIO(t), **options).to_dict("records") for t in re.findall(r"(?:^\|.*\n)+", text, re.M)]
 
 
-def test_the_headline_is_against_the_fastest_dense_row_round_by_round(tmp_path):
+def test_headline_compares_with_the_fastest_dense_row_by_round(tmp_path):
     rows = [row("MoE, triton", MOE), row("dense, reference", [1.0] * 5), row("dense, triton", DENSE)]
     rows += [row("MoE, triton", [120.0], "eager"), row("dense, triton", [100.0], "eager")]
     rows += [row("MoE, triton", [990.0], "balanced"), row("dense, triton", [990.0], "balanced")]
@@ -47,7 +47,7 @@ def test_the_headline_is_against_the_fastest_dense_row_round_by_round(tmp_path):
     assert (lines[0]["relative"], lines[0]["tokens/s"]) == (headline["MoE / dense"], "610 (598 .. 624)")
 
 
-def test_what_is_no_result_comes_first_with_its_reason_and_without_its_figures(tmp_path):
+def test_failures_come_first_with_a_reason_and_no_values(tmp_path):
     rows = [row("good", DENSE), row("wrong", [987654.0], error=0.1), row("unchecked", [987654.0], check="")]
     text = report_of(tmp_path, *rows, row("liger", absent="not installed"), row("large", failed="out of memory"))
     failed, _, absent, _ = tables(text)
@@ -56,7 +56,7 @@ def test_what_is_no_result_comes_first_with_its_reason_and_without_its_figures(t
     assert "987,654" not in text
 
 
-def test_the_latest_measurement_counts_and_text_is_no_markup(tmp_path):
+def test_latest_row_wins_and_text_is_escaped(tmp_path):
     copies = [row("copy", [day * 1e9], "", "new", "bytes/s", {"date": f"2026-11-{day}"}) for day in (22, 23, 21)]
     gemm = row("<b> | [a](b)\n# `x`", [8e14, 9e14, 7e14], "", "new", "FLOP/s", details={"peak_bytes": 2**21}, group="")
     lines, _ = tables(report_of(tmp_path, *copies, gemm))
@@ -65,7 +65,7 @@ def test_the_latest_measurement_counts_and_text_is_no_markup(tmp_path):
     assert lines[1]["provider"] == r"&lt;b&gt; \| \[a\](b) \# \`x\`"
 
 
-def test_plots_are_reproducible_and_bars_are_as_long_as_the_rates(tmp_path):
+def test_plots_are_reproducible_and_bars_match_the_rates(tmp_path):
     curve, case = [[1000, 10.0, 4.0], [2000, 20.0, 3.0]], {"tokens": 2000, "seed": 1, "purpose": "final"}
     final = row("MoE", [3.0], "", "quality", "nats", case=case, details={"seconds": 20.0, "curve": curve})
     rows = [row("MoE, triton", MOE), row("dense, triton", DENSE), final]
@@ -87,7 +87,7 @@ def test_loss_curves_average_the_seeds_of_the_full_budget():
     assert [line[2] for line in lines] == [[6.0, 5.0], [6.0, 5.0], [4.0, 3.0], [5.0, 3.5], [4.5, 3.25]]
 
 
-def test_changes_beyond_the_spread_of_both_are_marked():
+def test_changes_beyond_both_spreads_are_marked():
     worse, better = [("tokens/s", 0.8), ("s", 1.2), ("nats", 1.01)], [("tokens/s", 1.2), ("bytes", 0.8)]
     for unit, factor in [*worse, *better, ("s", 1.04)]:
         old = [row("steady", [100.0, 100.1, 100.2], unit=unit), row("noisy", [100.0, 150.0, 200.0], unit=unit)]
@@ -96,15 +96,15 @@ def test_changes_beyond_the_spread_of_both_are_marked():
         assert [(c["mark"], c["provider"]) for c in report.changes(new, old)] == [(mark, "steady") for mark in marks]
 
 
-def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypatch, capsys):
+def test_exit_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypatch, capsys):
     old, new, other = (tmp_path / name for name in ("old", "new", "other"))
     report_of(old, row("MoE", MOE))
     report_of(new, row("MoE", failed="illegal address"))
     report_of(other, row("MoE", MOE, about={"device": "Another GPU"}))
     monkeypatch.chdir(tmp_path)
-    for words, status, said in (
+    for words, status, message in (
         (["x"], 2, "DIR x does not exist: the current directory holds new, old, other"),
-        (["."], 2, "DIR . has no results.jsonl: name a directory that a benchmark wrote to"),
+        (["."], 2, "DIR . has no results.jsonl: name the --output directory of a benchmark"),
         (["old", "--compare="], 2, "--compare: expected a value"),
         (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old? The current directory holds"),
         (["old", "--compare", "other"], 2, "--compare: no row"),
@@ -114,5 +114,5 @@ def test_the_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeypa
         with pytest.raises(SystemExit) as ended:
             sys.exit(run_command(report.main))
         assert ended.value.code == status
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert "| regression |  | FAILED: illegal address |" in (new / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""A step traced without a GPU, and the roofline's figures, against counts made by hand."""
+"""A step traced without a GPU, and the roofline's numbers, against manual counts."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from bench.memory import saved_per_token
 from bench.trace import Launch, Step
 
 CONFIG, BASELINE = (ModelConfig.preset("nano", dense=dense) for dense in (False, True))
-S, T = 2048, 4 * 2048  # with fewer sequences the peak is in the optimizer
+S, T = 2048, 4 * 2048  # with fewer sequences, memory peaks in the optimizer
 L, D, V = CONFIG.num_layers, CONFIG.d_model, CONFIG.vocab_size
 N, E, F, KV = 2 * T, CONFIG.num_experts, CONFIG.d_ff, CONFIG.num_kv_heads * CONFIG.head_dim
-# A process of its own: kernels that were decorated under the interpreter are not those that a GPU runs.
+# A separate process, because the tests may have imported the kernels under the interpreter.
 SCRIPT = """
 import json
 from bench.trace import trace_step
@@ -28,7 +28,7 @@ print(json.dumps([trace_step("nano", dense, batch) for dense, batch in ((False, 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
-    """Steps of nano of T tokens, or as their name says."""
+    """Traced steps of nano with T tokens, or twice as many."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     output = subprocess.check_output(command, cwd=Path(__file__).parents[2], env=environment, text=True)
@@ -37,47 +37,47 @@ def steps() -> dict[str, Step]:
 
 
 @pytest.mark.parametrize(("name", "config"), [("MoE", CONFIG), ("dense", BASELINE)])
-def test_flops_are_those_of_the_shapes(steps, name, config):
+def test_flops_match_the_shapes(steps, name, config):
     mlp = 3 * config.d_ff_dense if config.dense else 2 * 3 * F + 3 * config.d_ff_shared + E
-    weights = L * (D * (D + 2 * KV) + D * D + D * mlp) + V * D  # that a token meets, of qkv, out, MLP and head
-    # Of attention, whose causal half is S D FLOPs per layer, GEMM and token, MFU counts the forward pass's two GEMMs
-    # and twice as many backward; there are five, as the scores are computed again.
+    weights = L * (D * (D + 2 * KV) + D * D + D * mlp) + V * D  # active, in qkv, out, MLP and head
+    # Causal attention has S D FLOPs per layer, GEMM and token. MFU counts two GEMMs forward and four backward. The step
+    # has five backward, because it recomputes the scores.
     assert sum(launch.flops for launch in steps[name].launches) == T * (6 * weights + 7 * L * S * D)
     assert steps[name].model_flops == T * (6 * weights + 6 * L * S * D)
 
 
-def test_launches_and_their_bytes(steps):
+def test_launch_counts_and_bytes_match_manual_counts(steps):
     launches = steps["MoE"].launches
     counts = Counter(launch.name for launch in launches)
     assert [counts[name] for name in ("_route_kernel", "_up_kernel", "attention", "attention backward")] == [L] * 4
     assert [counts[name] for name in ("_rows_kernel", "_weight_grad_kernel", "_gather_kernel")] == [3 * L, 2 * L, 3 * L]
-    assert counts.total() <= 346  # per micro-batch; each costs the host some microseconds, whatever the size
+    assert counts.total() <= 346  # per micro-batch; each costs the host microseconds
     by_hand = {
-        # Weight, both moments and the gradient, which it clips, are read and written: fp32.
+        # Reads and writes weight, both moments and the gradient, which it clips, in fp32.
         "_fused_adamw_": 32 * Acceleron(CONFIG).num_parameters()[0],
-        # Sorted rows of x, w13, h and act; the plan's offsets.
+        # Sorted rows of x, w13, h and act; expert offsets.
         "_up_kernel": L * (2 * (N * D + 2 * E * F * D + 3 * N * F) + 4 * (E + 1)),
-        # Of x twice and of dy, read as often as they are gathered; and the plan's order.
+        # x twice and dy: each gathered row is read and written; the gather index.
         "_gather_kernel": 3 * L * (2 * 2 * N * D + 4 * N),
-        # w2.T dy, overwritten by act; h and dh; the plan's order, the routing weights and their gradients.
+        # w2.T dy, overwritten by act; h and dh; the gather index, the top-k scores and their gradients.
         "_hidden_grad_kernel": L * (2 * 6 * N * F + 3 * 4 * N),
-        # Logits read, and overwritten by their gradient; labels and losses.
+        # Logits, overwritten by their gradient; labels and losses.
         "_cross_entropy_kernel": T * (2 * 2 * V + 8 + 4),
-        # q, k, v, the result and a logsumexp per head, and all gradients but the last's.
+        # q, k, v, output and logsumexp per head; the gradients of all but the logsumexp.
         "attention backward": L * T * (2 * (4 * D + 4 * KV) + 4 * CONFIG.num_heads),
     }
-    found = {name: sum(launch.moved for launch in launches if launch.name == name) for name in by_hand}
+    found = {name: sum(launch.bytes_moved for launch in launches if launch.name == name) for name in by_hand}
     assert found == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_memory_is_what_the_layers_and_the_head_save(steps):
+def test_peak_memory_grows_by_what_layers_and_head_save(steps):
     grown = (steps["twice the tokens"].peak_bytes - steps["MoE"].peak_bytes) / T
-    # In the cross-entropy: half of the logits; the final norm's input, output and its gradient; a label and two fp32.
+    # The head: half of the logits; the final norm's input, output and output gradient; a label and two fp32 values.
     head = 2 * V / 2 + 3 * 2 * D + 8 + 4 + 4
     assert grown == pytest.approx(L * saved_per_token(CONFIG, 2, checkpointing=False) + head, rel=0.03)
 
 
-def test_bounds_and_predictions_of_made_up_launches():
+def test_bounds_and_predictions_of_synthetic_launches():
     def predicted(launch: Launch, size: str = "tiny") -> float:
         return roofline.predicted(launch, size, "h100")
 
@@ -99,18 +99,18 @@ def test_bounds_and_predictions_of_made_up_launches():
     assert kinds["bound ms"]["all"] == pytest.approx(kinds["bound ms"].iloc[:-1].sum())
 
 
-def test_the_limiting_kernel_is_the_moes_own():
-    slow = Launch("mm", 798e12, 0)  # 1 s, predicted 1.19, in both
+def test_limiting_kernel_is_one_the_dense_baseline_lacks():
+    slow = Launch("mm", 798e12, 0)  # 1 s, predicted 1.19 s, in both models
     rows, up = Launch("_rows_kernel", 668e9, 0), Launch("_up_kernel", 510e9, 0)
     step = Step([slow, rows, up, up], 0, 1, 1)
     name, seconds = roofline.limiting_kernel(step, Step([slow], 0, 1, 1), "tiny", "h100")
     assert (name, seconds) == ("_up_kernel", pytest.approx(2e-3 * (1 - 510 / 798)))
 
 
-def test_totals_compare_the_models(steps):
+def test_totals_give_tokens_per_second_and_their_ratio(steps):
     table = roofline.totals("tiny", "h200", steps["MoE"], steps["dense"])
     moe, dense = (
         sum(roofline.predicted(launch, "tiny", "h200") for launch in steps[name].launches) for name in ("MoE", "dense")
     )
     assert table.loc["predicted, tokens/s"].tolist() == pytest.approx([T / moe, T / dense])
-    assert table.MoE["predicted, tokens/s MoE / dense"] == pytest.approx(dense / moe)
+    assert table.MoE["predicted, MoE / dense tokens/s"] == pytest.approx(dense / moe)

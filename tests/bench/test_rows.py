@@ -1,4 +1,4 @@
-"""Rows and rounds: what every benchmark command relies on."""
+"""Rows, results files and interleaved rounds."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from bench.rows import Results, Row
 CPU = torch.device("cpu")
 
 
-def test_a_row_comes_back_with_its_spread_and_its_origin(tmp_path, monkeypatch):
+def test_written_row_is_read_back_with_spread_and_origin(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERON_NO_TMA", "up")
     monkeypatch.setattr("sys.orig_argv", ["python", "bench", "--output", "/a private/path", "--model_size", "tiny"])
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
@@ -23,15 +23,13 @@ def test_a_row_comes_back_with_its_spread_and_its_origin(tmp_path, monkeypatch):
     assert Results(str(tmp_path), CPU).write(row)
     assert rows.read(tmp_path) == [row]
     assert {"date", "commit", "device", "versions"} < row.about.keys()
-    assert (row.about["switches"], row.about["command"]) == (
-        {"ACCELERON_NO_TMA": "up"},
-        "python bench --model_size tiny",
-    )
+    assert row.about["switches"] == {"ACCELERON_NO_TMA": "up"}
+    assert row.about["command"] == "python bench --model_size tiny"
     written = json.loads((tmp_path / rows.FILE).read_text())
     assert [written[name] for name in ("median", "p20", "p80")] == pytest.approx(np.percentile(values, [50, 20, 80]))
 
 
-def test_what_did_not_pass_a_check_is_no_result(tmp_path):
+def test_rows_without_a_passed_check_have_no_values(tmp_path):
     wrong = {"no correctness check": {}, "no memory": dict(failed="no memory"), "wrong: x: error 2": dict(error=2.0)}
     wrong |= {"wrong: x: error nan": dict(error=math.nan), "not finite": dict(error=0.0, values=[math.inf])}
     for reason, fields in wrong.items():
@@ -41,13 +39,13 @@ def test_what_did_not_pass_a_check_is_no_result(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "a"}', '{"benchmark": "a", "provider": "b", "case": "x"}'])
-def test_a_line_that_is_no_row_is_named(text, tmp_path):
+def test_error_names_the_line_that_is_not_a_row(text, tmp_path):
     (tmp_path / rows.FILE).write_text('{"benchmark": "a", "provider": "b"}\n' + text + "\n")
     with pytest.raises(InputError, match=r"results\.jsonl: cannot read line 2"):
         rows.read(tmp_path)
 
 
-def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
+def test_a_partial_last_line_is_dropped(tmp_path):
     results = Results(str(tmp_path), CPU)
     with results.path.open("a") as file:
         file.write('{"benchmark": "a", "provider": "b"}\n{"bench')
@@ -56,14 +54,14 @@ def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
     assert [row.benchmark for row in rows.read(tmp_path)] == ["a", "c"]
 
 
-def test_results_go_outside_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):
+def test_default_results_are_outside_the_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert not rows.default_directory().is_relative_to(Path(rows.__file__).parents[1])
     with pytest.raises(InputError, match="--output"):
         Results("/dev/null/below", CPU)
 
 
-def test_samples_take_turns_after_a_round_that_is_not_counted():
+def test_rounds_are_interleaved_after_an_uncounted_warm_up():
     turns = []
     values = timing.interleave({name: lambda name=name: turns.append(name) or len(turns) for name in "ab"}, 3)
     assert turns == list("ab" * 4)

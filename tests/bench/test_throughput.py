@@ -1,4 +1,4 @@
-"""bench throughput: its contenders run train.py's own loop, checked, and a process that fails is a failed row."""
+"""bench throughput: contenders run train.py's own loop, and a failing process gives a failed row."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from acceleron.errors import InputError
 from acceleron.training import TrainOptions, train
 from bench import shapes, throughput, worker
 from bench.rows import read
-from bench.throughput import Contender, compete
+from bench.throughput import Contender, run_rounds
 
 NEVER = throughput.NEVER
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A nano model on random shards."""
+    """A nano run on random shards."""
     directory = tmp_path_factory.mktemp("data")
     np.save(directory / "shard_00000.npy", np.random.default_rng(0).integers(2048, size=(8, 2048)))
     return TrainOptions(
@@ -41,7 +41,7 @@ def trained(found: list[Contender], rounds: int, with_profile: bool = False) -> 
     try:
         for each in found:
             each.check()
-        compete(found, rounds, 1e-9, 1e12, with_profile)
+        run_rounds(found, rounds, 1e-9, 1e12, with_profile)
     finally:
         for each in found:
             each.worker.close()
@@ -52,36 +52,36 @@ def losses(directory) -> list[float]:
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_contenders_run_trains_own_loop_and_pause_between_rounds(options, tmp_path):
+def test_contenders_train_like_train_py_and_pause_between_rounds(options, tmp_path):
     settings = dict(schedule="wsd", warmup_steps=2, lr=1e-3)
     found = [contender(options, tmp_path / str(dense), dense=dense, **settings) for dense in (False, True)]
     moe, dense = trained(found, rounds=2)
     for row in (moe, dense):
-        assert row.complaint() == ""
+        assert row.problem() == ""
         assert row.error <= row.allowed < 1e-3
         assert len(row.values) == 2
         assert row.details["mfu"] == pytest.approx(row.median * row.details["flops_per_token"] / 1e12)
         assert row.details["start_seconds"] > 0
     assert (moe.provider, dense.provider, moe.group) == ("MoE, reference", "dense, reference", dense.group)
-    # One step to start, one to learn its seconds, one per round: those of a run without pauses.
+    # Four steps (first, timed, two rounds) have the losses of a run without pauses.
     train(dataclasses.replace(options, save_dir=str(tmp_path / "plain"), max_steps=10, **settings))
     assert losses(tmp_path / "False") == losses(tmp_path / "plain")[:4]
     assert len(set(losses(tmp_path / "False"))) == 4
 
 
-def test_a_process_that_dies_is_a_failed_row_and_the_others_go_on(options, tmp_path):
+def test_a_dead_process_gives_a_failed_row_and_the_others_go_on(options, tmp_path):
     dies, lives = contender(options, tmp_path / "dies"), contender(options, tmp_path / "lives")
     raises = contender(options, tmp_path / "raises", seq_len=96)  # does not divide the rows
     os.kill(dies.worker.process.pid, signal.SIGKILL)
     rows = trained([dies, lives, raises], rounds=1, with_profile=True)
     assert rows[0].failed == "the process was killed by SIGKILL"
-    assert rows[1].complaint() == ""
+    assert rows[1].problem() == ""
     assert any("mm" in op["kernel"] for op in rows[1].details["profile"])
     assert "seq_len" in rows[2].failed
     assert rows[0].values == rows[2].values == []
 
 
-def test_a_round_counts_the_tokens_of_its_steps(options, monkeypatch):
+def test_a_round_counts_all_tokens_of_its_steps(options, monkeypatch):
     found = object.__new__(Contender)
     found.options, found.limit, found.step_seconds = dataclasses.replace(options, grad_accum=3), 1.0, 0.5
     found.row = throughput.Row("throughput", "MoE", {})
@@ -97,14 +97,12 @@ def flags(**given) -> Namespace:
     return Namespace(**(names | dict(dtype=torch.float32, limit=1.0, device=torch.device("cpu")) | given))
 
 
-def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
+def test_modes_set_train_options(options, monkeypatch, tmp_path):
     monkeypatch.setattr(throughput, "Worker", lambda serve, options: Namespace(close=None))
     made = {}
     for mode in throughput.MODES:
         moe, dense = throughput.contenders("nano", mode, str(tmp_path), flags(), ExitStack())
-        assert dataclasses.replace(moe.options, dense=True, save_dir="x") == dataclasses.replace(
-            dense.options, save_dir="x"
-        )
+        assert dataclasses.replace(moe.options, dense=True, save_dir=dense.options.save_dir) == dense.options
         made[mode] = moe.options
     assert made["predecessor"].tokens_per_step == 32 * 4 * 512
     assert not made["predecessor"].no_gradient_checkpointing
@@ -115,14 +113,14 @@ def test_modes_are_flags_of_train(options, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flag", [{"batch_size": 0}, {"seq_len": 3}, {"grad_accum": -1}])
-def test_a_shape_that_no_training_can_have_is_refused(flag):
+def test_an_invalid_batch_shape_is_rejected(flag):
     with pytest.raises(InputError, match=f"--{next(iter(flag))}"):
         shapes.batch_shape("tiny", False, flags(**flag))
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, TypeError])
-def test_what_ends_the_checks_on_a_gpu_leaves_rows_and_waits_for_no_check(end, tmp_path, monkeypatch):
-    """A check of one contender raises, while another's never ends."""
+def test_a_failing_check_on_a_gpu_writes_rows_without_waiting(end, tmp_path, monkeypatch):
+    """One contender's check raises while the other's hangs."""
     released, rows = threading.Event(), [throughput.Row("throughput", name, {}) for name in ("MoE", "dense")]
 
     def check():
@@ -142,10 +140,10 @@ def test_what_ends_the_checks_on_a_gpu_leaves_rows_and_waits_for_no_check(end, t
             throughput.main()
     finally:
         released.set()
-    assert [row.failed for row in read(tmp_path)] == ["ended before its first round"] * 2
+    assert [row.failed for row in read(tmp_path)] == ["stopped before its first round"] * 2
 
 
-def test_a_worker_whose_connection_breaks_ends_silently(capsys):
+def test_a_worker_with_a_broken_connection_exits_silently(capsys):
     def serve(connection):
         raise ConnectionResetError
 

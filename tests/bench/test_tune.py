@@ -1,4 +1,4 @@
-"""The search for configurations, on the interpreter and with made-up times."""
+"""The tuner, on the interpreter with synthetic times."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gemm", GEMMS.values(), ids=list(GEMMS))
-def test_what_beats_the_rule_is_kept_and_used(gemm, results):
+def test_a_candidate_that_beats_the_rule_is_stored_and_used(gemm, results):
     tune.tune({gemm: [SLOW, BROKEN, FAST]}, results, 1e9, 60)
     rows = read(results.directory)
     assert [row.failed for row in rows] == ["", "Failure: no answer within 60 s", ""]
@@ -55,7 +55,7 @@ def test_what_beats_the_rule_is_kept_and_used(gemm, results):
     assert configs.find_config(key[2], device, torch.float16, key[4], True) == FAST
 
 
-def test_the_rule_wins_ties_and_noise_and_wrong_results(results, monkeypatch):
+def test_ties_noisy_wins_and_wrong_results_are_not_stored(results, monkeypatch):
     monkeypatch.setitem(SECONDS, FAST, [2.0] * 10)
     tune.tune({GEMMS["up"]: [FAST, SLOW]}, results, 1e9, 60)
     monkeypatch.setattr(ops, "check", lambda *args: ("h", 0.02, 0.01))
@@ -64,12 +64,12 @@ def test_the_rule_wins_ties_and_noise_and_wrong_results(results, monkeypatch):
     assert not (results.directory / "tuned.jsonl").exists()
 
 
-def test_the_committed_candidates_have_no_duplicates_and_not_the_rule():
+def test_committed_candidates_are_unique_and_exclude_the_rule():
     h100 = launch.Device("any", "sm_90", 132)
     found = {(line["size"], line["op"]): line["configs"] for line in map(json.loads, tune.CANDIDATES.open())}
     assert found.keys() >= {(size, op) for size in tune.SIZES for op in tune.GEMMS}
-    for (size, op), lists in found.items():
-        candidates = [Config(*values) for values in lists]
+    for (size, op), listed in found.items():
+        candidates = [Config(*values) for values in listed]
         E, D, F = PRESETS[size].num_experts, PRESETS[size].d_model, PRESETS[size].d_ff
         sizes = {
             "up": (E, D, F), "rows-down": (E, F, D, 1), "hidden_grad": (E, D, F, 0), "rows-dx": (E, 2 * F, D, 0),
@@ -79,7 +79,7 @@ def test_the_committed_candidates_have_no_duplicates_and_not_the_rule():
         assert len({rule, *candidates}) == len(candidates) + 1 <= 13, (size, op)
 
 
-def test_a_process_that_ends_costs_its_result_alone():
+def test_a_dead_worker_loses_only_its_own_result():
     with pool(1) as call:
         ended, raised, right = call(os._exit, 3), call(int, "x"), call(int, "7")
         assert "exit status 3" in str(ended.exception())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.compile import BAR, GEMMS, NOP, NVIDIA_TOOLS, TARGETS, complaints, opcodes
+from bench.compile import BAR, GEMMS, NOP, NVIDIA_TOOLS, TARGETS, opcodes, problems
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {
@@ -46,12 +46,12 @@ def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
     flags = ["--arch", arch, "--model_size", size] + (["--tokens", tokens] if tokens else [])
     process = bench("compile", "--check", *flags, without_tma=without_tma)
     assert process.returncode == 0, process.stdout + process.stderr
-    table = process.stdout.partition("\n")[2].rpartition("nothing to complain of")[0]
+    table = process.stdout.partition("\n")[2].rpartition("no problems found")[0]
     rows = pd.read_csv(StringIO(table), sep=r"\s+").to_dict("records")
     assert {row["kernel"] for row in rows} == {*GEMMS, *OTHERS}
     assert all(0 < row["registers"] <= 512 and row["shared_bytes"] <= TARGETS[arch].shared_bytes for row in rows)
     if arch == "sm_90":
-        assert not any(row["spilled_bytes"] or row["serialised"] for row in rows)
+        assert not any(row["spilled_bytes"] or row["serialized"] for row in rows)
         for row in (row for row in rows if row["kernel"] in GEMMS):
             assert row["wgmma"] > 0
             if size != "odd":
@@ -74,7 +74,7 @@ def test_instructions_are_those_of_the_disassembler(tmp_path):
 
 GOOD = dict(
     arch="sm_90", size="tiny", dtype="bf16", tokens=256, aligned=True, kernel="_up_kernel", spilled_bytes=0,
-    shared_bytes=180248, wgmma=4, tma=3, serialised=False,
+    shared_bytes=180248, wgmma=4, tma=3, serialized=False,
 )  # fmt: skip
 
 
@@ -85,13 +85,13 @@ GOOD = dict(
         (dict(shared_bytes=232449), "232449 bytes of shared memory"),
         (dict(wgmma=0), "no wgmma"),
         (dict(tma=0), "no TMA"),
-        (dict(serialised=True), "serialised"),
+        (dict(serialized=True), "serialized"),
     ],
 )
 def test_what_is_not_fit_to_ship_is_complained_of(change, complaint):
-    assert complaints(GOOD) == []
-    assert complaints(GOOD | dict(tma=0, aligned=False)) == []
-    (text,) = complaints(GOOD | change)
+    assert problems(GOOD) == []
+    assert problems(GOOD | dict(tma=0, aligned=False)) == []
+    (text,) = problems(GOOD | change)
     assert complaint in text
 
 
