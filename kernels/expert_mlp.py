@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
 from .configs import choose
-from .contract import Plan, check_expert_mlp
+from .contract import Plan
 from .grouped_gemm import (
     expert_rows,
     gather_rows,
@@ -323,7 +323,6 @@ class _ExpertMLP(torch.autograd.Function):
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
     """`ops.expert_mlp` on contiguous tensors."""
     check_launch("expert_mlp", x_TD=x_TD, topk_scores_TK=topk_scores_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
-    check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     # Only backward needs h.
     with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, topk_scores_TK, w13_E2FD, w2_EDF))
     return _ExpertMLP.apply(x_TD, topk_scores_TK, *plan, w13_E2FD, w2_EDF, with_h)
