@@ -126,17 +126,10 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: the two routed experts and the shared expert of each token, plus the residual.
 
-    Args:
-        x_TD: [T, D], the dtype of the GEMMs and of the result.
-        router_ED: [E, D], 2 <= E <= 256. The logits are fp32.
-        w13_E2FD, w2_EDF: the routed experts; w13 has the gate rows (w1) first, then the up rows (w3).
-        shared_w13_2WD, shared_w2_DW: the shared expert, in the same layout.
-        residual_TD: added to the result; shape and dtype of x.
-        force_load_balance: route tokens to the experts in turn; see `route_top2`.
-
-    The weights are cast to x's dtype, except the router's; gradients have the weights' own dtype. The Triton kernels
-    keep x, the pre-activations, the logits and the plan for backward: 2 D + 8 F + 6 W + 4 E + 32 bytes per token in
-    bf16, and the weights in x's dtype. The result is deterministic.
+    2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are cast
+    to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For backward the
+    Triton kernels keep 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and plan), and
+    the weights in x's dtype. `force_load_balance` is described in `route_top2`.
     """
     residual_TD = None if residual_TD is None else _autocast(residual_TD)
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
@@ -272,13 +265,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits never exist.
 
-    Args:
-        x_TD: the dtype of the GEMMs. Rows of ignored tokens may hold anything.
-        weight_VD: cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype.
-        labels_T: int64; `ignore_index` excludes a token from the mean. Other labels outside 0..V-1 are not detected.
-
-    Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The gradients are formed
-    in the forward pass, one chunk of logits at a time; the idea is Liger-Kernel's (Hsu et al. 2024).
+    weight_VD is cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype. labels_T is
+    int64; `ignore_index` excludes a token, whose row of x may hold anything. Other labels outside 0..V-1 are not
+    detected. Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The forward
+    pass also computes the gradients, one chunk of logits at a time (Liger-Kernel, Hsu et al. 2024).
     """
     x_TD = _autocast(x_TD)
     contract.check_linear_cross_entropy(x_TD, weight_VD, labels_T)

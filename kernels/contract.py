@@ -60,9 +60,7 @@ def check(
     """Raise ValueError unless x has this shape (None: any size), one of these dtypes, and the device of `like`."""
     if isinstance(dtypes, torch.dtype):
         dtypes = (dtypes,)
-    if x.dim() != len(shape) or any(
-        want is not None and want != size for want, size in zip(shape, x.shape, strict=True)
-    ):
+    if x.dim() != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
     if x.dim() > 1 and x.shape[-1] == 0:
