@@ -126,10 +126,10 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: the two routed experts and the shared expert of each token, plus the residual.
 
-    2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are cast
-    to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For backward the
-    Triton kernels keep 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and plan), and
-    the weights in x's dtype. `force_load_balance` is described in `route_top2`.
+    2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are
+    cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
+    backward the Triton kernels keep 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
+    plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
     """
     residual_TD = None if residual_TD is None else _autocast(residual_TD)
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
