@@ -81,10 +81,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @contextmanager
 def deterministic_algorithms():
-    """Context in which torch uses deterministic algorithms only; an op without one raises RuntimeError.
-
-    Our kernels are always deterministic.
-    """
+    """Context in which torch uses deterministic algorithms only; an op without one raises RuntimeError."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     # Filling the results of torch.empty only helps to find bugs, and takes time.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import torch_ops
+from .kernels import contract, torch_ops
 from .kernels.autograd import autocast_dtype, no_autocast
 from .kernels.contract import MoEOutput, Plan, Routing
 
@@ -126,44 +126,32 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: the two routed experts and the shared expert of each token, plus the residual.
 
-    Args:
-        x_TD: [T, D], the dtype of the GEMMs and of the result.
-        router_ED: [E, D], 2 <= E <= 256. The logits are fp32.
-        w13_E2FD, w2_EDF: the routed experts; w13 has the gate rows (w1) first, then the up rows (w3).
-        shared_w13_2WD, shared_w2_DW: the shared expert, in the same layout.
-        residual_TD: added to the result; shape and dtype of x.
-        force_load_balance: route tokens to the experts in turn; see `route_top2`.
-
-    The weights are cast to x's dtype, except the router's; gradients have the weights' own dtype. The Triton kernels
-    keep x, the pre-activations, the logits and the plan for backward: 2 D + 8 F + 6 W + 4 E + 32 bytes per token in
-    bf16, and the weights in x's dtype. The result is deterministic.
+    2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are
+    cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
+    backward the Triton kernels keep 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
+    plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
     """
-    dtype = autocast_dtype(x_TD.device)
     residual_TD = None if residual_TD is None else _autocast(residual_TD)
+    weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
+    gemm_x_TD = _autocast(x_TD)
+    contract.check_moe(gemm_x_TD, *weights, residual_TD)
     with no_autocast(x_TD.device):
-        weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
-        if dtype is not None and x_TD.dtype not in (dtype, torch.float64):
-            return _mixed_moe(dtype, x_TD, *weights, residual_TD, force_load_balance)
+        if gemm_x_TD.dtype != x_TD.dtype:  # under autocast the router still reads the uncast x
+            routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+            plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
+            y_TD = expert_mlp(gemm_x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
+            hidden_TW = swiglu(F.linear(gemm_x_TD, shared_w13_2WD.to(gemm_x_TD.dtype)))
+            y_TD = y_TD + F.linear(hidden_TW, shared_w2_DW.to(gemm_x_TD.dtype))
+            y_TD = y_TD if residual_TD is None else y_TD + residual_TD
+            return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
             return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
         return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
 
 
-def _mixed_moe(
-    dtype, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, force_load_balance
-) -> MoEOutput:
-    """`moe` with GEMMs in this dtype, whose router reads x before the cast."""
-    routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
-    plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
-    x_TD = x_TD.to(dtype)
-    y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
-    y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13_2WD.to(dtype))), shared_w2_DW.to(dtype))
-    y_TD = y_TD if residual_TD is None else y_TD + residual_TD
-    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
-
-
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x @ weight.T in fp32 for inputs of any dtype (bf16 logits would tie); fp64 for an fp64 weight."""
+    contract.check_router_logits(x_TD, weight_ED)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "router_logits"):
             return triton_ops.router_logits(x_TD, weight_ED)
@@ -181,6 +169,7 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     `force_load_balance` restricts token t to the experts t mod E and (t + 1) mod E, for benchmarks and debugging;
     scores, losses and gradients are still those of the logits.
     """
+    contract.check_route_top2(logits_TE)
     with no_autocast(logits_TE.device):
         if uses_triton(logits_TE.device, logits_TE.dtype, "route_top2"):
             return triton_ops.route_top2(logits_TE, force_load_balance)
@@ -192,6 +181,7 @@ def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
 
     topk_ids_TK: int32 or int64 [T, 2]. Values outside 0..num_experts-1 are not detected: that would be a host sync.
     """
+    contract.check_dispatch_plan(topk_ids_TK, num_experts)
     if uses_triton(topk_ids_TK.device, topk_ids_TK.dtype, "dispatch_plan"):
         return triton_ops.dispatch_plan(topk_ids_TK, num_experts)
     return torch_ops.dispatch_plan(topk_ids_TK, num_experts)
@@ -200,6 +190,7 @@ def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     """y_NF: y[n] = w[e] @ x[n] for the expert-sorted rows n of each expert e, with fp32 sums. x and w share a dtype."""
     x_ND, w_EFD = _autocast(x_ND), _autocast(w_EFD)
+    contract.check_grouped_gemm(x_ND, w_EFD, plan)
     with no_autocast(x_ND.device):
         if uses_triton(x_ND.device, x_ND.dtype, "grouped_gemm"):
             return triton_ops.grouped_gemm(x_ND, w_EFD, plan)
@@ -214,6 +205,7 @@ def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tenso
     same T and E. The Triton kernels keep 2 D + 8 F + 24 bytes per token for backward in bf16.
     """
     x_TD = _autocast(x_TD)
+    contract.check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "expert_mlp"):
             return triton_ops.expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
@@ -222,6 +214,7 @@ def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tenso
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020). gate_up_N2F: (..., 2F), the gate first, then up. Returns (..., F)."""
+    contract.check_swiglu(gate_up_N2F)
     with no_autocast(gate_up_N2F.device):
         if uses_triton(gate_up_N2F.device, gate_up_N2F.dtype, "swiglu"):
             return triton_ops.swiglu(gate_up_N2F)
@@ -234,6 +227,7 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     q_BSHC, k_BSGC: one dtype, an even C, last axis contiguous. cos_SC, sin_SC: the angles of the S positions, normally
     fp32, with equal halves; they get no gradient. The products are computed in fp32 (or cos's wider dtype).
     """
+    contract.check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
     with no_autocast(q_BSHC.device):
         if uses_triton(q_BSHC.device, q_BSHC.dtype, "rope"):
             return triton_ops.rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
@@ -247,6 +241,7 @@ def split_rope(
 
     q and k are rotated as by `rope`; v is a view. The Triton kernels write the gradient of qkv in one launch.
     """
+    contract.check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
     with no_autocast(qkv_BSAC.device):
         if uses_triton(qkv_BSAC.device, qkv_BSAC.dtype, "split_rope"):
             return triton_ops.split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
@@ -260,6 +255,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     norm is that of the sum; without one, sum is x. Continue with the returned sum: its gradient is added inside the
     norm's backward kernel. The weight (D,) is cast to x's dtype. Triton rows hold at most 64 KiB.
     """
+    contract.check_rms_norm(x, weight, residual)
     with no_autocast(x.device):
         if uses_triton(x.device, x.dtype, "rms_norm"):
             return triton_ops.rms_norm(x, weight, eps, residual)
@@ -269,15 +265,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits never exist.
 
-    Args:
-        x_TD: the dtype of the GEMMs. Rows of ignored tokens may hold anything.
-        weight_VD: cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype.
-        labels_T: int64; `ignore_index` excludes a token from the mean. Other labels outside 0..V-1 are not detected.
-
-    Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The gradients are formed
-    in the forward pass, one chunk of logits at a time; the idea is Liger-Kernel's (Hsu et al. 2024).
+    weight_VD is cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype. labels_T is
+    int64; `ignore_index` excludes a token, whose row of x may hold anything. Other labels outside 0..V-1 are not
+    detected. Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The forward
+    pass also computes the gradients, one chunk of logits at a time (Liger-Kernel, Hsu et al. 2024).
     """
     x_TD = _autocast(x_TD)
+    contract.check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "linear_cross_entropy"):
             return triton_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index)

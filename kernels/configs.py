@@ -49,14 +49,8 @@ class Config(NamedTuple):
 
     def blocks(self) -> dict:
         """Keyword arguments of every GEMM kernel."""
-        return dict(
-            BLOCK_M=self.block_m,
-            BLOCK_N=self.block_n,
-            BLOCK_K=self.block_k,
-            FLATTEN=self.flatten,
-            num_warps=self.warps,
-            num_stages=self.stages,
-        )
+        blocks = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k)
+        return blocks | dict(FLATTEN=self.flatten, num_warps=self.warps, num_stages=self.stages)
 
 
 def read_table() -> dict[tuple, Config]:

@@ -1,4 +1,4 @@
-"""Result types of the ops, and argument checks that both backends call.
+"""Result types of the ops, and argument checks that acceleron/ops.py calls.
 
 A check raises a ValueError that names the argument, where torch would silently broadcast, promote or read past the
 end. It never reads values on a device.
@@ -60,9 +60,7 @@ def check(
     """Raise ValueError unless x has this shape (None: any size), one of these dtypes, and the device of `like`."""
     if isinstance(dtypes, torch.dtype):
         dtypes = (dtypes,)
-    if x.dim() != len(shape) or any(
-        want is not None and want != size for want, size in zip(shape, x.shape, strict=True)
-    ):
+    if x.dim() != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
     if x.dim() > 1 and x.shape[-1] == 0:
@@ -127,15 +125,7 @@ def check_expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD:
     _check_plan("expert_mlp", plan, T, w2_EDF.shape[0], x_TD)
 
 
-def check_moe(
-    x_TD: Tensor,
-    router_ED: Tensor,
-    w13_E2FD: Tensor,
-    w2_EDF: Tensor,
-    shared_w13_2WD: Tensor,
-    shared_w2_DW: Tensor,
-    residual_TD: Tensor | None,
-):
+def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD):
     check("moe: x_TD", x_TD, (None, None))
     D = x_TD.shape[1]
     _check_weights("moe", D, w13_E2FD, w2_EDF, x_TD)

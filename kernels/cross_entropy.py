@@ -11,7 +11,6 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .autograd import first_order, scale_gradient, split_mean
-from .contract import check_linear_cross_entropy
 from .launch import INTERPRETED, check_launch, device_of
 
 # Logits per chunk: 1 GiB in bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
@@ -154,6 +153,5 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, igno
     LOGITS_PER_CHUNK logits exist at a time. Their gradients are formed only if x or the weight needs a gradient.
     """
     check_launch("linear_cross_entropy", x_TD=x_TD, weight_VD=weight_VD, labels_T=labels_T)
-    check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     need_x, need_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, weight_VD))
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight)

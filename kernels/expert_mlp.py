@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
 from .configs import choose
-from .contract import Plan, check_expert_mlp
+from .contract import Plan
 from .grouped_gemm import (
     expert_rows,
     gather_rows,
@@ -100,22 +100,26 @@ def _hidden_grad_kernel(
 
 
 @triton.jit
+def _token_tile(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens and columns of this program's tile of [T, D], the tile's offsets, and its mask."""
+    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    return ts, ds, ts.to(tl.int64)[:, None] * D + ds[None, :], (ts < T)[:, None] & (ds < D)[None, :]
+
+
+@triton.jit
 def _combine_kernel(
     rows_ptr, scatter_idx_ptr, topk_scores_ptr, shared_ptr, residual_ptr, y_ptr, T,
     D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y[t] = sum over k of topk_scores[t, k] * rows[scatter_idx[t, k]], plus shared[t], plus residual[t]."""
-    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = ts < T
-    mask = inside[:, None] & (ds < D)[None, :]
+    ts, ds, tile, mask = _token_tile(T, D, BLOCK_T, BLOCK_D)
     y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for k in tl.static_range(2):
-        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
-        weight = tl.load(topk_scores_ptr + 2 * ts + k, mask=inside, other=0.0)
+        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=ts < T, other=0).to(tl.int64)
+        weight = tl.load(topk_scores_ptr + 2 * ts + k, mask=ts < T, other=0.0)
         y += weight[:, None] * tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
-    tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
     if SHARED:
         y += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -130,22 +134,17 @@ def _token_grad_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = sum over k of rows[scatter_idx[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
-    column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-    ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = ts < T
-    mask = inside[:, None] & (ds < D)[None, :]
+    ts, ds, tile, mask = _token_tile(T, D, BLOCK_T, BLOCK_D)
     dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for k in tl.static_range(2):
-        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=inside, other=0).to(tl.int64)
+        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=ts < T, other=0).to(tl.int64)
         dx += tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
-    tile = ts.to(tl.int64)[:, None] * D + ds[None, :]
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if ROUTER:
         # fp32 without tensor cores: 2 E FLOPs per value are hidden behind memory up to about 32 experts.
         for e in range(E):
-            dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=inside, other=0.0)
+            dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=ts < T, other=0.0)
             weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)
             dx += dlogit[:, None] * weight[None, :]
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -323,7 +322,6 @@ class _ExpertMLP(torch.autograd.Function):
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
     """`ops.expert_mlp` on contiguous tensors."""
     check_launch("expert_mlp", x_TD=x_TD, topk_scores_TK=topk_scores_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
-    check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     # Only backward needs h.
     with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, topk_scores_TK, w13_E2FD, w2_EDF))
     return _ExpertMLP.apply(x_TD, topk_scores_TK, *plan, w13_E2FD, w2_EDF, with_h)

@@ -13,7 +13,7 @@ from .contract import TOP_K, MoEOutput, Plan, Routing
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     gate, up = gate_up_N2F.chunk(2, dim=-1)
-    return gate * gate.sigmoid() * up
+    return F.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
-        return x * cos_SC[:, None] + torch.cat([-second, first], dim=-1) * sin_SC[:, None]
+        return (x * cos_SC[:, None] + torch.cat([-second, first], dim=-1) * sin_SC[:, None]).to(x.dtype)
 
     return rotate(q_BSHC), rotate(k_BSGC)
 

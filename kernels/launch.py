@@ -74,11 +74,6 @@ def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
             raise ValueError(f"{op}: {name}: expected bfloat16 or float16 or float32, but got float64")
         if x.device.type != "cuda" and cpu_device is None:
             raise ValueError(f"{op}: {name}: Triton needs a GPU, but it is on {x.device}; use the reference")
-        if contiguous and not x.is_contiguous():
-            raise ValueError(
-                f"{op}: {name}: expected a contiguous tensor, but the strides are {x.stride()}; call .contiguous()"
-            )
-        if not contiguous and x.numel() and x.stride(-1) != 1:
-            raise ValueError(
-                f"{op}: {name}: expected a last axis of stride 1, but the strides are {x.stride()}; call .contiguous()"
-            )
+        if not (x.is_contiguous() or (not contiguous and (x.numel() == 0 or x.stride(-1) == 1))):
+            wanted = "a contiguous tensor" if contiguous else "a last axis of stride 1"
+            raise ValueError(f"{op}: {name}: expected {wanted}, but the strides are {x.stride()}; call .contiguous()")

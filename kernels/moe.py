@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .autograd import first_order
-from .contract import MoEOutput, check_moe
+from .contract import MoEOutput
 from .dispatch import build_plan
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
 from .launch import check_launch
@@ -83,6 +83,5 @@ def moe(
     names = ("router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW")
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     check_launch("moe", x_TD=x_TD, **dict(zip(names, weights, strict=True)), residual_TD=residual_TD)
-    check_moe(x_TD, *weights, residual_TD)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
     return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad))

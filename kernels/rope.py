@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .autograd import first_order
-from .contract import check_rope, check_split_rope
 from .launch import check_launch
 
 # Bytes of q per program: in bf16, 8 positions at the tiny size and 2 at the large size. Twice as many spill in fp32.
@@ -160,7 +159,6 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
     """
     check_launch("rope", contiguous=False, q_BSHC=q_BSHC, k_BSGC=k_BSGC)
     check_launch("rope", cos_SC=cos_SC, sin_SC=sin_SC)
-    check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
     return _Rope.apply(q_BSHC, k_BSGC, cos_SC, sin_SC)
 
 
@@ -170,5 +168,4 @@ def split_rope(
     """`ops.split_rope`. Only the last axis of qkv_BSAC must be contiguous."""
     check_launch("split_rope", contiguous=False, qkv_BSAC=qkv_BSAC)
     check_launch("split_rope", cos_SC=cos_SC, sin_SC=sin_SC)
-    check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
     return _SplitRope.apply(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)

@@ -11,24 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import first_order, no_autocast, scale_gradient, split_mean
-from .contract import (
-    TOP_K,
-    MoEOutput,
-    Plan,
-    Routing,
-    check_dispatch_plan,
-    check_expert_mlp,
-    check_grouped_gemm,
-    check_linear_cross_entropy,
-    check_moe,
-    check_rms_norm,
-    check_rope,
-    check_route_top2,
-    check_router_logits,
-    check_split_rope,
-    check_swiglu,
-    wide,
-)
+from .contract import TOP_K, MoEOutput, Plan, Routing, wide
+from .formulas import rope, split_rope
+from .formulas import swiglu as swiglu_formula
 
 __all__ = [
     "dispatch_plan",
@@ -127,14 +112,12 @@ class _RouterLogits(torch.autograd.Function):
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """logits_TE = x @ weight.T in fp32, or fp64 for an fp64 weight."""
-    check_router_logits(x_TD, weight_ED)
     dtype = wide(weight_ED.dtype)
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     """Top-2 routing of router logits, with the router's two losses."""
-    check_route_top2(logits_TE)
     logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
     candidates_TE = logits_TE.detach()
@@ -152,7 +135,6 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
     """The stable expert-sorted order of all assignments."""
-    check_dispatch_plan(topk_ids_TK, num_experts)
     return Plan(*torch.ops.acceleron.sort_by_expert(topk_ids_TK, num_experts))
 
 
@@ -270,13 +252,11 @@ class _GroupedGemm(torch.autograd.Function):
 
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
     """y_NF: every expert-sorted row times its expert's weight."""
-    check_grouped_gemm(x_ND, w_EFD, plan)
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
     """The weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x))."""
-    check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
     w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
     x_ND = _Gather.apply(x_TD, plan.gather_idx, plan.scatter_idx_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
@@ -294,7 +274,6 @@ def moe(
     force_load_balance: bool = False,
 ) -> MoEOutput:
     """The layer, one op after another."""
-    check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD)
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
@@ -303,11 +282,6 @@ def moe(
     if residual_TD is not None:
         y_TD = residual_TD + y_TD
     return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
-
-
-def _swiglu(gate_up_N2F):
-    gate, up = gate_up_N2F.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -329,7 +303,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up_N2F):
         ctx.save_for_backward(gate_up_N2F)
-        return _swiglu(gate_up_N2F)
+        return swiglu_formula(gate_up_N2F)
 
     @staticmethod
     @first_order("swiglu")
@@ -342,34 +316,11 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up."""
-    check_swiglu(gate_up_N2F)
-    return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else _swiglu(gate_up_N2F)
-
-
-def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
-    """x * cos + rotate_half(x) * sin for q and k; the products are computed in cos's dtype and cast back."""
-    check_rope(q_BSHC, k_BSGC, cos_SC, sin_SC)
-
-    def rotate(x):
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat([-second, first], dim=-1)
-        return (x * cos_SC[:, None] + rotated * sin_SC[:, None]).to(x.dtype)
-
-    return rotate(q_BSHC), rotate(k_BSGC)
-
-
-def split_rope(
-    qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rotated q and k, and v as a view."""
-    check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
-    q, k, v = qkv_BSAC.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
-    return *rope(q, k, cos_SC, sin_SC), v
+    return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else swiglu_formula(gate_up_N2F)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and that sum."""
-    check_rms_norm(x, weight, residual)
     if residual is not None:
         x = x + residual
     # F.rms_norm computes in fp32 and casts back; a weight passed to it would be applied before the cast.
@@ -443,5 +394,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy; LOGITS_PER_CHUNK logits exist at a time, four times as many in 16 bits."""
-    check_linear_cross_entropy(x_TD, weight_VD, labels_T)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

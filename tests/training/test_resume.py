@@ -74,7 +74,7 @@ def test_auto_resumes_from_the_newest_valid_checkpoint_and_warns_of_others(data_
     warnings = [line for line in output.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
     assert "checkpoint_9.pt: truncated" in warnings[0]
-    assert "checkpoint_6.pt: damaged: its record archive/data/" in warnings[1]
+    assert "checkpoint_6.pt: damaged: archive/data/" in warnings[1]
     assert f"continuing from {tmp_path / 'checkpoint_3.pt'}, step 3" in output
     assert_bitwise_equal(final_state(tmp_path, 9), expected)
 
