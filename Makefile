@@ -1,27 +1,27 @@
-# Two commands: `make demo` trains and samples a small model on this machine; `make test` checks everything but what
-# takes long, which `make test-all` checks.
+# `make demo` trains and samples a small model on this machine; `make test` runs the checks of a few minutes, and
+# `make test-all` the slow ones.
 PYTHON ?= python3
 # Any release from 2.11 on will do: `make setup TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
-# What goes with that torch. A torch for GPUs brings its own, and then this one is not installed.
+# The Triton of that torch on Linux. torch's GPU wheels bring their own, and then this one is not installed.
 TRITON ?= triton==3.7.1
-# The oldest that the kernels must compile with.
+# The oldest release that the kernels must compile with.
 OLD_TRITON := triton==3.6.0
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all
+.PHONY: setup demo test test-all lines
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"
+	[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Packages of Python's own library: text that is there wherever Python is.
+# Text that is available wherever Python is: packages of its own library.
 PACKAGES := asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml
 
 demo: setup
@@ -45,8 +45,15 @@ test: setup
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
 test-all: setup
+	$(BIN)/pyright
 	$(BIN)/python -m pytest -n logical --dist worksteal -m slow
 	$(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
+
+# Lines of Python per folder, without symbolic links, and words of the documents.
+lines:
+	@for folder in kernels acceleron bench tests; do \
+		printf '%-9s %6d lines\n' $$folder $$(find $$folder -name '*.py' -type f -exec cat {} + | wc -l); done
+	@printf '%-9s %6d words\n' documents $$(cat *.md docs/*.md kernels/*.md bench/README.md | wc -w)

@@ -1,4 +1,4 @@
-"""Write text with a trained model: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
+"""Generate text from a checkpoint: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports, which take seconds
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the slow imports
 
 from acceleron.checkpoint import find_checkpoint, load_checkpoint
 from acceleron.device import resolve_device, resolve_dtype
@@ -20,15 +20,15 @@ from acceleron.generation import Sampling, load_model, open_tokenizer, stream_te
 
 def parse_arguments() -> Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=nonempty, required=True, help="checkpoint_<step>.pt of train.py")
-    parser.add_argument("--prompt", help="generate once from this text; without it, prompts are asked for")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
-    parser.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0 is greedy")
-    parser.add_argument("--top_k", type=int, default=50, help="draw among the k likeliest tokens (default 50; 0: all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to p (default 1)")
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--seed", type=int, help="makes the draw repeatable")
-    parser.add_argument("--tokenizer", type=nonempty, help="default: beside the checkpoint or pile_tokenizer.json here")
+    parser.add_argument("--checkpoint", type=nonempty, required=True, help="checkpoint_<step>.pt from train.py")
+    parser.add_argument("--prompt", help="generate once from this prompt (default: read prompts interactively)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum tokens to generate (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature (default 0.8; 0: greedy)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest tokens (default 50; 0: all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest that sum to p (default 1)")
+    parser.add_argument("--greedy", action="store_true", help="always pick the likeliest token")
+    parser.add_argument("--seed", type=int, help="random seed for reproducible sampling")
+    parser.add_argument("--tokenizer", type=nonempty, help="default: beside the checkpoint or generate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()
@@ -51,7 +51,7 @@ def main():
 
     def write(prompt: str):
         escaped = {"errors": "surrogateescape"}
-        prompt = prompt.encode(**escaped).decode(**escaped)  # UTF-8, whatever the locale
+        prompt = prompt.encode(**escaped).decode(**escaped)  # UTF-8 in every locale
         print(prompt, end="", flush=True)
         tokens, start = 0, time.perf_counter()
         try:
@@ -66,14 +66,14 @@ def main():
     if arguments.prompt is not None:
         write(arguments.prompt)
         return
-    print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+    print("Enter one prompt per line; Ctrl-D exits.", file=sys.stderr)
     while True:
         try:
             write(input("> "))
         except EOFError:
             print()
             return
-        except InputError as error:  # a prompt too long is no reason to end the session
+        except InputError as error:  # keep the session after a prompt that is too long
             print(f"error: {error}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Pretrain a model: python train.py --model_size tiny --data_dir ./data. All flags: --help, or the README's table."""
+"""Pretrain a model: python train.py --model_size tiny --data_dir ./data. --help lists all flags."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before and after the training there is nothing to save, and importing torch takes a while: 75 is errors.STOPPED.
+    # Importing torch takes a while, and there is nothing to save before and after training. 75 is errors.STOPPED.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(75))

@@ -1,4 +1,4 @@
-"""The shape of a model, and the named sizes."""
+"""Model configuration and the named sizes."""
 
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,8 +8,7 @@ from .kernels.contract import MAX_EXPERTS
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24
-# Far above any model of this kind: a file with larger numbers is damaged or hostile, and is refused before anything of
-# these sizes is made.
+# Far above any realistic model. A file with larger values is damaged or hostile: reject it before allocating anything.
 LIMITS = {
     "vocab_size": MAX_VOCAB_SIZE,
     "d_model": 1 << 16,
@@ -31,21 +30,21 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def brief(value) -> str:
-    """Its repr, cut short; Python refuses to write out an int of thousands of digits."""
+def short_repr(value) -> str:
+    """The repr, truncated to 40 characters."""
     try:
-        return reprlib.repr(value)[:40]  # a whole repr may be endless: of lists that hold one another many times
-    except ValueError:
+        return reprlib.repr(value)[:40]  # the full repr of nested shared lists can grow exponentially
+    except ValueError:  # Python refuses to format an int of thousands of digits
         return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes a model's parameters and its function.
+    """The architecture and the router loss coefficients. Raises InputError for invalid values.
 
-    `d_ff` is the width of one routed expert, `d_ff_shared` that of the shared one. `dense` replaces the MoE by its
-    dense baseline: one SwiGLU of width 2 * d_ff + d_ff_shared, the same active FLOPs. `debug_force_load_balance` routes
-    tokens to the experts in turn while the model is in training mode. Raises InputError for impossible shapes.
+    `d_ff` is the width of one routed expert, `d_ff_shared` the width of the shared expert. `dense` replaces the MoE
+    with the dense baseline: one SwiGLU of width 2 * d_ff + d_ff_shared, with equal active FLOPs.
+    `debug_force_load_balance` assigns tokens to experts round-robin in training mode.
     """
 
     vocab_size: int = NAMED_VOCAB_SIZE
@@ -69,26 +68,24 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is bool:
                 if type(value) is not bool:
-                    raise InputError(f"config: {field.name} must be true or false, not {brief(value)}")
+                    raise InputError(f"config: {field.name} must be true or false, not {short_repr(value)}")
                 continue
             if field.type is int and (type(value) is not int or value < 1):
-                raise InputError(f"config: {field.name} must be a positive whole number, not {brief(value)}")
+                raise InputError(f"config: {field.name} must be a positive integer, not {short_repr(value)}")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
-                raise InputError(f"config: {field.name} must be a finite number of at least 0, not {brief(value)}")
+                raise InputError(f"config: {field.name} must be finite and at least 0, not {short_repr(value)}")
             if value > LIMITS.get(field.name, value):
-                raise InputError(f"config: {field.name} {brief(value)} is above {LIMITS[field.name]}")
+                raise InputError(f"config: {field.name} {short_repr(value)} is above {LIMITS[field.name]}")
         if self.rope_theta == 0:
             raise InputError("config: rope_theta must be above 0")
         if self.d_model % (2 * self.num_heads):
-            raise InputError(
-                f"config: d_model {self.d_model} must be num_heads {self.num_heads} times an even head_dim"
-            )
+            raise InputError(f"config: d_model {self.d_model} must be an even multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if not 2 <= self.num_experts <= MAX_EXPERTS:
-            raise InputError(f"config: num_experts {self.num_experts} must be 2, as routing is top-2, to {MAX_EXPERTS}")
+            raise InputError(f"config: num_experts {self.num_experts} must be 2 (for top-2 routing) to {MAX_EXPERTS}")
 
     @property
     def head_dim(self) -> int:
@@ -96,12 +93,12 @@ class ModelConfig:
 
     @property
     def d_ff_dense(self) -> int:
-        """Width of the dense baseline's SwiGLU."""
+        """Width of the dense baseline's MLP."""
         return 2 * self.d_ff + self.d_ff_shared
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
-        """A named size, or its dense baseline. Nano has no fixed vocabulary: pass `vocab_size`."""
+        """A named size, or its dense baseline. "nano" has no fixed vocabulary: pass `vocab_size`."""
         if size not in PRESETS:
             raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[size], dense=dense, **overrides)
@@ -111,10 +108,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
-        """The inverse of `to_dict`. Raises InputError for fields that don't exist."""
-        unknown = sorted(map(brief, set(values) - {field.name for field in fields(cls)}))
+        """The inverse of `to_dict`. Raises InputError for unknown fields."""
+        unknown = sorted(map(short_repr, set(values) - {field.name for field in fields(cls)}))
         if unknown:
-            raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: written by another version?")
+            raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: was it written by another version?")
         return cls(**values)
 
 

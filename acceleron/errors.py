@@ -1,4 +1,4 @@
-"""What ends a command, told apart from bugs: printed as one line, each kind with its own exit status."""
+"""User-facing errors: one line on stderr and an exit status per kind. Bugs keep their traceback."""
 
 import difflib
 import errno
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-# What a scheduler may act on; 0 is done, 1 a bug (a traceback says which).
-BAD_INPUT = 2  # as argparse's: the same command would fail again
-FAILED = 3  # the run can't go on as it is, or its output can't be written; the message says what to change
-STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command and nothing is lost; start it again (train.py: --resume auto)
-INTERRUPTED = 130  # Ctrl-C, at once
-PIPE_CLOSED = 141  # the program that reads its output has exited
+# Exit statuses for schedulers. 0 is success; 1 is a bug, with a traceback.
+BAD_INPUT = 2  # same as argparse: the same command would fail again
+FAILED = 3  # the run cannot continue or its output cannot be written; the message says what to change
+STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command, nothing is lost; restart it (train.py: --resume auto)
+INTERRUPTED = 130  # Ctrl-C
+PIPE_CLOSED = 141  # the reader of the output has exited
 
-# A full or failing disk, a limit on the size of files, or a terminal that has gone.
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# A full or failing disk, a file size limit, or a closed terminal.
+TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class InputError(ValueError):
@@ -28,66 +28,66 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that can't go on. The message says why, what is saved, and what to do."""
+    """A run that cannot continue. The message says why, what is saved, and what to do."""
+
+
+class RunStopped(Exception):
+    """A run stopped by a signal. The message says what is saved and how to continue."""
 
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
-    """RunFailed for what may pass without a change of the command, a full disk for one; else InputError."""
+    """RunFailed if the same command can succeed later (after a full disk, for example), else InputError."""
     is_file = isinstance(error, FileExistsError) and os.path.isfile(error.filename or "")
     reason = "it is a file, not a directory" if is_file else error.strerror or error
-    return (RunFailed if error.errno in PASSING else InputError)(f"{what} ({reason})")
+    return (RunFailed if error.errno in TRANSIENT_ERRNOS else InputError)(f"{what} ({reason})")
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The question, with the nearest of the names and a space after it; an empty string if none is near."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]}? " if near else ""
+    """Return "did you mean <closest name>? ", or an empty string if no name is close."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def path_error(what: str, path: str | Path, wanted: str) -> InputError:
-    """Says why `path` can't be used, what is there instead, and which name is nearest.
+    """An error that says why `path` is unusable, what exists instead, and the closest name.
 
-    what: the flag, or another name for it. wanted: "file" or "directory".
+    `what` is the flag or another name for the path; `wanted` is "file" or "directory".
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         return InputError(f"{what} {path} is neither a file nor a directory")
-    place = path if path.is_dir() else path.parent
+    directory = path if path.is_dir() else path.parent
     try:
-        names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
+        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        reason = "there is no such directory" if isinstance(error, FileNotFoundError) else error.strerror
-        return InputError(f"{what} {path} does not exist, and {place} cannot be read ({reason})")
+        reason = "no such directory" if isinstance(error, FileNotFoundError) else error.strerror
+        return InputError(f"{what} {path} does not exist, and {directory} cannot be read ({reason})")
     listed = repr(", ".join(names[:5]) + ", …" * (len(names) > 5))[1:-1] or "nothing"  # escaped for the terminal
     if path.is_dir():
-        return InputError(f"{what} {path} is a directory: name a {wanted} in it; it holds {listed}")
+        return InputError(f"{what} {path} is a directory: name a {wanted} in it; it contains {listed}")
     if path.exists():
-        return InputError(f"{what} {path} is a file, not a directory: name the {wanted} that it is in, {place}")
-    question = did_you_mean(path.name, names)
-    where = f"{'T' if question else 't'}he current directory" if place == Path() else place
-    return InputError(f"{what} {path} does not exist: {question}{where} holds {listed}")
-
-
-class RunStopped(Exception):
-    """A run that a signal stopped. The message says what is saved and how to go on."""
+        return InputError(f"{what} {path} is a file, not a directory: name its directory, {directory}")
+    suggestion = did_you_mean(path.name, names)
+    where = f"{'T' if suggestion else 't'}he current directory" if directory == Path() else directory
+    return InputError(f"{what} {path} does not exist: {suggestion}{where} contains {listed}")
 
 
 OUT_OF_MEMORY = "out of memory: use a smaller model, a smaller batch or shorter sequences"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError on CUDA; on a CPU a RuntimeError of a certain wording."""
+    """CUDA raises torch.OutOfMemoryError. The CPU allocator raises a plain RuntimeError, recognized by its text."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command; returns its exit status, one of the above.
+    """Run a command and return its exit status, one of those above.
 
-    The standard streams can be used whatever the command was started with. SIGTERM and SIGHUP raise SystemExit in it,
-    unless it handles them itself, so that it cleans up. Blank environment variables that it would read count as unset.
+    Closed standard streams are reopened on /dev/null. SIGTERM and SIGHUP raise SystemExit in the command, so it can
+    clean up, unless it installs its own handlers. Blank CC, CXX and ACCELERON_* variables count as unset.
     """
     _prepare_streams()
-    os.environ.pop("MPLBACKEND", None)  # pictures are written to files, and importing matplotlib fails for a bad one
+    os.environ.pop("MPLBACKEND", None)  # plots go to files, and an unknown backend makes importing matplotlib fail
     for name, value in list(os.environ.items()):
         if not value.strip() and (name in ("CC", "CXX") or name.startswith("ACCELERON_")):
             del os.environ[name]
@@ -103,14 +103,14 @@ def run_command(main: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Python would try again as it ends, and change the exit status
+        except OSError:  # Python would flush again at exit and change the exit status
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
 
 def _outcome(main: Callable[[], None]) -> tuple[int, str]:
-    """Exit status and last line of a command."""
+    """Run the command. Returns its exit status and its last line for stderr."""
     try:
         main()
     except InputError as error:
@@ -122,7 +122,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     except BrokenPipeError:
         return PIPE_CLOSED, ""
     except OSError as error:
-        if error.filename is None and error.errno not in (*PASSING, errno.EBADF):
+        if error.filename is None and error.errno not in (*TRANSIENT_ERRNOS, errno.EBADF):
             raise
         what = "the output" if error.filename is None else error.filename
         failure = file_error(f"{what}: cannot be read or written", error)
@@ -130,19 +130,19 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             return BAD_INPUT, f"error: {OUT_OF_MEMORY}"
-        cause = getattr(error, "inner_exception", None)  # of torch.compile's errors
+        cause = getattr(error, "inner_exception", None)  # set on torch.compile errors
         if type(cause).__name__ not in ("InvalidCxxCompiler", "CppCompileError"):
             raise
         lines = str(cause).splitlines()
         reason = next((line for line in lines if "error:" in line), lines[0])
-        return BAD_INPUT, f"error: torch.compile: {reason}: set CXX to a compiler that works, or pass --no_compile"
+        return BAD_INPUT, f"error: torch.compile: {reason}: set CXX to a working compiler, or pass --no_compile"
     except KeyboardInterrupt:
         return INTERRUPTED, "\ninterrupted"
     return 0, ""
 
 
 def _prepare_streams():
-    """Open those that are closed on /dev/null, and let them escape what the terminal can't show."""
+    """Reopen closed standard streams on /dev/null, and escape characters that the terminal cannot show."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -152,14 +152,14 @@ def _prepare_streams():
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):  # not so under pytest or in a notebook
+        if hasattr(stream, "reconfigure"):  # missing under pytest and in notebooks
             stream.reconfigure(errors=errors)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
     def stop(number: int, _):
-        signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         with suppress(OSError):
             os.write(2, f"{signal.Signals(number).name}: stopped\n".encode())
         raise SystemExit(STOPPED)

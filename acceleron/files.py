@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is complete and on the disk; after an error `path` is as it was.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that replaces `path` once it is complete and synced. An error leaves `path` unchanged.
 
-    A process that is killed leaves `path` as it was too, and beside it `path` + PARTIAL.
+    A killed process also leaves `path` unchanged, and leaves `path` + PARTIAL beside it.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -23,14 +23,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what matters
+        with suppress(OSError):  # keep the original error
             partial.unlink()
         raise
     sync_directory(path.parent)
 
 
 def sync_directory(directory: Path):
-    """Bring the names in it to the disk: without this a power cut may undo a rename."""
+    """Flush the directory's entries to disk. Without this, a power cut can undo a rename."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Command lines, whose errors are one line."""
+"""Argument parsing with one-line errors."""
 
 import argparse
 import os
@@ -10,16 +10,16 @@ from .errors import InputError, did_you_mean
 
 
 def nonempty(value: str) -> str:
-    """The type of a flag that takes a path or a name: an empty one, as from an unset variable, is refused."""
+    """Argument type for a path or a name. Rejects an empty string, which usually comes from an unset variable."""
     if not value:
         raise argparse.ArgumentTypeError("expected a value, but it is empty (an unset variable?)")
     return value
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError for a bad command line, and suggests the nearest flag instead of printing the usage.
+    """Raises InputError for a bad command line and suggests the closest flag instead of printing the usage.
 
-    An argument that is not valid UTF-8 is refused: no library takes such a path.
+    Rejects arguments that are not valid UTF-8, because the libraries accept no such path.
     """
 
     def __init__(self, **kwargs):
@@ -32,22 +32,22 @@ class Parser(argparse.ArgumentParser):
                 os.fsencode(argument).decode()
             except UnicodeError as error:
                 raise InputError(f"{argument!a} is not valid UTF-8") from error
-        if self._subparsers is None:  # else it is theirs to say
+        if self._subparsers is None:  # subparsers check their own flags
             known = self._option_string_actions
             for before, argument in pairwise(["", *args[: args.index("--") if "--" in args else None]]):
-                flag = "" if " " in argument else argument.partition("=")[0]  # with a space it is a value
+                flag = "" if " " in argument else argument.partition("=")[0]  # an argument with a space is a value
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
-                    meant = did_you_mean(f"--{flag.lstrip('-')}", known, cutoff=0.7)  # "--" alone makes up much of 0.6
+                    suggestion = did_you_mean(f"--{flag.lstrip('-')}", known, cutoff=0.7)  # "--" alone scores high
                     takes_value = before in known and known[before].nargs is None
                     value = f"; if it is the value of {before}, write {before}={argument}" if takes_value else ""
-                    raise InputError(f"unknown flag {flag}: {meant}--help lists all{value}")
+                    raise InputError(f"unknown flag {flag}: {suggestion}see --help{value}")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
-            meant = did_you_mean(str(value), names)
-            text = f"invalid choice: {value!r}: {meant}{'C' if meant else 'c'}hoose from {', '.join(names)}"
+            suggestion = did_you_mean(str(value), names)
+            text = f"invalid choice: {value!r}: {suggestion}{'C' if suggestion else 'c'}hoose from {', '.join(names)}"
             raise argparse.ArgumentError(action, text)
 
     def error(self, message: str):

@@ -1,6 +1,5 @@
-"""Text from a checkpoint: sampling with a KV cache."""
+"""Generate text from a checkpoint with a KV cache."""
 
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,16 +11,14 @@ from torch import Tensor
 
 from .attention import KVCache, best_sdpa
 from .checkpoint import assign_weights
-from .data.tokenizer import END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
+from .data.tokenizer import BYTE_TOKEN, END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
 from .errors import InputError
 from .model import Acceleron
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte-fallback tokenizer's token of one byte
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 keep all tokens. Raises InputError for values out of range."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens. Raises InputError for values out of range."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -30,15 +27,15 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or above, and finite")
+            raise InputError(f"--temperature {self.temperature}: must be finite and at least 0 (greedy)")
         if self.top_k < 0:
-            raise InputError(f"--top_k {self.top_k}: must be 0 (keep all) or above")
+            raise InputError(f"--top_k {self.top_k}: must be at least 0 (keep all)")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
 
 def load_model(contents: dict, path: str | Path, device: torch.device, dtype: torch.dtype) -> Acceleron:
-    """The model of a loaded checkpoint, ready to generate. Raises InputError if its weights don't fit its config."""
+    """Build the model of a loaded checkpoint for inference. Raises InputError if the weights do not fit the config."""
     with torch.device("meta"):
         model = Acceleron(contents["config"])
     assign_weights(model, contents, path)
@@ -47,7 +44,7 @@ def load_model(contents: dict, path: str | Path, device: torch.device, dtype: to
 
 
 def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
-    """Cast the matrices to dtype once, so that no step has to; routers and norms stay fp32."""
+    """Cast the matrices to dtype once instead of on every use. Routers and norms stay fp32."""
     model.compute_dtype = dtype
     for name, weight in model.named_parameters():
         weight.requires_grad_(False)
@@ -57,38 +54,38 @@ def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
 
 
 def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
-    """The tokenizer asked for, else the one beside the checkpoint or beside the scripts.
+    """Load `explicit`, or the tokenizer beside the checkpoint or the scripts.
 
-    Raises InputError if there is none, if it has more entries than the model, or if the checkpoint has another one
-    beside it.
+    Raises InputError if none exists, if it has more ids than the model's vocabulary, or if `explicit` differs from the
+    tokenizer beside the checkpoint.
     """
     path = find_tokenizer(explicit, Path(checkpoint).parent, scripts_dir)
     if path is None:
-        raise InputError(f"no tokenizer beside {checkpoint} or the scripts: name one with --tokenizer")
+        raise InputError(f"no tokenizer beside {checkpoint} or the scripts: pass one with --tokenizer")
     tokenizer = load_tokenizer(path)
     own = Path(checkpoint).parent / "tokenizer.json"
     if own.is_file() and own.read_bytes() != path.read_bytes():
-        raise InputError(f"--tokenizer {path} is not {own}, which {checkpoint} was trained with: leave the flag out")
+        raise InputError(f"--tokenizer {path} is not {own}, which {checkpoint} was trained with: omit the flag")
     vocab_size = contents["config"].vocab_size
     if num_ids(tokenizer) > vocab_size:
         raise InputError(
             f"{path} has {num_ids(tokenizer)} entries, more than the model's vocabulary of {vocab_size}: "
-            "name the tokenizer it was trained with by --tokenizer"
+            "pass its own tokenizer with --tokenizer"
         )
     return tokenizer
 
 
-def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """The next token's id, int64 [1]. Candidates are narrowed by top-k, then top-p, after the temperature.
+def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Sample the next token id, int64 [1]: apply the temperature, then top-k, then top-p.
 
-    Raises InputError for logits that are not finite.
+    Raises InputError for non-finite logits.
     """
     logits_V = logits_V.float()
     if not logits_V.max().isfinite():
-        raise InputError("the model's logits are not finite: the run that wrote this checkpoint had diverged")
+        raise InputError("the model's logits are not finite: its training run diverged; use an earlier checkpoint")
     if sampling.temperature == 0:
         return logits_V.argmax(dim=-1, keepdim=True)
-    # Below 1e-6 all but equal logits are told apart for certain, and fp32 would overflow.
+    # A temperature below 1e-6 is greedy in effect, and fp32 would overflow.
     logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, 1e-6)
     if 0 < sampling.top_k < len(logits_V):
         logits, ids = logits_V.topk(sampling.top_k)
@@ -96,10 +93,10 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None
         logits, ids = logits_V.sort(descending=True)
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
-        # Keep the fewest tokens that reach top_p together; the first is always kept.
-        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        beyond[0] = False
-        probabilities = probabilities.masked_fill(beyond, 0.0)
+        # Keep the smallest set of tokens whose probabilities reach top_p, and always the first.
+        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        dropped[0] = False
+        probabilities = probabilities.masked_fill(dropped, 0.0)
     return ids[torch.multinomial(probabilities, 1, generator=generator)]
 
 
@@ -113,14 +110,14 @@ def generate(
     num_entries: int | None = None,
     stop_id: int | None = None,
 ) -> Iterator[int]:
-    """New token ids, one by one, until `stop_id` (which is not yielded), max_new_tokens, or the context is full.
+    """Yield new token ids until `stop_id` (not yielded), `max_new_tokens` or the end of the context.
 
-    Ids from `num_entries` on, which the tokenizer lacks, are never drawn. Raises InputError for a prompt that fills
-    the model's context, or an empty one.
+    Samples only ids below `num_entries`, those that the tokenizer has. Raises InputError for an empty prompt or one
+    that fills the context.
     """
     config = model.config
     if not 0 < len(prompt_ids) < config.max_seq_len:
-        raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model takes 1 to {config.max_seq_len - 1}")
+        raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model accepts 1 to {config.max_seq_len - 1}")
     device = model.embedding.device
     generator = None
     if sampling.seed is not None:
@@ -132,7 +129,7 @@ def generate(
         for _ in range(length - len(prompt_ids)):
             x, _ = model.hidden_states(input_ids, cache)
             logits_V = model.head(x[0, -1])[:num_entries]
-            next_id = pick(logits_V, sampling, generator)
+            next_id = sample_token(logits_V, sampling, generator)
             token = int(next_id)
             if token == stop_id:
                 return
@@ -143,10 +140,10 @@ def generate(
 def stream_text(
     model: Acceleron, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[tuple[int | None, str]]:
-    """(token id, piece of the continuation) per token; the piece is "" while a character is incomplete.
+    """Yield (token id, text) per token. The text is "" while a character is incomplete.
 
-    What is still incomplete at the end comes with None, so that the pieces together are the decoded continuation. An
-    empty prompt starts a new document. Ends where the model ends the document.
+    If a character is incomplete at the end, a final (None, text) follows; the texts concatenate to the decoded
+    continuation. An empty prompt starts a new document. Stops at the end-of-text token.
     """
     end_id = tokenizer.token_to_id(END_OF_TEXT)
     try:
@@ -154,14 +151,13 @@ def stream_text(
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid UTF-8") from error
     prompt_ids = encode(tokenizer, [prompt])[0] or [end_id]
-    # Decode all ids each time: the text of a token depends on the tokens before it, and every decoder has its own
-    # rules. It takes half a millisecond for 2,048 ids.
+    # Decode all ids each time, because a token's text depends on the tokens before it. This takes 0.5 ms for 2,048 ids.
     ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
     for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_ids(tokenizer), stop_id=end_id):
         ids.append(token)
         piece = ""
-        # Byte fallback decodes all bytes in a row as U+FFFD if one of them completes no character.
-        if not _BYTE.fullmatch(tokenizer.id_to_token(token) or ""):
+        # Byte fallback decodes a run of bytes to U+FFFD until the run is valid UTF-8.
+        if not BYTE_TOKEN.fullmatch(tokenizer.id_to_token(token) or ""):
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):
                 piece, shown = text[shown:], len(text)

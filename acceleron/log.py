@@ -1,4 +1,4 @@
-"""Lines for the terminal."""
+"""Terminal output."""
 
 import sys
 from contextlib import suppress
@@ -8,11 +8,8 @@ from tqdm import tqdm
 
 
 def say(line: str, file: TextIO | None = None):
-    """Write a line, by default to stderr, above the progress bar if there is one.
-
-    A terminal that can't be written to, as its pipe was closed or its disk is full, is no reason to end a run.
-    """
+    """Print a line above any progress bar, to stderr by default. Ignore write errors: output must not end a run."""
     file = file or sys.stderr
     with suppress(OSError, ValueError):
-        if file is not None:  # as in a process that was started without one
+        if file is not None:  # a process can start without stderr
             tqdm.write(line, file=file)

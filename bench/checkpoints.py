@@ -20,7 +20,7 @@ from acceleron.device import dtype_name, synchronize
 from acceleron.errors import RunFailed
 from acceleron.training.loop import Trainer
 from acceleron.training.options import TrainOptions
-from acceleron.training.stop import StopSignals
+from acceleron.training.signals import StopSignals
 
 from .command import parse, run_entries
 from .corpus import write_corpus
@@ -38,7 +38,7 @@ def snapshot(state: dict) -> dict:
 
 def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
     """An entry of `run_entries`."""
-    run, saver, baseline, blocked, written, wrong = trainer.run, trainer.saver, [], [], [], 0
+    run, manager, baseline, blocked, written, wrong = trainer.run, trainer.checkpoints, [], [], [], 0
     yield row
 
     def steps() -> float:
@@ -55,14 +55,14 @@ def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
         trainer._save()
         blocked.append(time.perf_counter() - start)
         steps()
-        saver.wait()
-        seconds, outcome = time.perf_counter() - start, saver.outcome()
-        if outcome.error:
-            raise RunFailed(f"cannot write a checkpoint to TMPDIR ({outcome.error}): set TMPDIR to another directory")
-        written.append(outcome.seconds)
-        loaded = snapshot(load_checkpoint(outcome.path))
+        manager.wait()
+        seconds, result = time.perf_counter() - start, manager.result()
+        if result.error:
+            raise RunFailed(f"cannot write a checkpoint to TMPDIR ({result.error}): set TMPDIR to another directory")
+        written.append(result.seconds)
+        loaded = snapshot(load_checkpoint(result.path))
         wrong += any(loaded[name] != value for name, value in saved.items())
-        row.details["bytes"] = outcome.bytes
+        row.details["bytes"] = result.bytes
         return seconds / baseline[-1]
 
     yield ratio
@@ -84,7 +84,7 @@ def main():
             **shape,
         )  # fmt: skip
         trainer = Trainer(options, None, StopSignals())
-        trainer.begin()
+        trainer.open_outputs()
         case = dict(size=size, dtype=dtype_name(trainer.run.model.compute_dtype), **shape, interval=arguments.interval)
         row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
         with closing(trainer.run.loader), closing(trainer.metrics), trainer.run.context():

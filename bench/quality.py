@@ -55,7 +55,7 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[sub
     steps = row.case["tokens"] // (plan.flags["batch_size"] * plan.flags["seq_len"])
     flags = plan.flags | {
         "device": plan.device, "data_dir": data, "save_dir": save_dir, "lr": row.case["lr"], "seed": row.case["seed"],
-        "num_workers": 1, "max_steps": steps, "save_interval": steps, "eval_interval": max(1, steps // 4),
+        "num_workers": 1, "max_steps": steps, "save_interval": steps, "eval_interval": max(1, steps // 20),
         "log_interval": max(1, steps // 20), "no_gradient_checkpointing": True, "dense": row.provider == "dense",
     }  # fmt: skip
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]

@@ -127,14 +127,22 @@ def bars(rows: list[Row]) -> Figure:
     return figure
 
 
-def losses(runs: pd.DataFrame) -> Figure:
-    """Validation loss against tokens and wall clock: the mean over seeds, per model and budget."""
-    figure = Figure(figsize=(9, 3.6))
-    axes = figure.subplots(1, 2)
-    for key, curves in runs.groupby(["device", "date", "size", "dtype", "model", "tokens"], sort=False).curve:
-        mean = pd.DataFrame(np.mean([*curves], axis=0), columns=["tokens", "wall clock (s)", "loss"])
-        for axis, x in zip(axes, mean, strict=False):
-            mean.plot(x, "loss", ax=axis, label=", ".join(map(str, key[2:])), ylabel="validation loss (nats)")
+def losses(commands: list[pd.DataFrame]) -> Figure:
+    """Validation loss against tokens after a fifth of the budget, a panel per command: seeds (thin) and their mean."""
+    figure = Figure(figsize=(7 * len(commands), 4))
+    for axis, runs in zip(figure.subplots(1, len(commands), squeeze=False).flat, commands, strict=True):
+        full = runs[runs.tokens == runs.tokens.max()]
+        for model, label, colour in (("dense", "dense baseline", "#e69f00"), ("MoE", "MoE", "#0072b2")):
+            curves = np.array([*full[full.model == model].curve])  # (seeds, points, 3: tokens, seconds, loss)
+            if len(curves):
+                curves = curves[:, curves.shape[1] // 5 :]
+                tokens, _, mean = curves.mean(0).T
+                axis.plot(tokens, curves[:, :, 2].T, color=colour, linewidth=0.6, alpha=0.5)
+                axis.plot(tokens, mean, color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} seeds")
+        axis.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.legend(title=", ".join(map(str, full.iloc[0][["size", "dtype"]])))
+        axis.grid(alpha=0.3)
     return figure
 
 
@@ -151,7 +159,7 @@ def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> 
     blocks += [table([summary(each) for each in runs]), RANGES]
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         figures = {"throughput": bars(trained)} if trained else {}
-        figures |= {"loss": losses(pd.concat(runs))} if runs else {}
+        figures |= {"loss": losses(runs)} if runs else {}
         for name, figure in figures.items():
             figure.savefig(output / f"{name}.svg", metadata={"Date": None})
             blocks.append(f"![{name}]({name}.svg)")

@@ -1,4 +1,4 @@
-"""What the autograd Functions of both kernel backends share: no second derivative, no autocast, a loss's scale."""
+"""Helpers for the autograd Functions of both backends: no second derivative, no autocast, the scale of a mean."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,37 +9,37 @@ from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of torch.autocast on this device, None where it is off."""
+    """The dtype of torch.autocast on this device; None if autocast is disabled."""
     enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast on this device."""
+    """Context with autocast disabled on this device."""
     return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
 def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
-    """A mantissa in [0.5, 1) and a power of two: 1 / count = power / mantissa. Both are 0 for a count of 0.
+    """A mantissa in [0.5, 1) and a power of two with 1 / count = power / mantissa. Both are 0 if count is 0.
 
-    For a loss whose forward pass forms its gradients. Forward divides by the mantissa alone, so that gradients keep
-    clear of fp16's smallest values; backward multiplies by the power, which rounds nothing. count: a floating scalar.
+    For a mean whose gradients are formed in the forward pass. Forward divides by the mantissa only, which avoids
+    underflow in fp16. Backward multiplies by the power, which is exact. count: a floating-point scalar.
     """
     mantissa = torch.frexp(count).mantissa
     return mantissa, mantissa / count.clamp(min=1)
 
 
 def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in grad's dtype, where the scalar factor may be outside its range, as a loss scale is in fp16."""
-    # A tensor of one axis keeps its precision, a scalar does not.
+    """grad * factor in grad's dtype. The scalar factor may exceed its range: a loss scale of 65,536 does in fp16."""
+    # torch would round a zero-dimensional factor to grad's dtype first.
     return torch.mul(grad, factor[None], out=torch.empty_like(grad))
 
 
 def first_order(op: str) -> Callable:
-    """Decorator of the backward of an autograd Function that has no second derivative.
+    """Decorator for the backward of an autograd Function without a second derivative.
 
-    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` does not: it looks at the gradients of
-    the outputs alone, and returns a constant. Autocast, which is on if `backward()` is called in its context, is off.
+    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` silently returns a constant where only
+    the saved tensors require grad. The decorator also disables autocast.
     """
 
     def decorate(backward: Callable) -> Callable:

@@ -1,11 +1,11 @@
 """Tile sizes of the grouped GEMMs, and whether they load their operands by TMA.
 
-A configuration is the tuned table's for the device, dtype and sizes, or else `rule`'s. Nothing is searched while
-training. Environment variables:
-  ACCELERON_TUNED   the table's file (default: tuned.jsonl beside this module, if there is one), as `python -m bench
-                    tune` writes it. A line has arch, device (its name, or "any" of that architecture), op, dtype,
-                    sizes (see below), the fields of `Config` and the median time. It holds where TMA is used.
-  ACCELERON_NO_TMA  the ops, separated by commas, that load by pointers instead of TMA: up, rows, weight_grad or
+A configuration comes from the tuned table, if it has an entry for the device, dtype and sizes, and else from `rule`.
+Nothing is tuned during training. Environment variables:
+  ACCELERON_TUNED   the file of the tuned table (default: tuned.jsonl beside this module, if it exists), written by
+                    `python -m bench tune`. A line has arch, device (a name, or "any"), op, dtype, sizes (see below),
+                    the fields of `Config` and the median time. It applies where TMA is used.
+  ACCELERON_NO_TMA  the ops, separated by commas, that load through pointers instead of TMA: up, rows, weight_grad or
                     all
 
 | op | sizes |
@@ -31,10 +31,11 @@ KEY = ("arch", "device", "op", "dtype", "sizes")
 
 
 class Config(NamedTuple):
-    """A tile of block_m x block_n outputs and block_k of the inner width; `up` has block_n gate and as many up columns.
+    """A tile of block_m x block_n outputs and block_k of the inner width. `up` has block_n gate and block_n up columns.
 
-    programs: persistent programs a processor. flatten: one pipelined loop over tiles and inner width, so that a tile's
-    first loads overlap the last one's stores. split: shares of each expert's rows that weight_grad sums apart.
+    programs: persistent programs per SM.
+    flatten: one pipelined loop over tiles and inner width: the first loads of a tile overlap the stores of the last.
+    split: shares of each expert's rows for which weight_grad computes separate sums.
     """
 
     block_m: int
@@ -47,7 +48,7 @@ class Config(NamedTuple):
     split: int = 1
 
     def blocks(self) -> dict:
-        """The keyword arguments that every GEMM kernel takes."""
+        """Keyword arguments of every GEMM kernel."""
         return dict(
             BLOCK_M=self.block_m,
             BLOCK_N=self.block_n,
@@ -59,9 +60,9 @@ class Config(NamedTuple):
 
 
 def read_table() -> dict[tuple, Config]:
-    """KEY -> Config, of the file that ACCELERON_TUNED names.
+    """KEY -> Config, from the file that ACCELERON_TUNED names.
 
-    Raises ValueError that names a missing file, or the file and line of an entry that is no configuration.
+    Raises ValueError for a missing file and for a line that is not a configuration.
     """
     named = os.environ.get("ACCELERON_TUNED")
     path = Path(named or Path(__file__).parent / "tuned.jsonl")
@@ -70,7 +71,7 @@ def read_table() -> dict[tuple, Config]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; name another file, or unset it") from error
+        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; set another file, or unset it") from error
     entries = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -80,7 +81,7 @@ def read_table() -> dict[tuple, Config]:
                 if type(value) is not kind or (kind is int and value < 1):
                     raise ValueError(f"{name} is {value!r}")
                 if name in ("block_m", "block_n", "block_k", "warps") and value & (value - 1):
-                    raise ValueError(f"{name} is {value}, which is not a power of two")
+                    raise ValueError(f"{name} is {value}, not a power of two")
             key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             entries[key] = Config(*(entry[name] for name in Config._fields))
         except (ValueError, TypeError, KeyError) as error:
@@ -93,7 +94,7 @@ table = cache(read_table)
 
 @cache
 def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
-    """With TMA the table's entry for the device's name, or else for any of its architecture; otherwise `rule`'s."""
+    """With TMA, the table entry for the device name, or for \"any\" of its architecture; otherwise the rule."""
     if tma:
         for device_name in (device.name, "any"):
             key = (device.arch, device_name, op, str(dtype).removeprefix("torch."), sizes)
@@ -103,7 +104,7 @@ def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, .
 
 
 def without_tma() -> set[str]:
-    """The ops that ACCELERON_NO_TMA names. Raises ValueError for an unknown name."""
+    """The ops in ACCELERON_NO_TMA. Raises ValueError for an unknown name."""
     names = os.environ.get("ACCELERON_NO_TMA", "")
     ops = {name.strip() for name in names.split(",") if name.strip()}
     if ops - {*OPS, "all"}:
@@ -112,7 +113,7 @@ def without_tma() -> set[str]:
 
 
 def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
-    """Whether TMA can load these operands, and ACCELERON_NO_TMA does not name the op.
+    """Whether TMA can load these operands and ACCELERON_NO_TMA does not exclude the op.
 
     TMA needs Hopper or later, a 16-bit dtype, 16-byte aligned pointers, and rows of a multiple of 16 bytes.
     """
@@ -126,8 +127,8 @@ def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
 def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operands: Tensor) -> tuple[Config, bool]:
     """The configuration of a launch, and whether it uses TMA.
 
-    operands: the tensors that the kernel loads tiles of, in one dtype. inner: the inner width, which must be a multiple
-    of block_k where TMA is used; 0 if the inner axis is that of rows, whose end TMA knows.
+    operands: the tensors whose tiles the kernel loads, all of one dtype. inner: the inner width, which must be a
+    multiple of block_k for TMA; 0 if the inner axis is the rows, whose end TMA knows.
     """
     dtype = operands[0].dtype
     if tma_available(op, device, *operands):
@@ -138,7 +139,7 @@ def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operand
 
 
 def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
-    """The configuration for sizes without an entry in the table: one that compiles without spills and fits."""
+    """The configuration for sizes without a table entry: it compiles without spills and fits in shared memory."""
     if device.arch == "interpreter":
         return Config(32, 32, 32, 4, 1, split=2)  # small: small tests have several tiles and shares
     if dtype == torch.float32:
@@ -154,24 +155,24 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     wide = sizes[2] > 128
     if op == "weight_grad":
         config = Config(128, 256 if wide else 128, 64, 8, 3)
-        return config._replace(split=_even_split(config, device, *sizes[:3]))
+        return config._replace(split=_best_split(config, device, *sizes[:3]))
     if device.arch != "sm_90":
         if op == "up":
             return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4)
         return Config(128, 256 if wide else 128, 64, 8, 4)
-    # Two programs per processor: one's epilogue overlaps the other's GEMM, a gain where the inner width is small.
+    # Two programs per SM: the epilogue of one overlaps the GEMM of the other. This helps if the inner width is small.
     if op == "rows" and min(sizes[1:3]) > 1024:
         return Config(128, 256, 64, 8, 4, flatten=True)
     return Config(128, 64 if op == "up" else 128, 64, 4, 3, programs=2, flatten=True)
 
 
-def _even_split(config: Config, device: Device, E: int, M: int, N: int) -> int:
-    """The number of shares that takes the least time: they fill the last wave of tiles, but cost their sum.
+def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:
+    """The fastest number of shares: more shares fill the last wave of tiles, but adding them up takes time.
 
-    Shares are written and read in fp32: 8 E M N bytes each, where the GEMM has 4 T M N FLOPs. At 65,536 tokens, 500
-    TFLOP/s and 2.7 TB/s that is a share of 0.57 % E of its time.
+    Each share is written and read in fp32, 8 E O I bytes, and the GEMM has 4 T O I FLOPs. At 65,536 tokens, 500 TFLOP/s
+    and 2.7 TB/s a share costs 0.57 % * E of the GEMM's time.
     """
-    tiles = E * -(-M // config.block_m) * -(-N // config.block_n)
+    tiles = E * -(-O // config.block_m) * -(-I // config.block_n)
 
     def seconds(split: int) -> float:
         waves = tiles * split / (device.processors * config.programs)

@@ -1,7 +1,7 @@
-"""What the ops of both kernel backends take and return, and the checks of their arguments.
+"""Result types of the ops, and argument checks that both backends call.
 
-A check raises a ValueError that names the argument, where torch would broadcast, promote or read past the end in
-silence. It reads no value on a device.
+A check raises a ValueError that names the argument, where torch would silently broadcast, promote or read past the
+end. It never reads values on a device.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, V vocabulary,
 N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 TOP_K = 2
-MAX_EXPERTS = 256  # of the Triton kernels, and so of a model
+MAX_EXPERTS = 256  # limit of the Triton kernels
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """The router's decisions and unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32."""
+    """Top-2 routing and unweighted losses. Scores and losses: fp32 (fp64 for fp64 logits); ids int32; counts int64."""
 
     topk_scores_TK: Tensor
     topk_ids_TK: Tensor
@@ -29,10 +29,11 @@ class Routing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The expert-sorted order of the T * K assignments; assignment `t * K + k` is token t's k-th choice.
+    """The T * K assignments sorted by expert. Assignment t * K + k is the k-th choice of token t.
 
-    gather_idx: int32 [N], the assignment in each expert-sorted row (stable). scatter_idx_TK: int32, the row of each
-    assignment. offsets: int32 [E + 1], expert e owns the rows offsets[e]:offsets[e + 1].
+    gather_idx: int32 [N], the assignment in each expert-sorted row (a stable sort).
+    scatter_idx_TK: int32, the row of each assignment.
+    offsets: int32 [E + 1]; expert e owns the rows offsets[e]:offsets[e + 1].
     """
 
     gather_idx: Tensor
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """Of a Mixture-of-Experts layer: its output, and what `Routing` says of the router."""
+    """The output of a Mixture-of-Experts layer, and the router's losses and counts as in `Routing`."""
 
     y_TD: Tensor
     z_loss: Tensor
@@ -56,7 +57,7 @@ def check(
     dtypes: torch.dtype | Sequence[torch.dtype] = FLOATS,
     like: Tensor | None = None,
 ):
-    """Raise a ValueError unless x has this shape (None: any size), one of these dtypes, and the device of `like`."""
+    """Raise ValueError unless x has this shape (None: any size), one of these dtypes, and the device of `like`."""
     if isinstance(dtypes, torch.dtype):
         dtypes = (dtypes,)
     if x.dim() != len(shape) or any(
@@ -65,7 +66,7 @@ def check(
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{argument}: expected shape ({wanted}), but got {tuple(x.shape)}")
     if x.dim() > 1 and x.shape[-1] == 0:
-        raise ValueError(f"{argument}: expected a last axis that is not empty, but got {tuple(x.shape)}")
+        raise ValueError(f"{argument}: expected a non-empty last axis, but got {tuple(x.shape)}")
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{argument}: expected {names}, but got {str(x.dtype).removeprefix('torch.')}")

@@ -1,7 +1,7 @@
-"""The head's cross-entropy, without the logits of all tokens: chunk by chunk, gradients formed in the forward pass.
+"""The head's cross-entropy in chunks of tokens. The forward pass also computes the gradients.
 
-Legend: T tokens, D model width, V vocabulary. The GEMMs are torch's; the kernel turns a chunk's logits into their own
-gradient, in place. The idea is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+Legend: T tokens, D model width, V vocabulary. torch computes the GEMMs; the kernel replaces the logits of a chunk by
+their gradient. The idea is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
 """
 
 import torch
@@ -14,11 +14,12 @@ from .autograd import first_order, scale_gradient, split_mean
 from .contract import check_linear_cross_entropy
 from .launch import INTERPRETED, check_launch, device_of
 
-# Logits of a chunk, 1 GiB of bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
+# Logits per chunk: 1 GiB in bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
 # logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
 LOGITS_PER_CHUNK = 1 << 29
-# A row is read twice, and the second read should hit L2. With 16 logits per thread the kernel takes 42 registers, so an
-# SM of an H100 runs two rows at a time, all SMs 26 MB. With eight it takes 32 and runs four: 53 MB, more than L2 holds.
+# A row is read twice, and the second read should hit L2. With 16 logits per thread the kernel uses 42 registers, so an
+# SM of an H100 runs two rows at a time: 26 MB on all SMs. With 8 logits it uses 32 registers and runs four rows: 53 MB,
+# more than L2 holds.
 BLOCK, WARPS = 8192, 16
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -26,23 +27,23 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _exp2(x):
-    """2**x, where a GPU may return 0 for a subnormal result: to keep those, tl.exp2 takes three more instructions."""
+    """2**x. A GPU may flush subnormal results to 0; tl.exp2 keeps them, with three more instructions."""
     return tl.exp2(x) if _INTERPRETED else libdevice.exp2(x)
 
 
-# A chunk's labels and losses begin anywhere; by their alignment it would be compiled up to four times, for nothing.
+# The labels and losses of a chunk have any alignment: without this, up to four variants would be compiled.
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "losses_ptr"])
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, losses_ptr, mantissa_ptr, V, ignore_index,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: its loss, and (softmax - onehot) / mantissa written over its logits.
+    """One program per row: writes its loss, and (softmax - onehot) / mantissa over its logits.
 
-    The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum, and rescales the sum
-    once per block; threads are not reduced before the end of the row. Maxima are multiplied by log2(e), so that a
-    logit takes one FMA and one exp2.
+    The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum and rescales the sum
+    once per block; threads are reduced at the end of the row. Maxima are multiplied by log2(e), so a logit takes one
+    FMA and one exp2.
     """
-    row = tl.program_id(0).to(tl.int64)  # 64 bits: a chunk's values may pass 2**31
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: a chunk can have more than 2**31 values
     logits_ptr += row * V
     col = tl.arange(0, BLOCK)
     dtype = logits_ptr.dtype.element_ty
@@ -55,13 +56,13 @@ def _cross_entropy_kernel(
     else:
         target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         target_logit = tl.load(logits_ptr + target, target >= 0, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.load(mantissa_ptr)  # loaded early, so that nothing waits for it
-        # The lowest float and not -inf, whose difference to a masked logit would be NaN.
+        scale = 1.0 / tl.load(mantissa_ptr)  # loaded early to hide its latency
+        # The lowest float: -inf minus a masked logit would be NaN.
         largest = tl.full((THREADS,), -3.4028234e38, tl.float32)
         total = tl.zeros((THREADS,), tl.float32)
         for start in range(0, V, BLOCK):
             x = tl.load(logits_ptr + start + col, col < V - start, other=float("-inf")).to(tl.float32)
-            # In any order, so that each column belongs to one thread, whose maximum and sum need no other thread.
+            # With can_reorder a column belongs to one thread, so its maximum and sum need no other thread.
             x = tl.reshape(x, (BLOCK // THREADS, THREADS), can_reorder=True)
             larger = tl.maximum(largest, tl.max(x, axis=0) * LOG2_E)
             total = total * _exp2(largest - larger) + tl.sum(_exp2(tl.fma(x, LOG2_E, -larger)), axis=0)
@@ -70,14 +71,14 @@ def _cross_entropy_kernel(
         row_total = tl.sum(total * _exp2(largest - row_largest), axis=0)
         tl.store(losses_ptr + row, tl.log(row_total) - LN_2 * tl.fma(target_logit, LOG2_E, -row_largest))
         if WITH_GRADIENT:
-            # Last block first: what was read last is likeliest to be in a cache still.
+            # Last block first: it is most likely still in a cache.
             last = (V - 1) // BLOCK * BLOCK
             for offset in range(0, V, BLOCK):
                 start = last - offset
                 x = tl.load(logits_ptr + start + col, col < V - start).to(tl.float32)
                 gradient = _exp2(tl.fma(x, LOG2_E, -row_largest)) * (scale / row_total)
                 position = target - start
-                if (position >= 0) & (position < BLOCK):  # a branch: the other blocks skip the comparisons
+                if (position >= 0) & (position < BLOCK):  # the other blocks skip the comparisons
                     gradient = tl.where(col == position, gradient - scale, gradient)
                 tl.store(logits_ptr + start + col, gradient.to(dtype), col < V - start)
 
@@ -86,7 +87,7 @@ def _cross_entropy_kernel(
 def _linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss; the gradients of x and the weight, each empty unless it is needed; and a factor of both."""
+    """The mean loss; the gradients of x and the weight without a factor (empty unless needed); and that factor."""
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
     keep_T1 = (labels_T != ignore_index)[:, None]
@@ -94,19 +95,19 @@ def _linear_cross_entropy(
     mantissa, power = split_mean(count)
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
-    # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
+    # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
     grad_weight = weight_VD.new_zeros(weight_VD.shape if need_weight else 0, dtype=torch.float32)
-    # As many chunks as the limit asks for, all of about the same size: a short last one would waste its GEMM's tiles.
-    # Two at the least, so that all logits never exist.
+    # Chunks of about equal size, because a short last chunk would waste tiles of its GEMM. At least two, so that the
+    # full logits never exist.
     chunks = max(2, triton.cdiv(T, max(1, LOGITS_PER_CHUNK // V)))
     step = triton.cdiv(T, chunks)
     buffer = x_TD.new_empty(step, V)
     block = min(BLOCK, triton.next_power_of_2(V))
-    # A warp of AMD's data-center GPUs has 64 threads.
+    # AMD data-center GPUs have warps of 64 threads.
     threads = WARPS * (64 if device_of(x_TD).arch.startswith("gfx") else 32)
     for start in range(0, T, max(1, step)):
         chunk = slice(start, start + step)
-        # Ignored rows are zeros: 0 times what is not finite would be NaN in the weight's gradient.
+        # Zero the ignored rows: 0 * inf would be NaN in the gradient of the weight.
         x = torch.where(keep_T1[chunk], x_TD[chunk], 0)
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
         with torch.cuda.device_of(x):
@@ -129,7 +130,7 @@ def _(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss is a scalar, which only scales the gradients: backward multiplies those that forward formed."""
+    """Backward scales the gradients that forward computed: the loss is a scalar."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):

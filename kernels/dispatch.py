@@ -18,7 +18,7 @@ from .launch import MAX_PROGRAMS, check_launch
 def _count_kernel(
     topk_ids_ptr, counts_ptr, N, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """How many of this program's assignments went to each expert."""
+    """The number of this program's assignments to each expert."""
     es = tl.arange(0, E_PAD)
     counts = tl.zeros((E_PAD,), dtype=tl.int32)
     for block in range(BLOCKS):
@@ -33,7 +33,7 @@ def _place_kernel(
     topk_ids_ptr, counts_ptr, gather_idx_ptr, scatter_idx_ptr, offsets_ptr, N, B,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The row of each assignment: after other experts', then earlier programs', then its earlier peers of this one."""
+    """The row of each assignment: after lower experts, earlier programs, and earlier assignments of this program."""
     program = tl.program_id(0)
     es = tl.arange(0, E_PAD)
     total = tl.zeros((E_PAD,), dtype=tl.int32)

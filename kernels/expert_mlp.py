@@ -2,10 +2,10 @@
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
-Forward, four launches: x's rows, sorted by expert; h_N2F and act_NF from them; rows_ND from act; y_TD as each token's
-weighted sum of two rows. Kept for backward: x, h and the plan (SonicMoE's choice). Backward: dy's rows; w2.T dy; from
-it and h, in one elementwise kernel, dH, the weighted act and the routing weights' gradient; dW2; x's rows, dW13; dX's
-rows; the sum of each token's two. The sorted x, act, and the down-projection's output are never kept.
+Forward has four launches: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection); y_TD,
+the weighted sum of each token's two rows. It saves x, h and the plan for backward, as SonicMoE does. Backward: gather
+dy_ND; r = w2.T dy; dh, the weighted act and the gradient of the scores in one elementwise kernel; dW2; gather x_ND;
+dW13; the rows of dx; dx_TD, the sum of each token's two rows. x_ND, act and the down-projection's output are not saved.
 """
 
 import torch
@@ -36,9 +36,9 @@ def _up_kernel(
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h[n] = w13[e] @ x[n], act = silu(gate) * up: a tile has BLOCK_N gate columns and their up columns.
+    """h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate columns and the same up columns.
 
-    One accumulator holds both: with two, ptxas serialises the wgmmas of the flattened loop (its warning C7515).
+    One accumulator holds both. With two, ptxas serialises the wgmmas of the flattened loop (warning C7515).
     """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -49,7 +49,7 @@ def _up_kernel(
         acc = grouped_dot(x, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
         if not WITH_H:
-            acc += 0.0  # or ptxas moves fp16's conversions between the wgmmas, which it then serialises (C7514)
+            acc += 0.0  # else ptxas moves the fp16 conversions between the wgmmas and serialises them (C7514)
         h = acc.to(h_ptr.dtype.element_ty)
         gate, up = tl.split(tl.permute(tl.reshape(h, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         fs = f + tl.arange(0, BLOCK_N)
@@ -58,7 +58,7 @@ def _up_kernel(
         if WITH_H:
             tl.store(h_ptrs, gate, mask=mask)
             tl.store(h_ptrs + F, up, mask=mask)
-        # From the rounded h, so that backward, which has nothing else, recomputes these very values.
+        # From the rounded h, so that backward recomputes the same values.
         gate = gate.to(tl.float32)
         act = gate * sigmoid(gate) * up.to(tl.float32)
         act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
@@ -70,9 +70,9 @@ def _hidden_grad_kernel(
     act_ptr, h_ptr, dh_ptr, gather_idx_ptr, topk_scores_ptr, dtopk_scores_ptr, N,
     F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """dh, and the weighted act (dW2's operand) in place of r = w2[e].T @ dy; dweights, the row sums of r * act.
+    """dh and dtopk_scores; replaces r = w2[e].T @ dy by act times its score, the operand of dW2.
 
-    With s the routing weight: dact = s r, and the gradient of s is r . act.
+    With s the score: dact = s r, and the gradient of s is r . act.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
@@ -104,7 +104,7 @@ def _combine_kernel(
     rows_ptr, scatter_idx_ptr, topk_scores_ptr, shared_ptr, residual_ptr, y_ptr, T,
     D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum over k of weights[t, k] * rows[scatter_idx[t, k]], plus shared[t], plus residual[t]."""
+    """y[t] = sum over k of topk_scores[t, k] * rows[scatter_idx[t, k]], plus shared[t], plus residual[t]."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -143,7 +143,7 @@ def _token_grad_kernel(
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if ROUTER:
-        # In fp32, without tensor cores: 2 E FLOPs a value, which wait for memory up to some 32 experts.
+        # fp32 without tensor cores: 2 E FLOPs per value are hidden behind memory up to about 32 experts.
         for e in range(E):
             dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=inside, other=0.0)
             weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)
@@ -152,10 +152,10 @@ def _token_grad_kernel(
 
 
 def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
-    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 a program, the tiles of a row one after another.
+    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 per program; the tiles of a row are consecutive.
 
-    More threads than columns: only then does Triton load a row of the router in the layout of the sum, where it would
-    otherwise pass through shared memory, with two barriers an expert.
+    There are more threads than columns. Only then does Triton load a row of the router in the layout of the sum;
+    otherwise the row passes through shared memory, with two barriers per expert.
     """
     block_d = min(128, triton.next_power_of_2(D))
     block_t = 4096 // block_d
@@ -166,7 +166,7 @@ def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
 def expert_up(
     x_TD: Tensor, w13_E2FD: Tensor, gather_idx: Tensor, offsets: Tensor, with_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """The pre-activation h_N2F (empty unless asked for) and act_NF = silu(gate) * up of each expert-sorted row."""
+    """The pre-activation h_N2F (empty unless with_h) and act_NF = silu(gate) * up of each expert-sorted row."""
     (E, F2, D), N = w13_E2FD.shape, gather_idx.numel()
     F = F2 // 2
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
@@ -202,7 +202,7 @@ def expert_down(
     shared_TD: Tensor | None,
     residual_TD: Tensor | None,
 ) -> Tensor:
-    """y_TD: each token's weighted sum of its two rows of w2[e] @ act, plus shared and residual."""
+    """y_TD: the weighted sum of each token's two rows of w2[e] @ act, plus shared and residual."""
     T, D = topk_scores_TK.shape[0], w2_EDF.shape[1]
     rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
     y_TD = rows_ND.new_empty(T, D)
@@ -226,10 +226,10 @@ def _(act_NF, w2_EDF, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residu
 def hidden_grad(
     dy_ND: Tensor, w2_EDF: Tensor, h_N2F: Tensor, topk_scores_TK: Tensor, gather_idx: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F; act_NF times its row's routing weight; and dtopk_scores_TK, the gradient of the routing weights.
+    """dh_N2F, act_NF times the score of its row, and dtopk_scores_TK.
 
-    A GEMM and an elementwise kernel, as the latter, with few registers, runs at the memory's rate. In the GEMM's
-    epilogue, with the GEMM's registers, eight warps wait for h (bench/LOG.md, 2026-11-26).
+    The elementwise kernel is separate from the GEMM because it needs few registers and runs at memory bandwidth. In the
+    epilogue of the GEMM, eight warps would wait for h (bench/LOG.md, 2026-11-26).
     """
     act_NF, dh_N2F = grouped_rows(dy_ND, w2_EDF, offsets, False), torch.empty_like(h_N2F)
     dtopk_scores_TK = torch.empty_like(topk_scores_TK)
@@ -290,7 +290,7 @@ def expert_grads(
     dtype13: torch.dtype | None,
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dX's expert-sorted rows, and the gradients of topk_scores_TK and, in these dtypes if any, of w13 and w2."""
+    """The expert-sorted rows of dx, dtopk_scores_TK, and the gradients of w13 and w2 in these dtypes (None: skip)."""
     dy_ND = gather_rows(dy_TD, gather_idx)
     dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
     dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
@@ -313,7 +313,7 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     @first_order("expert_mlp")
     def backward(ctx, dy_TD):
-        scatter_idx_TK, *saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
+        scatter_idx_TK, *saved = ctx.saved_tensors  # read once: under checkpointing every access recomputes
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
         dx_TD = token_grad(rows_ND, scatter_idx_TK, None, None, None)
@@ -324,6 +324,6 @@ def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tenso
     """`ops.expert_mlp` on contiguous tensors."""
     check_launch("expert_mlp", x_TD=x_TD, topk_scores_TK=topk_scores_TK, w13_E2FD=w13_E2FD, w2_EDF=w2_EDF)
     check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
-    # What backward alone reads is not written for an evaluation.
+    # Only backward needs h.
     with_h = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, topk_scores_TK, w13_E2FD, w2_EDF))
     return _ExpertMLP.apply(x_TD, topk_scores_TK, *plan, w13_E2FD, w2_EDF, with_h)

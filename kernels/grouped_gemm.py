@@ -1,11 +1,11 @@
 """Grouped GEMM: the rows of each expert times that expert's weight, and the gradients of the weights.
 
-Legend: T tokens, D model width, E experts, K = 2, N = T * K expert-sorted rows, I and O a GEMM's input and output
-width. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows may be partly empty.
+Legend: T tokens, D model width, E experts, K = 2, N = T * K expert-sorted rows, I and O input and output width of a
+GEMM. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows can be partly empty.
 
-Which expert a tile belongs to is found by each program from the E + 1 offsets, in registers: a reduction over E values
-costs what reading a tile-to-expert map from L2 would, and leaves no map to build, to size or to save. A persistent
-program runs through the tiles that are there; the host launches as many as the device holds and needs no count.
+Each program finds the expert of a tile from the E + 1 offsets, in registers. The reduction over E values costs as much
+as reading a tile-to-expert map from L2, and there is no map to build or save. Programs are persistent: the host
+launches as many as the device holds, and needs no tile count.
 """
 
 import torch
@@ -20,13 +20,13 @@ from .configs import Config, choose
 from .contract import TOP_K, Plan, check_grouped_gemm
 from .launch import INTERPRETED, Device, check_launch, device_of
 
-# The interpreter's dot of two bf16 tiles is garbage (up to Triton 3.9), silently: there, and only there, it gets fp32.
+# The interpreter's dot of two bf16 tiles silently returns garbage (up to Triton 3.9), so it gets fp32 tiles.
 _WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in fp32; fp32 operands are multiplied as fp32, not as tf32."""
+    """acc + a @ b in fp32. fp32 operands are multiplied in fp32, not in tf32."""
     if _WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -34,7 +34,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def expert_rows(offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """begin_E and end_E, the rows of each expert, and last_E, the tiles of all experts up to and including it."""
+    """The rows begin_E and end_E of each expert, and last_E, the number of tiles up to and including the expert's."""
     experts = tl.arange(0, E_PAD)
     begin_E = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
     end_E = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -44,13 +44,13 @@ def expert_rows(offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.c
 
 @triton.jit
 def locate(tile, begin_E, end_E, last_E, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a row tile, the tile's first row, and the end of the expert's rows."""
+    """The expert of a row tile, the first row of the tile, and the end of the expert's rows."""
     expert = tl.sum((last_E <= tile).to(tl.int32), axis=0)
     mine = tl.arange(0, E_PAD) == expert
     begin = tl.sum(tl.where(mine, begin_E, 0), axis=0)
     end = tl.sum(tl.where(mine, end_E, 0), axis=0)
     last = tl.sum(tl.where(mine, last_E, 0), axis=0)
-    # Counted from the expert's last tile, which ends where its rows do.
+    # Count back from the expert's last tile.
     row = begin + (tile - last + (end - begin + BLOCK_M - 1) // BLOCK_M) * BLOCK_M
     return expert, row, end
 
@@ -60,12 +60,11 @@ def _weight_tile(
     w, expert, o, i, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The [BLOCK_K, BLOCK_N] tile at (i, o) of a weight, a pointer or a descriptor, in one of the layouts
+    """The [BLOCK_K, BLOCK_N] tile at (i, o) of the expert's weight. w is a pointer, or a descriptor with TMA.
 
-    - "EOI" and "EIO". A descriptor's tile may run into the next expert's rows: such outputs are never stored, and I is
-      a multiple of BLOCK_K where TMA is used.
-    - "E2OI", gate rows and then up rows: BLOCK_N // 2 gate columns from o on, and then the same up columns. Its
-      descriptor is of [2 * E, O, I], where columns past O read as zeros.
+    LAYOUT is the order of the weight's axes. "E2OI" has O gate rows and then O up rows: the tile has BLOCK_N // 2 gate
+    columns from o on and then the same up columns; its descriptor [2 * E, O, I] reads zeros past O. The descriptors of
+    "EOI" and "EIO" can read into the next expert: such outputs are never stored, and I is a multiple of BLOCK_K.
     """
     if LAYOUT == "E2OI":
         if TMA:
@@ -89,7 +88,7 @@ def _weight_tile(
 
 @triton.jit
 def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The [rows, BLOCK_K] tile of x_NI at column i, by pointers; every row index must be a valid one."""
+    """The [rows, BLOCK_K] tile of x_NI at column i, through pointers. Every row index must be valid."""
     ks = i + tl.arange(0, BLOCK_K)
     ptrs = x + rows.to(tl.int64)[:, None] * I + ks[None, :]
     if I % BLOCK_K == 0:
@@ -102,7 +101,7 @@ def grouped_dot(
     x, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 tile [BLOCK_M, BLOCK_N] of x_NI's rows from `row` on times the expert's weight at columns from o on."""
+    """The fp32 tile [BLOCK_M, BLOCK_N] of x_NI @ w[expert], at rows from `row` on and columns from o on."""
     safe = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, I, BLOCK_K):
@@ -117,7 +116,7 @@ def _rows_kernel(
     E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """y_NO[n] = x_NI[n] @ w[e]: persistent over the tiles, the columns of a row tile one after another."""
+    """y_NO[n] = x_NI[n] @ w[e]. Persistent over the tiles; the column tiles of a row tile are consecutive."""
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     tiles = tl.max(last_E, axis=0) * column_tiles
@@ -137,9 +136,9 @@ def _weight_grad_kernel(
     E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out_EOI[e] = a_NO[rows].T @ b_NI[rows] over the rows of expert e, in `split` shares whose sums are kept apart.
+    """out_EOI[e] = a_NO[rows].T @ b_NI[rows] over the rows of expert e, one sum for each of `split` shares of the rows.
 
-    Ragged TMA descriptors read zeros past the expert's last row; without TMA such rows are masked.
+    Ragged TMA descriptors read zeros past the expert's last row. Without TMA those rows are masked.
     """
     row_tiles: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -188,10 +187,10 @@ def _gather_kernel(
 
 @torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
 def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
-    """x_ND: the token's row of x for each expert-sorted row.
+    """x_ND: for each expert-sorted row, its token's row of x.
 
-    The GEMMs load their tiles of this copy by TMA. GEMMs that gather rows themselves, by cp.async, avoid the copy but
-    take up to 1.4 times as long (bench/LOG.md, 2026-11-26).
+    The GEMMs load tiles of this copy by TMA. GEMMs that gather rows themselves by cp.async avoid the copy but take up
+    to 1.4 times as long (bench/LOG.md, 2026-11-26).
     """
     (_, D), N = x_TD.shape, gather_idx.numel()
     x_ND = x_TD.new_empty(N, D)
@@ -211,12 +210,12 @@ def _(x_TD, gather_idx):
 
 
 def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
-    """A weight [E, rows, columns] as the kernels take it: a descriptor of [E * rows, columns] with TMA."""
+    """A weight [E, rows, columns] as a kernel argument: with TMA a descriptor of [E * rows, columns]."""
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [rows, columns]) if tma else w
 
 
 def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
-    """As many programs as the device holds, or as there can be tiles: each expert's last one may be partly empty."""
+    """The number of programs that the device holds, or of possible tiles (each expert's last one can be partial)."""
     tiles = (triton.cdiv(rows, config.block_m) + experts) * triton.cdiv(columns, config.block_n)
     return (min(tiles, device.processors * config.programs),)
 

@@ -1,4 +1,4 @@
-"""What the launch of every Triton kernel needs: the device it is for, and checks of the arguments before it."""
+"""Before a kernel launch: the target device, and checks that a kernel can read its arguments."""
 
 from functools import cache
 from typing import NamedTuple
@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-# With TRITON_INTERPRET=1 kernels run on CPU tensors, if it is set before triton is imported: triton's own functions are
-# interpreted or not from then on, and ours must be as they are.
+# With TRITON_INTERPRET=1 kernels run on CPU tensors. It must be set before triton is imported, because Triton decides
+# then whether its own functions are interpreted.
 INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 
@@ -20,15 +20,15 @@ MAX_PROGRAMS = 256
 
 
 class Device(NamedTuple):
-    """What decides a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: SMs or compute units."""
+    """The target of a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: SMs or compute units."""
 
     name: str
     arch: str
     processors: int
 
 
-# Whom CPU tensors are for: nobody, unless the interpreter runs. Three programs: in a test of a few tiles, a persistent
-# program then runs through more than one. `python -m bench compile` puts a GPU here, and compiles without running.
+# Device assumed for CPU tensors; None unless the interpreter is active. With three processors a persistent program runs
+# several tiles even in a small test. `python -m bench compile` sets a GPU here to compile without running.
 cpu_device = Device("interpreter", "interpreter", 3) if INTERPRETED and not _SET_LATE else None
 
 
@@ -42,29 +42,30 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(x: Tensor) -> Device:
-    """The device that a launch on x is for."""
+    """The target device of a launch on x."""
     return _cuda_device(x.device.index) if x.device.type == "cuda" else cpu_device
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why Triton kernels can't run on tensors of this device, or None if they can."""
+    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
     if _SET_LATE:
-        return "TRITON_INTERPRET was changed after triton was imported: set it before"
+        return "TRITON_INTERPRET was changed after triton was imported: set it earlier"
     if device.type == "cuda" and INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, under which kernels are for the CPU: unset it"
+        return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it"
     if device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return None
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if device.type == "cpu" and cpu_device:
         return None
-    return f"Triton needs a GPU, and this is a {device.type}; TRITON_INTERPRET=1 interprets the kernels on it, slowly"
+    return f"Triton needs a GPU, but the device is a {device.type}; TRITON_INTERPRET=1 interprets the kernels, slowly"
 
 
 def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
-    """Raise a ValueError that names the argument unless a kernel can read it. An argument that is None is skipped.
+    """Raise a ValueError that names the argument unless a kernel can read it. None is skipped.
 
-    It must not be float64, must be where Triton can run, and contiguous, or at least so along its last axis.
+    A kernel cannot read float64, a device without Triton, and non-contiguous tensors. With contiguous=False only the
+    last axis must be contiguous.
     """
     for name, x in tensors.items():
         if x is None:
@@ -75,7 +76,7 @@ def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
             raise ValueError(f"{op}: {name}: Triton needs a GPU, but it is on {x.device}; use the reference")
         if contiguous and not x.is_contiguous():
             raise ValueError(
-                f"{op}: {name}: expected a contiguous tensor, but strides are {x.stride()}; call .contiguous()"
+                f"{op}: {name}: expected a contiguous tensor, but the strides are {x.stride()}; call .contiguous()"
             )
         if not contiguous and x.numel() and x.stride(-1) != 1:
             raise ValueError(

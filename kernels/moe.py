@@ -2,10 +2,9 @@
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, N = T * K.
 
-What the ops of its parts can't have, each for itself: forward, the residual and the shared expert's output are added
-where a token's two rows are; backward, the three gradients of x (of the router, the routed and the shared experts) are
-added in one kernel. Apart from each other they take 8 more readings or writings of [T, D], in a layer at the tiny size
-a twelfth of the least time of the experts' GEMMs.
+One op can fuse more than its parts. Forward adds the residual and the shared expert's output where it sums a token's
+two rows. Backward adds the three gradients of x (from the router, the routed and the shared experts) in one kernel.
+Separate ops would access [T, D] eight more times, at the tiny size a twelfth of the minimum time of the experts' GEMMs.
 """
 
 import torch

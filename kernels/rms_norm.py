@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual addition before it fused in both directions.
+"""RMSNorm with a fused residual addition, forward and backward.
 
 Legend: N rows (all leading axes), D model width.
 """
@@ -14,13 +14,13 @@ from .autograd import first_order
 from .contract import check_rms_norm
 from .launch import check_launch, device_of
 
-# A row is one block, of at most this many bytes: 32768 values of bf16.
+# A row is one block of at most this many bytes: 32,768 values in bf16.
 MAX_ROW_BYTES = 65536
-# Values of a program's tile, several rows where the model is narrow: 16 a lane in the forward pass, and 8 in the
-# backward, which holds four tiles in registers (with twice as many Triton 3.6 spills at the tiny size).
+# Values per tile, several rows if the model is narrow: 16 per lane in the forward pass; 8 in the backward pass, which
+# holds four tiles in registers (with 16, Triton 3.6 spills at the tiny size).
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024
-# Programs of the backward pass for each SM: as many as its registers take (56 a lane), so that 32-48 KB are in flight.
-# Each leaves a row of partial sums: on an H100 2 % of the traffic at 65,536 tokens.
+# Programs of the backward pass per SM: as many as fit in its registers (56 per lane), which keep 32 to 48 KB in flight.
+# Each writes a row of partial sums: on an H100 2 % of the traffic at 65,536 tokens.
 PROGRAMS_PER_PROCESSOR = 8
 
 
@@ -37,13 +37,13 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + offset, mask, other=0.0).to(tl.float32)
-        # The norm sees the sum as the next layer will: rounded.
+        # The norm uses the rounded sum, as the next layer does.
         total = x.to(dtype)
         tl.store(total_ptr + offset, total, mask)
         x = total.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     tl.store(rstd_ptr + row, rstd, row < N)
-    # Llama's order: cast back, then times the weight in x's dtype.
+    # Llama's order: cast back, then multiply by the weight in x's dtype.
     weight = tl.load(weight_ptr + col, col < D, other=0.0).to(dtype).to(tl.float32)
     normed = (x * rstd[:, None]).to(dtype).to(tl.float32)
     tl.store(norm_ptr + offset, (normed * weight[None, :]).to(dtype), mask)
@@ -54,7 +54,7 @@ def _rms_norm_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, N, D, tiles,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `tiles` consecutive tiles of rows, and leaves its share of the weight's gradient."""
+    """A program processes `tiles` consecutive tiles of rows and writes its partial gradient of the weight."""
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + col, col < D, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -77,20 +77,20 @@ def _rms_norm_backward_kernel(
 
 
 def _blocks(D: int, tile: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a tile: 4 warps for each `tile` values, up to 16, which are 1024 lanes on AMD."""
+    """Rows, columns and warps of a tile: 4 warps for each `tile` values, at most 16 (1024 lanes on AMD)."""
     block = triton.next_power_of_2(D)
     return max(1, tile // block), block, min(16, max(4, 4 * block // tile))
 
 
 @torch.library.custom_op("acceleron_triton::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """norm, x + residual (empty without one), and the reciprocal root mean square of each row in fp32."""
+    """The norm, x + residual (empty without a residual), and the fp32 reciprocal root mean square of each row."""
     N, D = prod(x.shape[:-1]), x.shape[-1]
     norm = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rows, block, warps = _blocks(D, FORWARD_TILE)
-    if x.data_ptr() % 16:  # values come one by one: for 16 a lane, Triton 3.6 spills at the large size
+    if x.data_ptr() % 16:  # scalar loads: with 16 values per lane, Triton 3.6 spills at the large size
         warps = min(16, 2 * warps)
     if N * D:
         with torch.cuda.device_of(x):
@@ -111,12 +111,12 @@ def _(x, weight, eps, residual):
 def _rms_norm_backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x (and of the residual, the same) and of the weight. x is the sum, grad_total its gradient."""
+    """The gradients of x (equal to that of the residual) and the weight. x is the sum, grad_total its gradient."""
     N, D = prod(x.shape[:-1]), x.shape[-1]
     rows, block, warps = _blocks(D, BACKWARD_TILE)
     programs = min(PROGRAMS_PER_PROCESSOR * device_of(x).processors, triton.cdiv(N, rows))
     grad_x = x.new_empty(x.shape)
-    # fp32, and summed in the same order every time, which atomics would not be.
+    # Summed in fp32 in a fixed order, unlike atomics.
     partial = x.new_empty(programs, D, dtype=torch.float32)
     if N * D:
         tiles = triton.cdiv(triton.cdiv(N, rows), programs)
@@ -140,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
         norm, total, rstd = _rms_norm(x, weight, eps, residual)
         total = x if residual is None else total
         ctx.save_for_backward(total, weight, rstd)
-        ctx.set_materialize_grads(False)  # an unused sum, as the last norm's, has no gradient to be read
+        ctx.set_materialize_grads(False)  # the unused sum of the last norm has no gradient to read
         return norm, total
 
     @staticmethod
@@ -160,6 +160,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if D * x.element_size() > MAX_ROW_BYTES:
         raise ValueError(
             f"rms_norm: x: expected rows of at most {MAX_ROW_BYTES // x.element_size()} values, but got {D}; "
-            "use the reference kernels"
+            "use --kernels reference"
         )
     return _RMSNorm.apply(x, weight, eps, residual)

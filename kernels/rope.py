@@ -1,9 +1,9 @@
-"""Rotary position embedding of q and k in one launch; its backward is the inverse rotation, by the same kernel.
+"""Rotary position embedding of q and k in one launch. The same kernel rotates back in the backward pass.
 
-Where q, k and v are views of one qkv, backward also copies v's gradient, so that qkv's is whole without a kernel more.
+If q, k and v are views of one qkv, backward also copies v's gradient, so the gradient of qkv needs no extra kernel.
 
-Legend: B batch, S sequence, H query heads, G key (and value) heads, N = H + 2 G, C head_dim. Channels i and i + C/2 are
-one pair.
+Legend: B batch, S sequence, H query heads, G key/value heads, A = H + 2 G, C head_dim. Channels i and i + C/2 are a
+pair.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .autograd import first_order
 from .contract import check_rope, check_split_rope
 from .launch import check_launch
 
-# Of q in a program's tile: in bf16 8 positions at the tiny size, 2 at the large one. Twice as much of fp32 spills.
+# Bytes of q per program: in bf16, 8 positions at the tiny size and 2 at the large size. Twice as many spill in fp32.
 TILE_BYTES, WARPS = 8192, 4
 
 
@@ -25,14 +25,14 @@ def _rotate(
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, OUT_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """TURN: 1 forwards, -1 back, 0 not at all. The output has OUT_HEADS heads a position, and these from out_ptr on."""
+    """TURN: 1 rotates, -1 rotates back, 0 copies. The output has OUT_HEADS heads per position; out_ptr is the first."""
     row = tl.arange(0, POSITIONS * HEADS_P2)[:, None]
     col = tl.arange(0, HALF_P2)[None, :]
     s = s_start + row // HEADS_P2
     head = row % HEADS_P2
     mask = (s < S) & (head < HEADS) & (col < HALF)
     if TURN != 0:
-        # The heads of a position read the same angles: all but the first from L1.
+        # The heads of a position share their angles: all but the first read them from L1.
         angle = s * (2 * HALF) + col
         cos = tl.load(cos_ptr + angle, mask, other=0.0).to(tl.float32)
         sin = TURN * tl.load(sin_ptr + angle, mask, other=0.0).to(tl.float32)
@@ -56,9 +56,9 @@ def _rope_kernel(
     H: tl.constexpr, H_P2: tl.constexpr, G: tl.constexpr, G_P2: tl.constexpr,
     HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """A program turns all query and key heads of POSITIONS positions of one sequence.
+    """A program rotates the query and key heads of POSITIONS positions of one sequence.
 
-    HAS_V: it copies the value heads too, and the outputs are the parts of one qkv.
+    HAS_V: it also copies the value heads, and the outputs are parts of one qkv.
     """
     blocks = tl.cdiv(S, POSITIONS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -79,13 +79,13 @@ def _rope_kernel(
 
 
 def _launch(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tensor, turn: int):
-    """Turn q and k, of any strides, into contiguous outputs; or q, k and v, which is copied, into parts of one qkv."""
+    """Rotate q and k into contiguous outputs; or rotate q and k and copy v into the parts of one qkv."""
     (B, S, H, C), G = inputs[0].shape, inputs[1].shape[2]
     H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
     positions = max(1, TILE_BYTES // (2 * inputs[0].element_size() * H_P2 * HALF_P2))
     arguments = []
     for x, out in zip(inputs, outputs, strict=True):
-        # Gradients come with any strides; `out.sum().backward()` gives them a last axis of stride 0.
+        # Gradients can have any strides; those of `out.sum()` have stride 0.
         x = x if x.stride(-1) == 1 else x.contiguous()
         arguments += [x, *x.stride()[:3], out]
     has_v = len(inputs) == 3
@@ -102,7 +102,7 @@ def _launch(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tenso
 
 @torch.library.custom_op("acceleron_triton::rope", mutates_args=())
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """With `inverse` the rotation by the negated angles, which is the backward pass."""
+    """`inverse` negates the angles, for the backward pass."""
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     _launch([q, k], [q_out, k_out], cos, sin, -1 if inverse else 1)
     return q_out, k_out
@@ -115,7 +115,7 @@ def _(q, k, cos, sin, inverse):
 
 @torch.library.custom_op("acceleron_triton::split_rope_backward", mutates_args=())
 def _split_rope_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv, whole: with those of q, k and v apart, torch would read and write all of it once more."""
+    """The gradient of qkv in one tensor. From separate gradients of q, k and v torch would copy all of it again."""
     (B, S, H, C), G = grad_q.shape, grad_k.shape[2]
     grad_qkv = grad_q.new_empty(B, S, H + 2 * G, C)
     _launch([grad_q, grad_k, grad_v], grad_qkv.split([H, G, G], dim=2), cos, sin, -1)

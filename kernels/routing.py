@@ -2,8 +2,8 @@
 
 Legend: T tokens, E experts, K = 2, B programs.
 
-The logits are read once: a program writes its tokens' scores and expert ids, and its sums for the two losses; a second
-kernel adds the programs' sums in a fixed order.
+The logits are read once. Each program writes the scores and ids of its tokens, and its partial sums for the two losses.
+A second kernel adds the partial sums in a fixed order.
 """
 
 from math import nan
@@ -33,7 +33,7 @@ def _route_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
     FORCE_LOAD_BALANCE: tl.constexpr,
 ):  # fmt: skip
-    """Weights and experts of BLOCKS * BLOCK_T tokens; their sums of logsumexp², of probabilities, and of choices."""
+    """Scores and ids of BLOCKS * BLOCK_T tokens, and their sums of logsumexp², probabilities and choices."""
     es = tl.arange(0, E_PAD)
     squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
     probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
@@ -43,8 +43,8 @@ def _route_kernel(
         inside = ts < T
         mask = inside[:, None] & (es < E)[None, :]
         logits = tl.load(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], mask=mask, other=0.0).to(tl.float32)
-        # The largest key is the largest logit, and of equal ones that of the lowest expert: a logit's bits, ordered as
-        # integers, above the expert's number from the end. NaN counts as the largest, and + 0.0 makes -0.0 equal 0.0.
+        # The largest key belongs to the largest logit, and among equal logits to the lowest expert: the high half has
+        # the logit's bits, ordered as integers, the low half E_PAD - 1 - e. NaN is largest; + 0.0 turns -0.0 into 0.
         bits = (logits + 0.0).to(tl.int32, bitcast=True)
         bits = tl.where(logits != logits, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
         keys = (bits.to(tl.int64) << 32) + (E_PAD - 1 - es)[None, :]
@@ -77,7 +77,7 @@ def _route_sums_kernel(
     squares_ptr, probabilities_ptr, counts_ptr, z_loss_ptr, balance_loss_ptr, counts_E_ptr, T, B,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all programs, and from them both losses: one program, in a fixed order."""
+    """Adds the partial sums in a fixed order and computes both losses. One program."""
     es = tl.arange(0, E_PAD)
     squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
     probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
@@ -102,10 +102,10 @@ def _route_backward_kernel(
     logits_ptr, topk_ids_ptr, counts_ptr, dtopk_scores_ptr, dz_ptr, dbalance_ptr, dlogits_ptr, T,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dlogits through the weights, the z-loss and the balance loss, each token's from its logits alone.
+    """dlogits through the scores, the z-loss and the balance loss.
 
-    With p the softmax over all experts, l the logsumexp, w the weights and f the shares of the assignments:
-    w0 w1 (dw0 - dw1) to the first choice and its negative to the second; 2 l p dz / T; E p (f - f.p) dbalance / T.
+    With p the softmax over all experts, l the logsumexp, s the scores and f the shares of the assignments:
+    s0 s1 (ds0 - ds1) for the first choice and its negative for the second; 2 l p dz / T; E p (f - f.p) dbalance / T.
     """
     es = tl.arange(0, E_PAD)
     ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -132,7 +132,7 @@ def _route_backward_kernel(
 
 
 def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
-    """Programs, blocks a program, and the block sizes: about 2048 logits a block, and at most MAX_PROGRAMS programs."""
+    """Programs (at most MAX_PROGRAMS), blocks per program, and block sizes of about 2048 logits."""
     e_pad = triton.next_power_of_2(E)
     block_t = min(2048 // e_pad, 256)
     blocks = triton.next_power_of_2(triton.cdiv(T, block_t * MAX_PROGRAMS))
@@ -147,7 +147,7 @@ def route(logits_TE: Tensor, force_load_balance: bool = False) -> tuple[Tensor, 
     topk_scores_TK, topk_ids_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
     z_loss, balance_loss = torch.empty((), **fp32), torch.empty((), **fp32)
     tokens_per_expert_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
-    if T == 0:  # means of nothing
+    if T == 0:  # means over no tokens
         return topk_scores_TK, topk_ids_TK, z_loss.fill_(nan), balance_loss.fill_(nan), tokens_per_expert_E.zero_()
     programs, blocks, sizes = _route_blocks(T, E)
     squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)

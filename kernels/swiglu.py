@@ -1,6 +1,6 @@
-"""SwiGLU's elementwise part: silu(gate) * up, saving the pre-activation alone.
+"""The elementwise part of SwiGLU: silu(gate) * up. Backward keeps the pre-activation only.
 
-Legend: N rows (all leading axes), F expert width; a row of 2F values has the gate first, then up.
+Legend: N rows (all leading axes), F expert width. A row of 2F values has the gate first, then up.
 """
 
 from math import prod
@@ -14,15 +14,15 @@ from .autograd import first_order
 from .contract import check_swiglu
 from .launch import check_launch
 
-# 256 columns are a warp of 16-byte bf16 loads, and leave 0-8 % of the lanes idle at the widths of the named sizes where
-# a power of two over the whole width would leave up to half; 8 rows keep 8 KB a program in flight.
+# 256 columns are one warp of 16-byte bf16 loads. They leave 0 to 8 % of the lanes idle at the named sizes; a block of a
+# whole row, rounded up to a power of two, would leave up to half idle. 8 rows keep 8 KB per program in flight.
 ROWS, COLS, WARPS = 8, 256, 4
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) in fp32, as the square of a reciprocal square root: tl.sigmoid's division takes eight
-    instructions, this two. Relative error below 1e-6 for |x| <= 10; exact at infinities, and NaN at NaN.
+    """1 / (1 + exp(-x)) in fp32, as the square of a reciprocal square root: two instructions instead of the eight of
+    tl.sigmoid's division. The relative error is below 1e-6 for |x| <= 10; infinities are exact, and NaN gives NaN.
     """
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
     return root * root
@@ -30,7 +30,7 @@ def sigmoid(x):
 
 @triton.jit
 def _tile(N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of this program's tile: the offsets in (N, 2F), those in (N, F), and which of them exist."""
+    """The offsets of this program's tile in (N, 2F) and in (N, F), and their mask."""
     column_blocks = tl.cdiv(F, COLS)
     program = tl.program_id(0)
     # 64 bits: N * 2F passes 2**31 at 2**20 expert-sorted rows of the large size.
@@ -44,7 +44,7 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.cons
     wide, narrow, mask = _tile(N, F, ROWS, COLS)
     gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
-    # Rounded once; torch's narrow silu(gate) * up rounds twice.
+    # Rounded once; torch rounds silu(gate) and the product.
     out = gate * sigmoid(gate) * up
     tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask)
 

@@ -44,20 +44,20 @@ __all__ = [
     "swiglu",
 ]
 
-# Logits of one cross-entropy chunk: 2**24 fp32 values are 64 MiB. Twice as many train no faster on a CPU in fp32. In 16
-# bits four times as many are 1.3 times as fast: a chunk's GEMMs are, but not reading and writing the weight's gradient.
+# Logits per chunk of the cross-entropy: 2**24 fp32 values are 64 MiB. Twice as many are no faster on a CPU in fp32. In
+# 16 bits four times as many are 1.3 times as fast, because the GEMMs are faster but not the sum of dweight.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
 
 
-# The two routing decisions are ops of their own, not for speed but to have a name: selective checkpointing saves
-# the outputs of ROUTING_OPS, so a recomputation whose logits differ in the last bit can't send a token elsewhere.
+# The two routing decisions are custom ops so that selective checkpointing can save their outputs (ROUTING_OPS): a
+# recomputation whose logits differ in the last bit must not send a token to another expert.
 
 
 @torch.library.custom_op("acceleron::top2_experts", mutates_args=())
 def top2_experts(logits_TE: Tensor) -> Tensor:
     """The two largest logits of each row, larger first, ties to the lower expert index. int32 [T, 2]."""
-    # A stable sort promises the tie order; torch.topk does not.
+    # A stable sort guarantees the order of ties; torch.topk does not.
     return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K].to(torch.int32)
 
 
@@ -68,7 +68,7 @@ def _(logits_TE):
 
 @torch.library.custom_op("acceleron::sort_by_expert", mutates_args=())
 def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """gather_idx, scatter_idx_TK and offsets of `Plan`, all on the device of `topk_ids_TK`."""
+    """gather_idx, scatter_idx_TK and offsets of `Plan`, computed on the device."""
     experts_N = topk_ids_TK.flatten()
     sorted_N, gather_idx = experts_N.sort(stable=True)
     inverse = torch.empty_like(gather_idx)
@@ -90,10 +90,10 @@ ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acc
 
 
 class _ChosenLogits(torch.autograd.Function):
-    """logits_TE -> the logits of topk_ids_TK. Its gradient compares where gather's would scatter.
+    """The logits of topk_ids_TK. The gradient uses comparisons instead of gather's scatter-add.
 
-    A scatter-add is not deterministic on a GPU; and in a recomputed block the CPU inductor of torch 2.13 runs it after
-    the kernel that reads its result, which gave router gradients that were silently wrong.
+    A scatter-add is not deterministic on a GPU. In a recomputed block the CPU inductor of torch 2.13 also runs it after
+    the kernel that reads its result, so router gradients were silently wrong.
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class _ChosenLogits(torch.autograd.Function):
 
 
 class _RouterLogits(torch.autograd.Function):
-    """F.linear whose backward autocast does not cast, as it would within its context."""
+    """F.linear whose backward ignores autocast, even if it runs in an autocast context."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
@@ -157,7 +157,7 @@ def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
 
 
 class _Gather(torch.autograd.Function):
-    """x_TD -> the expert-sorted rows x_ND. Its gradient sums each token's two rows: a gather, not a scatter."""
+    """The expert-sorted rows x_ND. The gradient gathers and sums each token's two rows instead of a scatter."""
 
     @staticmethod
     def forward(ctx, x_TD, gather_idx, scatter_idx_TK):
@@ -172,14 +172,14 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y_ND, topk_scores_TK -> the weighted sum of each token's two rows, accumulated in the weights' precision."""
+    """The weighted sum of each token's two rows, in the precision of the scores."""
 
     @staticmethod
     def forward(ctx, y_ND, topk_scores_TK, gather_idx, scatter_idx_TK):
         ctx.save_for_backward(y_ND, topk_scores_TK, gather_idx, scatter_idx_TK)
         first, second = (y_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
-        # What forward returns must be made by an op of its own: of a result that was changed in place, or of a .to that
-        # has nothing to do, torch 2.11 compiles gradients of zero.
+        # Return the result of a new op: for a result changed in place, or a .to without effect, torch 2.11 compiles
+        # gradients of zero.
         y_TD = torch.addcmul(first * topk_scores_TK[:, :1], second.to(topk_scores_TK.dtype), topk_scores_TK[:, 1:])
         return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
@@ -193,12 +193,11 @@ class _Combine(torch.autograd.Function):
         return grad_y_ND, grad_weights_N.index_select(0, scatter_idx_TK.flatten()).view_as(topk_scores_TK), None, None
 
 
-# The two grouped GEMMs are ops of their own too: torch's fake grouped_mm refuses all but bfloat16, and a loop over
+# The grouped GEMMs are custom ops because torch's fake grouped_mm supports only bfloat16, and because a loop over
 # experts reads the offsets, which would break a compiled graph. On a CPU the loop is as fast as grouped_mm.
 
-
-# On a CPU oneDNN compiles a 16-bit GEMM anew for each number of rows, which takes 1 to 2 ms, and every batch has other
-# numbers: they are rounded up to multiples of this. (The weights' gradients, where it is the inner size, are not.)
+# On a CPU, oneDNN compiles a 16-bit GEMM for each new number of rows, in 1 to 2 ms. The numbers change with every
+# batch, so they are rounded up to a multiple of this. (Not for gradients of weights, where it is the inner size.)
 ROWS_STEP = 64
 
 
@@ -207,8 +206,8 @@ def _expert_rows(offsets: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
-def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
-    # It wants rows of a multiple of 16 bytes, which is 8 bf16 values.
+def _supports_grouped_mm(a: Tensor, b: Tensor) -> bool:
+    # Rows must be a multiple of 16 bytes.
     widths_fit = all(width % 8 == 0 for width in (a.shape[-1], *b.shape[-2:]))
     return a.is_cuda and a.dtype == torch.bfloat16 and widths_fit
 
@@ -216,7 +215,7 @@ def _grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
 @torch.library.custom_op("acceleron::grouped_rows", mutates_args=())
 def _grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets: Tensor) -> Tensor:
     """y_NO[n] = x[n] @ w[e] for the rows n of each expert e."""
-    if _grouped_mm_serves(x_NI, w_EIO):
+    if _supports_grouped_mm(x_NI, w_EIO):
         return F.grouped_mm(x_NI, w_EIO, offs=offsets[1:])
     N = x_NI.shape[0]
     y_NO = x_NI.new_empty(N, w_EIO.shape[2])
@@ -224,7 +223,7 @@ def _grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets: Tensor) -> Tensor:
     for expert, rows in enumerate(_expert_rows(offsets)):
         length = -(-(rows.stop - rows.start) // step) * step
         if rows.start + length <= N:
-            # The rows past this expert's are those of later ones, which write them after it.
+            # The additional rows belong to later experts, which overwrite them.
             window = slice(rows.start, rows.start + length)
             torch.mm(x_NI[window], w_EIO[expert], out=y_NO[window])
         else:
@@ -241,7 +240,7 @@ def _(x_NI, w_EIO, offsets):
 @torch.library.custom_op("acceleron::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad_NF: Tensor, x_ND: Tensor, offsets: Tensor) -> Tensor:
     """grad_w_EFD[e] = grad[rows].T @ x[rows] over the rows of each expert e; 0 for an expert without rows."""
-    if _grouped_mm_serves(grad_NF, x_ND):
+    if _supports_grouped_mm(grad_NF, x_ND):
         return F.grouped_mm(grad_NF.t(), x_ND, offs=offsets[1:])
     grad_w_EFD = x_ND.new_empty(offsets.numel() - 1, grad_NF.shape[1], x_ND.shape[1])
     for expert, rows in enumerate(_expert_rows(offsets)):
@@ -312,10 +311,10 @@ def _swiglu(gate_up_N2F):
 
 
 def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """The routed experts' output for one token, (1, 1, D), read in place: no plan, statistics or gather.
+    """The routed experts' output for one token (1, 1, D), without plan, statistics and gather.
 
-    Those took a third of a decoding step on a CPU. Without gradients; the choice is read on the host, which on a GPU
-    would be a sync a layer. x and the weights share one dtype; logits_E is fp32.
+    Those took a third of a decoding step on a CPU. There are no gradients, and the expert ids are read on the host. x
+    and the weights share one dtype; logits_E is fp32.
     """
     logits, experts = (values[:TOP_K] for values in logits_E.sort(descending=True, stable=True))
     y = torch.zeros_like(x)
@@ -325,7 +324,7 @@ def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tens
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Saves the pre-activation alone: plain autograd would keep silu(gate) too."""
+    """Saves the pre-activation only; autograd would also save silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate_up_N2F):
@@ -373,12 +372,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     check_rms_norm(x, weight, residual)
     if residual is not None:
         x = x + residual
-    # torch's rms_norm computes in fp32 and casts back, but multiplies a weight given to it before the cast.
+    # F.rms_norm computes in fp32 and casts back; a weight passed to it would be applied before the cast.
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype), x
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are formed chunk by chunk in the forward pass, as the loss is a scalar that only scales them."""
+    """Computes the gradients chunk by chunk in the forward pass: the loss is a scalar that only scales them."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index):
@@ -389,31 +388,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keep_T = labels_T != ignore_index
         target_T, count = labels_T.where(keep_T, 0), keep_T.sum(dtype=sum_dtype)
         mantissa, power = split_mean(count)
-        # An ignored token's row is multiplied by 0.
+        # Rows of ignored tokens are multiplied by 0.
         scale_T = torch.where(keep_T, 1 / mantissa, 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
-        # fp32 over the chunks, whatever the compute dtype: a bf16 sum over 100k tokens loses the small ones.
+        # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
         grad_weight = None
         if need_weight:  # the first chunk fills it
             grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=sum_dtype)
         loss = torch.zeros((), dtype=sum_dtype, device=x_TD.device)
-        # As many chunks as the limit asks for, all of about the same size.
+        # Chunks of about equal size.
         limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
         chunks = max(1, -(-T // max(1, limit // V)))
         step = max(1, -(-T // chunks))
-        # One buffer for all chunks: a fresh one each time costs its page faults, a fifth of the GEMM's time on a CPU.
+        # One buffer for all chunks: on a CPU the page faults of a new buffer take a fifth of the GEMM's time.
         logits_buffer = x_TD.new_empty(step, V)
         wide_buffer = logits_buffer if x_TD.dtype == sum_dtype else x_TD.new_empty(step, V, dtype=sum_dtype)
         for start in range(0, T, step):
             chunk = slice(start, start + step)
-            # Ignored rows are zeros: 0 times what is not finite would be NaN, in the loss and in the weight's gradient.
+            # Zero the ignored rows: 0 * inf would be NaN in the loss and in the gradient of the weight.
             x, target = torch.where(keep_T[chunk, None], x_TD[chunk], 0), target_T[chunk, None]
             narrow, logits = logits_buffer[: len(x)], wide_buffer[: len(x)]
             torch.mm(x, weight.t(), out=narrow)
             if logits.dtype != narrow.dtype:
                 logits.copy_(narrow)
             target_logit = logits.gather(1, target)
-            # softmax and logsumexp in place with one exp: torch's logsumexp alone took twice as long as all of this.
+            # Softmax and logsumexp in place with one exp: torch's logsumexp alone takes twice as long as all of this.
             largest = logits.amax(dim=-1, keepdim=True)
             exps = logits.sub_(largest).exp_()
             total = exps.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What the tests of hostile files share: limits, a small run with a checkpoint of it, and a tokenizer."""
+"""Shared by the tests of hostile files: resource limits, a small run with a checkpoint, and a tokenizer."""
 
 import json
 import random
@@ -18,19 +18,19 @@ from acceleron.data import Shards
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
-from acceleron.training.resume import warn_of_changes
+from acceleron.training.checkpointing import CheckpointManager
+from acceleron.training.resume import warn_about_changes
 from acceleron.training.run import Run
-from acceleron.training.saver import Saver
 
 resource = pytest.importorskip("resource")
 
-SECONDS, BYTES = 10, 1 << 30  # of CPU time and memory that a case may take
+SECONDS, BYTES = 10, 1 << 30  # limits on CPU time and memory per case
 VOCAB_SIZE, ROW_LENGTH = 64, 32
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, d_ff=16, d_ff_shared=16
 )
 
-TRAINED = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
+TOKENIZER = json.loads(train_tokenizer([" ".join(f"word{number}" for number in range(200))], 300).to_str())
 PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 1, "pad_type_id": 0}
 PADDING["pad_token"] = "<|pad|>"
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
@@ -38,7 +38,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
 
 @contextmanager
 def limits(case: str):
-    """Too much memory is a MemoryError within, too much time a failure."""
+    """Exceeding the memory limit raises MemoryError; exceeding the time limit fails the test."""
 
     def too_slow(*_):
         pytest.fail(f"{case}: above {SECONDS} s of CPU time")
@@ -57,53 +57,53 @@ def limits(case: str):
 
 
 def small_run(directory: Path) -> Run:
-    """A run of CONFIG on the data that it writes to `directory`."""
+    """A run of CONFIG on data written to `directory`."""
     np.save(directory / "shard_00000.npy", np.arange(40 * ROW_LENGTH, dtype=np.int32).reshape(40, -1) % VOCAB_SIZE)
     options = TrainOptions(data_dir=str(directory), batch_size=2, seq_len=ROW_LENGTH, num_workers=1)
     return Run(options, CONFIG, Shards(directory), torch.device("cpu"), torch.float32)
 
 
 def write_checkpoint(run: Run, directory: Path) -> Path:
-    """Of a new run: a checkpoint as train.py writes it, of step 2."""
+    """Train a new run for two steps and save a checkpoint in train.py's format."""
     for _ in range(2):
         run.step(1e-3)
-    run.judgements()
+    run.read_anomalies()
     contents = {"format": FORMAT, "config": CONFIG.to_dict(), "options": asdict(run.options), "environment": {"a": "b"}}
-    saver = Saver(directory)
-    saver.save(contents | run.state_dict(), 0)
-    saver.wait()
-    assert saver.outcome().error is None
+    manager = CheckpointManager(directory)
+    manager.save(contents | run.state_dict(), 0)
+    manager.wait()
+    assert manager.result().error is None
     return directory / "checkpoint_2.pt"
 
 
-def use(run: Run, path: Path):
-    """What train.py and generate.py do with a checkpoint. The random states stay as they were."""
+def use_checkpoint(run: Run, path: Path):
+    """Load and use a checkpoint as train.py and generate.py do, then restore the random states."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         contents = load_checkpoint(path)
         load_model(contents, path, torch.device("cpu"), torch.float32)
         run.batches = []
         run.load_state_dict(contents, path)
-        warn_of_changes(run.options, {"torch": "2"}, contents)
+        warn_about_changes(run.options, {"torch": "2"}, contents)
         assert 0 <= run.steps < 2**62
-        assert 0 <= np.random.get_state()[2] <= 624  # beyond it numpy reads what isn't its own
+        assert 0 <= np.random.get_state()[2] <= 624  # numpy reads out of bounds beyond it
         run.step(1e-3)
-    finally:  # also if a damaged checkpoint's came into force
+    finally:  # a damaged checkpoint can set invalid states
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
 
 
-def rewritten(original: Path, path: Path, change, **kwargs):
-    """The archive with the records (name, content) that `change` makes of each; their checksums fit."""
+def rewrite(original: Path, path: Path, change, **kwargs):
+    """Copy an archive, replacing each record by the (name, content) pairs from `change`, with valid checksums."""
     with zipfile.ZipFile(original) as archive, zipfile.ZipFile(path, "w", **kwargs) as output:
         for record in archive.infolist():
             for name, content in change(record.filename, archive.read(record)):
                 output.writestr(name, content)
 
 
-def doubled(depth: int) -> list:
-    """Of few objects, and 2^depth to one who walks it without care."""
+def exponential_list(depth: int) -> list:
+    """A list of few objects that a naive traversal visits 2^depth times."""
     value = [1]
     for _ in range(depth):
         value = [value, value]

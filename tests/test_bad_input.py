@@ -1,6 +1,6 @@
-"""Bad input ends with status 2, one line that names the culprit, and everything on disk as it was before.
+"""Bad input exits with status 2, prints one line that names the culprit, and leaves the disk unchanged.
 
-Most cases run in this process; the last ones are commands of their own, with a worker process in one.
+Most cases run in this process; the last ones run the commands in subprocesses.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from waiting import HANG
+from waiting import TIMEOUT
 
 import generate
 import train
@@ -24,7 +24,7 @@ from acceleron.errors import run_command
 from acceleron.kernels import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-# 300 entries, so nano's vocabulary is 384. With 4 rows of data, the first 3 train.
+# The tokenizer has 300 entries, so nano's vocabulary is 384. The first 3 of the 4 rows are training data.
 TRAIN = shlex.split(
     "--model_size nano --seq_len 32 --batch_size 3 --max_steps 1 --save_dir run --num_workers 1 "
     "--no_compile --device cpu --kernels reference"
@@ -34,7 +34,7 @@ SHARD = Path("data/shard_00000.npy")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A directory with data, a tokenizer, and a checkpoint that the command wrote with these very flags."""
+    """A directory with data, tokenizers, and a checkpoint written by train.py with the flags in TRAIN."""
     directory = tmp_path_factory.mktemp("original")
     (directory / "data").mkdir()
     np.save(directory / SHARD, np.arange(128, dtype=np.int32).reshape(4, 32))
@@ -49,31 +49,31 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def here(original, tmp_path, monkeypatch):
-    """The current directory: a copy of the original's data, a link to its checkpoint, no run."""
+def workdir(original, tmp_path, monkeypatch):
+    """The current directory: a copy of the original's data and a link to its checkpoint, but no run."""
     shutil.copytree(original / "data", tmp_path / "data")
     shutil.copy(original / "large.json", tmp_path)
     (tmp_path / "good.pt").symlink_to(original / "run" / "checkpoint_1.pt")
     monkeypatch.chdir(tmp_path)
-    for script in (train, generate):  # beside which a developer may have a pile_tokenizer.json
+    for script in (train, generate):  # do not find a developer's pile_tokenizer.json beside the scripts
         monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
     return tmp_path
 
 
 @pytest.fixture
-def refusal(here, monkeypatch, capsys):
-    """Runs a command that must refuse its input; returns what it wrote to stderr, as lines."""
+def stderr_of(workdir, monkeypatch, capsys):
+    """Run a command that must reject its input. Returns its stderr as lines."""
 
     def run(script, *arguments):
-        before = snapshot(here)
+        before = snapshot(workdir)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
         try:
             status = run_command(script.main)
-        except SystemExit as exit:  # argparse's
+        except SystemExit as exit:  # from argparse
             status = exit.code
         lines = capsys.readouterr().err.splitlines()
         assert status == 2, lines
-        assert snapshot(here) == before
+        assert snapshot(workdir) == before
         return lines
 
     return run
@@ -83,10 +83,10 @@ def snapshot(directory: Path) -> dict:
     return {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")}
 
 
-def assert_error(lines: list[str], *culprits: str, announced: bool = False):
-    """One line; or the last, and `announced`, if lines that say what is about to run come before it."""
+def assert_error(lines: list[str], *culprits: str, after_log: bool = False):
+    """The last line is the error. With `after_log`, the run's log lines precede it; otherwise it is the only line."""
     *before, line = lines
-    assert bool(before) == announced
+    assert bool(before) == after_log
     assert not any("error" in text or "Traceback" in text for text in before)
     assert line.startswith("error: ")
     for culprit in culprits:
@@ -94,7 +94,7 @@ def assert_error(lines: list[str], *culprits: str, announced: bool = False):
 
 
 class Trap:
-    """Unpickling it writes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -104,10 +104,10 @@ class Trap:
 
 
 @pytest.fixture
-def trap(here):
-    path = here / "sprung"
+def trap(workdir):
+    path = workdir / "executed"
     pickle.loads(pickle.dumps(Trap(path))).close()
-    path.unlink()  # it must exist: the trap works
+    path.unlink()  # fails if the trap does not work
     return Trap(path)
 
 
@@ -115,9 +115,9 @@ def trap(here):
     ("flags", "culprit"),
     [
         ("--data_dir nowhere", "nowhere"),
-        ("--data_dir data/shard_00000.npy", "name the directory that it is in, data"),
-        ("--tokenizer gpt2", "names of the hub are not supported yet"),
-        ("--tokenizer EleutherAI/gpt-neox-20b", "names of the hub are not supported yet"),
+        ("--data_dir data/shard_00000.npy", "name its directory, data"),
+        ("--tokenizer gpt2", "Hub model names are not supported yet"),
+        ("--tokenizer EleutherAI/gpt-neox-20b", "Hub model names are not supported yet"),
         ("--save_dir caf\udce9", "not valid UTF-8"),
         ("--tokenizer nowhere.json", "nowhere.json"),
         ("--tokenizer=", "--tokenizer: expected a value"),
@@ -150,34 +150,34 @@ def trap(here):
         ("--resume good.pt --max_steps 2 --vocab_size 512", "vocab_size"),
     ],
 )
-def test_flags_of_train(refusal, flags, culprit):
-    assert_error(refusal(train, *TRAIN, *flags.split()), culprit)
+def test_invalid_train_flags(stderr_of, flags, culprit):
+    assert_error(stderr_of(train, *TRAIN, *flags.split()), culprit)
 
 
 @pytest.mark.parametrize("flags", ["--data_dir nowhere", "--tokenizer nowhere.json", "--resume nowhere.pt"])
-def test_what_train_itself_creates_is_not_listed(refusal, flags):
-    [line] = refusal(train, *TRAIN, *flags.split())
-    assert line.endswith("urrent directory holds data, good.pt, large.json")
+def test_error_does_not_list_files_created_by_train(stderr_of, flags):
+    [line] = stderr_of(train, *TRAIN, *flags.split())
+    assert line.endswith("urrent directory contains data, good.pt, large.json")
 
 
-def test_a_checkpoint_to_resume_is_also_looked_for_in_save_dir(here, refusal):
-    (here / "run").mkdir()
-    shutil.copy(here / "good.pt", here / "run" / "checkpoint_1.pt")
-    note, error = refusal(train, *TRAIN, "--resume", "checkpoint_1.pt")
+def test_resume_finds_a_checkpoint_name_in_save_dir(workdir, stderr_of):
+    (workdir / "run").mkdir()
+    shutil.copy(workdir / "good.pt", workdir / "run" / "checkpoint_1.pt")
+    note, error = stderr_of(train, *TRAIN, "--resume", "checkpoint_1.pt")
     assert note == "note: checkpoint_1.pt does not exist: using run/checkpoint_1.pt"
     assert error == "error: --resume run/checkpoint_1.pt is at step 1: pass --max_steps above 1"
 
 
-def test_triton_on_a_cpu(refusal, monkeypatch):
-    monkeypatch.setattr(launch, "cpu_device", None)  # conftest.py's interpreter would serve it
-    assert_error(refusal(train, *TRAIN, "--kernels", "triton"), "--kernels triton")
+def test_triton_without_a_gpu_is_rejected(stderr_of, monkeypatch):
+    monkeypatch.setattr(launch, "cpu_device", None)  # conftest.py enables the interpreter
+    assert_error(stderr_of(train, *TRAIN, "--kernels", "triton"), "--kernels triton")
 
 
 @pytest.mark.parametrize("flags", ["--model_size huge", "--batch_size two", "--bathc_size 2", "--dtype fp64"])
 @pytest.mark.parametrize("script", [train, generate], ids=["train", "generate"])
-def test_flags_that_argparse_refuses(refusal, script, flags):
+def test_flags_rejected_by_argparse(stderr_of, script, flags):
     required = ["--checkpoint", "good.pt"] if script is generate else []
-    assert_error(refusal(script, *required, *flags.split()), flags.split()[0])
+    assert_error(stderr_of(script, *required, *flags.split()), flags.split()[0])
 
 
 def save(array, path=SHARD):
@@ -204,40 +204,40 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shards(here, refusal, case):
+def test_invalid_shards(workdir, stderr_of, case):
     damage, culprit = BAD_SHARDS[case]
     damage()
-    assert_error(refusal(train, *TRAIN), "data", culprit)
+    assert_error(stderr_of(train, *TRAIN), "data", culprit)
 
 
 @pytest.mark.parametrize("as_array", [True, False])
-def test_a_shard_that_would_run_code(refusal, trap, as_array):
+def test_pickled_shard_does_not_run_code(stderr_of, trap, as_array):
     save(np.array([[trap]])) if as_array else SHARD.write_bytes(pickle.dumps(trap))
-    assert_error(refusal(train, *TRAIN), SHARD.name)
+    assert_error(stderr_of(train, *TRAIN), SHARD.name)
     assert not Path(trap.path).exists()
 
 
 @pytest.mark.parametrize("token", [384, -1])
-def test_token_ids_outside_the_vocabulary(here, refusal, token):
+def test_token_ids_outside_the_vocabulary(workdir, stderr_of, token):
     rows = ROWS.copy()
     rows[1, 20] = token
     save(rows)
-    assert_error(refusal(train, *TRAIN), f"{SHARD}: row 1 holds token id {token}", "384", announced=True)
+    assert_error(stderr_of(train, *TRAIN), f"{SHARD}: row 1 contains token id {token}", "384", after_log=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', None])
-def test_bad_tokenizers(original, here, refusal, content):
-    path = here / "data" / "tokenizer.json"
-    # None: a tokenizer that lacks the mark between documents.
+def test_invalid_tokenizers(original, workdir, stderr_of, content):
+    path = workdir / "data" / "tokenizer.json"
+    # None: a tokenizer without the document separator.
     path.write_text(content or path.read_text().replace("<|endoftext|>", "<|end|>"))
-    assert_error(refusal(train, *TRAIN), "tokenizer.json")
-    assert_error(refusal(generate, "--checkpoint", "good.pt", "--tokenizer", str(path)), "tokenizer.json")
+    assert_error(stderr_of(train, *TRAIN), "tokenizer.json")
+    assert_error(stderr_of(generate, "--checkpoint", "good.pt", "--tokenizer", str(path)), "tokenizer.json")
 
 
-def test_no_tokenizer(here, refusal):
-    (here / "data" / "tokenizer.json").unlink()
-    assert_error(refusal(train, *TRAIN), "--tokenizer")
-    assert_error(refusal(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "--tokenizer", "good.pt")
+def test_missing_tokenizer(workdir, stderr_of):
+    (workdir / "data" / "tokenizer.json").unlink()
+    assert_error(stderr_of(train, *TRAIN), "--tokenizer")
+    assert_error(stderr_of(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "--tokenizer", "good.pt")
 
 
 def truncated(content: bytes, trap):
@@ -254,13 +254,13 @@ def archived_pickle(content: bytes, trap):
 
 
 def damaged_pickle(content: bytes, trap):
-    """The archive is whole, but not the pickle in it."""
+    """A valid archive with a damaged pickle."""
     name = next(name for name in zipfile.ZipFile("good.pt").namelist() if name.endswith("data.pkl"))
     at = content.index(zipfile.ZipFile("good.pt").read(name))
-    return content[: at + 2] + b"t" + content[at + 3 :]  # an opcode that takes from the stack, which is empty
+    return content[: at + 2] + b"t" + content[at + 3 :]  # an opcode that pops from the empty stack
 
 
-def another_kind(content: bytes, trap):
+def other_object(content: bytes, trap):
     torch.save([torch.ones(3)], "list.pt")
     return Path("list.pt").read_bytes()
 
@@ -269,36 +269,36 @@ def noise(content: bytes, trap):
     return np.random.default_rng(0).bytes(5000)
 
 
-@pytest.mark.parametrize("make", [truncated, bare_pickle, archived_pickle, damaged_pickle, another_kind, noise])
-def test_bad_checkpoints(here, refusal, trap, make):
-    (here / "bad.pt").write_bytes(make((here / "good.pt").read_bytes(), trap))
-    assert_error(refusal(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
-    assert_error(refusal(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
+@pytest.mark.parametrize("make", [truncated, bare_pickle, archived_pickle, damaged_pickle, other_object, noise])
+def test_invalid_checkpoints(workdir, stderr_of, trap, make):
+    (workdir / "bad.pt").write_bytes(make((workdir / "good.pt").read_bytes(), trap))
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
+    assert_error(stderr_of(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
     assert not Path(trap.path).exists()
 
 
-def test_a_checkpoint_whose_weights_do_not_fit_its_config(here, refusal):
+def test_checkpoint_with_weights_that_do_not_fit_its_config(workdir, stderr_of):
     contents = torch.load("good.pt", weights_only=True)
     contents["model"]["embedding"] = contents["model"]["embedding"][:-1].clone()
     torch.save(contents, "bad.pt")
-    assert_error(refusal(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
-    assert_error(refusal(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "bad.pt"), "bad.pt")
+    assert_error(stderr_of(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
 
 
-def test_other_data_than_the_resumed_run_had(here, refusal):
+def test_resuming_with_other_data(workdir, stderr_of):
     save(ROWS[:3])
-    assert_error(refusal(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "other shards")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "other shards")
 
 
-@pytest.mark.parametrize("path", ["good.pt", "good.pt/below"])  # a file, and what not even root can make
-def test_a_save_dir_that_cannot_be_written(refusal, path):
-    assert_error(refusal(train, *TRAIN, "--save_dir", path), f"--save_dir {path}")
+@pytest.mark.parametrize("path", ["good.pt", "good.pt/below"])  # a file, and a path that even root cannot create
+def test_unwritable_save_dir(stderr_of, path):
+    assert_error(stderr_of(train, *TRAIN, "--save_dir", path), f"--save_dir {path}")
 
 
-def test_the_directory_of_an_earlier_run_is_left_alone(here, refusal):
-    (here / "run").mkdir()
-    (here / "run" / "checkpoint_7.pt").write_text("precious")
-    assert_error(refusal(train, *TRAIN), "--save_dir run", "--resume")
+def test_directory_of_an_earlier_run_is_not_overwritten(workdir, stderr_of):
+    (workdir / "run").mkdir()
+    (workdir / "run" / "checkpoint_7.pt").write_text("precious")
+    assert_error(stderr_of(train, *TRAIN), "--save_dir run", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -325,22 +325,22 @@ def test_the_directory_of_an_earlier_run_is_left_alone(here, refusal):
         ("--tokenizer data/tokenizer.json --prompt " + "~" * 3000, "prompt has 3000 tokens"),
     ],
 )
-def test_flags_of_generate(refusal, flags, culprit):
+def test_invalid_generate_flags(stderr_of, flags, culprit):
     flags = ["--checkpoint", "good.pt", "--prompt", "word1", "--device", "cpu", *flags.split(" ")]
-    assert_error(refusal(generate, *flags), culprit)
+    assert_error(stderr_of(generate, *flags), culprit)
 
 
-def test_an_error_after_text_starts_a_line(here, monkeypatch, capsys):
+def test_generate_ends_the_line_before_an_error(workdir, monkeypatch, capsys):
     flags = ["--checkpoint", "good.pt", "--tokenizer", "data/tokenizer.json", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags, "--prompt", "~" * 3000])
     assert run_command(generate.main) == 2
     assert capsys.readouterr().out == "~" * 3000 + "\n"
 
 
-def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch, capsys):
-    (here / "checkpoints").mkdir()
-    (here / "good.pt").rename(here / "checkpoints" / "checkpoint_5000.pt")
-    shutil.copy(here / "data" / "tokenizer.json", here / "checkpoints")
+def test_generate_finds_a_checkpoint_name_in_the_default_save_dir(workdir, monkeypatch, capsys):
+    (workdir / "checkpoints").mkdir()
+    (workdir / "good.pt").rename(workdir / "checkpoints" / "checkpoint_5000.pt")
+    shutil.copy(workdir / "data" / "tokenizer.json", workdir / "checkpoints")
     flags = "--checkpoint checkpoint_5000.pt --prompt word1 --max_new_tokens 1 --device cpu"
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags.split()])
     assert run_command(generate.main) == 0
@@ -348,7 +348,7 @@ def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch
     assert note in capsys.readouterr().err.splitlines()
     monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", "checkpoint_500.pt", "--device", "cpu"])
     assert run_command(generate.main) == 2
-    assert "did you mean checkpoint_5000.pt? checkpoints holds" in capsys.readouterr().err
+    assert "did you mean checkpoint_5000.pt? checkpoints contains" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -361,13 +361,12 @@ def test_a_checkpoint_is_also_looked_for_where_train_writes_it(here, monkeypatch
         (r"<<< $'w\xff'", 0, "> ", 1),
     ],
 )
-def test_generate_on_any_terminal(here, redirected, status, shown, errors):
-    """Each can show ASCII only."""
+def test_generate_on_an_ascii_terminal(workdir, redirected, status, shown, errors):
     flags = "--checkpoint good.pt --tokenizer data/tokenizer.json --max_new_tokens 2 --device cpu"
     run = subprocess.run(
         ["bash", "-c", f"{sys.executable} {ROOT / 'generate.py'} {flags} {redirected}"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        capture_output=True, text=True, timeout=HANG, check=False,
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert run.returncode == status, run.stderr
     assert shown in run.stdout
@@ -377,22 +376,22 @@ def test_generate_on_any_terminal(here, redirected, status, shown, errors):
 
 def command(script, *arguments):
     run = subprocess.run(
-        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=HANG, check=False
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert run.returncode == 2, run.stderr
     assert run.stdout == ""
     return run.stderr.splitlines()
 
 
-def test_an_error_in_a_worker_process_is_one_line_too(here):
+def test_reader_thread_error_is_one_line(workdir):
     save(np.full_like(ROWS, 384))
-    before = snapshot(here)
+    before = snapshot(workdir)
     lines = command("train.py", *TRAIN, "--num_workers", "2")
-    assert_error(lines, f"{SHARD}: row", "token id 384", announced=True)
-    assert snapshot(here) == before
+    assert_error(lines, f"{SHARD}: row", "token id 384", after_log=True)
+    assert snapshot(workdir) == before
 
 
-def test_the_generate_command(here, trap):
+def test_generate_subprocess_rejects_an_unsafe_checkpoint(workdir, trap):
     Path("bad.pt").write_bytes(archived_pickle(b"", trap))
-    assert_error(command("generate.py", "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt", "refused")
+    assert_error(command("generate.py", "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt", "unsafe")
     assert not Path(trap.path).exists()

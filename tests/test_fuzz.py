@@ -1,7 +1,6 @@
-"""Damaged and hostile files: a reader gives what was written or raises InputError, in bounded time and memory.
+"""Damaged and hostile files: readers return the original data or raise InputError, in bounded time and memory.
 
-Case n of a test is made by default_rng(n), so that a failure, which names n, can be made again. FUZZ_CASES sets how
-many there are in all.
+Case n uses default_rng(n). A failure reports n, so it can be reproduced. FUZZ_CASES sets the total number of cases.
 """
 
 import copy
@@ -19,26 +18,26 @@ from hostile_files import (
     PADDING,
     REPLACE,
     ROW_LENGTH,
-    TRAINED,
+    TOKENIZER,
     VOCAB_SIZE,
-    doubled,
+    exponential_list,
     limits,
-    rewritten,
-    use,
+    rewrite,
+    use_checkpoint,
 )
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.checkpoint import load_checkpoint
 from acceleron.config import LIMITS
 from acceleron.data import Loader, Shards, validation_batches
-from acceleron.data.tokenizer import TextBytes, load_tokenizer
+from acceleron.data.tokenizer import ByteCounter, load_tokenizer
 from acceleron.errors import InputError
 
-CASES = int(os.environ.get("FUZZ_CASES", 2400))
+NUM_CASES = int(os.environ.get("FUZZ_CASES", 2400))
 SHARES = {"archives": 0.3, "checkpoints": 0.15, "configs": 0.15, "tokenizers": 0.2, "shards": 0.2}
 TEXT = "word1 word2, Słowo 数据 🙂\n<|endoftext|>  aaaaaaaa"
 
-# Of bytes.
+# Byte mutators
 
 
 def flip_bits(rng, content: bytes) -> bytes:
@@ -47,8 +46,8 @@ def flip_bits(rng, content: bytes) -> bytes:
     return damaged.tobytes()
 
 
-def flip_bits_at_the_ends(rng, content: bytes) -> bytes:
-    """Where headers and directories are."""
+def flip_bits_near_the_ends(rng, content: bytes) -> bytes:
+    """Damage headers and directories."""
     size = min(300, len(content) // 2)
     if rng.integers(2):
         return flip_bits(rng, content[:size]) + content[size:]
@@ -60,7 +59,7 @@ def truncate(rng, content: bytes) -> bytes:
 
 
 def splice(rng, content: bytes) -> bytes:
-    """Random or repeated bytes come in, or in the place of others."""
+    """Insert random or repeated bytes, or overwrite with them."""
     at, size = rng.integers(len(content)), rng.integers(1, 100)
     inserted = [rng.bytes(size), content[at : at + 1] * size, content[at : at + size] * 2][rng.integers(3)]
     return content[:at] + inserted + content[at + rng.integers(2) * size :]
@@ -76,25 +75,25 @@ def swap_blocks(rng, content: bytes) -> bytes:
     return content[:a] + content[c:d] + content[b:c] + content[a:b] + content[d:]
 
 
-DAMAGE = [flip_bits, flip_bits_at_the_ends, truncate, splice, zero_block, swap_blocks]
+BYTE_MUTATORS = [flip_bits, flip_bits_near_the_ends, truncate, splice, zero_block, swap_blocks]
 
 
-# Of nested dicts and lists.
+# Mutators of nested dicts and lists
 
 
-def nested(depth: int) -> list:
-    return [nested(depth - 1)] if depth else []
+def deep(depth: int) -> list:
+    return [deep(depth - 1)] if depth else []
 
 
 NUMBERS = [-1, 0, 1, 623, 2**24, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64, 10**400, 1e308, 1e-308, -1.5]
 NUMBERS += [float("inf"), float("nan")]
-OTHERS = [None, True, "", "x" * 2000, "\0", "\ud800", "../../etc/passwd", [], {}, {"type": "Precompiled"}, nested(100)]
+VALUES = [None, True, "", "x" * 2000, "\0", "\ud800", "../../etc/passwd", [], {}, {"type": "Precompiled"}, deep(100)]
 TENSORS = [torch.zeros(()), torch.zeros(3, dtype=torch.float64), torch.zeros(1).expand(10**10), torch.zeros(0, 2**40)]
 TENSORS += [torch.full((4, 4), torch.nan), torch.zeros(5, dtype=torch.uint8), torch.zeros(2, 2).to_sparse()]
 
 
 def choose(rng, container) -> tuple:
-    """(container, key) of something within, as likely near the top as far below, where most values are."""
+    """Return a random (container, key). Values near the top are as likely as the many deep ones."""
     while True:
         keys = list(container) if isinstance(container, dict) else range(len(container))
         if not keys:
@@ -105,12 +104,12 @@ def choose(rng, container) -> tuple:
         container = container[key]
 
 
-def damage_values(rng, values, absurd: list):
-    """Replaces, removes, moves or adds an item or two."""
+def damage_values(rng, values, replacements: list):
+    """Replace, remove, copy or add one or two items."""
     for _ in range(rng.integers(1, 3)):
         container, key = choose(rng, values)
         other, other_key = choose(rng, values)
-        value = absurd[rng.integers(len(absurd))]
+        value = replacements[rng.integers(len(replacements))]
         match rng.integers(6) if key is not None else -1:
             case -1:
                 pass
@@ -128,9 +127,9 @@ def damage_values(rng, values, absurd: list):
 
 
 def fuzz(name: str, mutators: list, read):
-    """`read(mutate, rng)` for each case; of the cases at least a third must be refused."""
-    cases = round(CASES * SHARES[name])
-    refused = 0
+    """Call `read(mutate, rng)` for each case. At least a third of the cases must raise InputError."""
+    cases = round(NUM_CASES * SHARES[name])
+    rejected = 0
     for seed in range(cases):
         mutate = mutators[seed % len(mutators)]
         case = f"{name}: {mutate.__name__}, seed {seed}"
@@ -140,75 +139,75 @@ def fuzz(name: str, mutators: list, read):
         except InputError as error:
             if not str(error).isprintable():
                 pytest.fail(f"{case}: {error!r} is not one line")
-            refused += 1
+            rejected += 1
         except (Exception, pytest.fail.Exception) as error:
             raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
         except BaseException as error:
-            if type(error).__name__ == "PanicException":  # Rust's
+            if type(error).__name__ == "PanicException":  # from Rust
                 raise AssertionError(f"{case}: {error}") from error
             raise
-    assert refused >= cases / 3
+    assert rejected >= cases / 3
 
 
-def test_enough_cases():
+def test_default_number_of_cases():
     assert sum(SHARES.values()) == pytest.approx(1)
-    assert "FUZZ_CASES" in os.environ or CASES >= 2000
+    assert "FUZZ_CASES" in os.environ or NUM_CASES >= 2000
 
 
-def same(value, other) -> bool:
+def equal(value, other) -> bool:
     if type(value) is not type(other):
         return False
     if isinstance(value, torch.Tensor):
         return value.dtype == other.dtype and value.numpy().tobytes() == other.numpy().tobytes()
     if isinstance(value, dict):
-        return list(value) == list(other) and all(same(value[key], other[key]) for key in value)
+        return list(value) == list(other) and all(equal(value[key], other[key]) for key in value)
     if isinstance(value, (list, tuple)):
-        return len(value) == len(other) and all(map(same, value, other))
+        return len(value) == len(other) and all(map(equal, value, other))
     return value == other
 
 
-def test_damaged_archives(small_checkpoint, tmp_path):
-    """Only what no reader looks at may be damaged unseen: then the contents are those of the original, to the bit."""
+def test_damaged_archives_are_detected(small_checkpoint, tmp_path):
+    """Undetected damage is allowed only if the loaded contents are bitwise equal to the original."""
     content, expected = small_checkpoint.read_bytes(), load_checkpoint(small_checkpoint)
     path = tmp_path / "bad.pt"
 
     def read(mutate, rng):
         path.write_bytes(mutate(rng, content))
-        assert same(load_checkpoint(path), expected)
+        assert equal(load_checkpoint(path), expected)
 
-    fuzz("archives", DAMAGE, read)
+    fuzz("archives", BYTE_MUTATORS, read)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_checkpoints_with_valid_checksums(small_run, small_checkpoint, tmp_path):
+def test_hostile_checkpoints_with_valid_checksums(small_run, small_checkpoint, tmp_path):
     path = tmp_path / "bad.pt"
-    everything = torch.load(small_checkpoint, weights_only=True)
+    valid = torch.load(small_checkpoint, weights_only=True)
 
-    def absurd_values(rng):
-        torch.save(damage_values(rng, copy.deepcopy(everything), NUMBERS + OTHERS + TENSORS + [doubled(40)]), path)
+    def extreme_values(rng):
+        torch.save(damage_values(rng, copy.deepcopy(valid), NUMBERS + VALUES + TENSORS + [exponential_list(40)]), path)
 
     def damaged_pickle(rng):
-        damage = DAMAGE[rng.integers(len(DAMAGE))]
-        rewritten(small_checkpoint, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
+        damage = BYTE_MUTATORS[rng.integers(len(BYTE_MUTATORS))]
+        rewrite(small_checkpoint, path, lambda name, c: [(name, damage(rng, c) if name.endswith("data.pkl") else c)])
 
-    def records_mixed_up(rng):
+    def mixed_up_records(rng):
         with zipfile.ZipFile(small_checkpoint) as archive:
             names = archive.namelist()
         chosen, other = rng.choice(names, 2, replace=False)
         changes = [[], [(other, b"x")], [(chosen, b"")], [(chosen, b"1"), (chosen, b"2")], [(chosen.upper(), b"3")]]
         change = changes[rng.integers(len(changes))]
-        rewritten(small_checkpoint, path, lambda name, content: change if name == chosen else [(name, content)])
+        rewrite(small_checkpoint, path, lambda name, content: change if name == chosen else [(name, content)])
 
     def read(mutate, rng):
         mutate(rng)
-        use(small_run, path)
+        use_checkpoint(small_run, path)
 
-    fuzz("checkpoints", [absurd_values, damaged_pickle, records_mixed_up], read)
+    fuzz("checkpoints", [extreme_values, damaged_pickle, mixed_up_records], read)
 
 
-def test_configs():
-    def absurd(rng):
-        return damage_values(rng, CONFIG.to_dict(), NUMBERS + OTHERS + [doubled(40)])
+def test_damaged_configs():
+    def extreme_values(rng):
+        return damage_values(rng, CONFIG.to_dict(), NUMBERS + VALUES + [exponential_list(40)])
 
     def read(mutate, rng):
         config = ModelConfig.from_dict(mutate(rng))
@@ -216,33 +215,33 @@ def test_configs():
         with torch.device("meta"):
             Acceleron(config)
 
-    fuzz("configs", [absurd], read)
+    fuzz("configs", [extreme_values], read)
 
 
-def test_tokenizers(tmp_path):
+def test_damaged_tokenizers(tmp_path):
     parts = {
         "normalizer": [{"type": "NFC"}, REPLACE],
-        "pre_tokenizer": [TRAINED["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
-        "decoder": [TRAINED["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        "pre_tokenizer": [TOKENIZER["pre_tokenizer"], {"type": "Digits", "individual_digits": True}],
+        "decoder": [TOKENIZER["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
     }
     children = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-    document = TRAINED | {place: {"type": "Sequence", children[place]: items} for place, items in parts.items()}
+    document = TOKENIZER | {place: {"type": "Sequence", children[place]: items} for place, items in parts.items()}
     document["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     document["padding"] = PADDING
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(document))
-    load_tokenizer(path)  # so that there is something to damage
+    load_tokenizer(path)  # the undamaged file is valid
     kinds = ["Sequence", "Precompiled", "FixedLength", "Strip", "CTC", "ByteLevel", "WordPiece", "Unigram", "WordLevel"]
 
     def damaged_text(rng, content):
-        return DAMAGE[rng.integers(len(DAMAGE))](rng, content)
+        return BYTE_MUTATORS[rng.integers(len(BYTE_MUTATORS))](rng, content)
 
-    def absurd_values(rng, content):
-        damaged = damage_values(rng, json.loads(content), [*NUMBERS, *OTHERS, *kinds])
+    def extreme_values(rng, content):
+        damaged = damage_values(rng, json.loads(content), [*NUMBERS, *VALUES, *kinds])
         return json.dumps(damaged).encode()
 
-    def repeated_text(rng, content):
-        """A stretch between two commas comes again: keys, tokens and merges double."""
+    def repeat_text(rng, content):
+        """Repeat the text between two commas, which duplicates keys, tokens and merges."""
         pieces = content.split(b",")
         at, size = rng.integers(len(pieces)), rng.integers(1, 5)
         return b",".join(pieces[: at + size] + pieces[at:])
@@ -253,15 +252,15 @@ def test_tokenizers(tmp_path):
         path.write_bytes(mutate(rng, content))
         tokenizer = load_tokenizer(path)
         assert max(tokenizer.get_vocab().values()) < LIMITS["vocab_size"]
-        assert (TextBytes(tokenizer, 512).table >= 0).all()
+        assert (ByteCounter(tokenizer, 512).table >= 0).all()
         ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
         assert len(ids) < 200
         tokenizer.decode(ids)
 
-    fuzz("tokenizers", [damaged_text, absurd_values, repeated_text], read)
+    fuzz("tokenizers", [damaged_text, extreme_values, repeat_text], read)
 
 
-def test_shards(tmp_path):
+def test_damaged_shards(tmp_path):
     buffer = io.BytesIO()
     rows = np.arange(20 * ROW_LENGTH, dtype=np.int32).reshape(20, -1) % VOCAB_SIZE
     np.save(buffer, rows)
@@ -273,19 +272,19 @@ def test_shards(tmp_path):
     def damaged_header(rng, content):
         return flip_bits(rng, content[:128]) + content[128:]
 
-    def absurd_shape(rng, content):
+    def extreme_shape(rng, content):
         sizes = [-1, 0, 1, 3, 20, 32, 2**31, 2**62, 2**63, 10**30]
         shape = f"({sizes[rng.integers(len(sizes))]}, {sizes[rng.integers(len(sizes))]}), }}"
         return content.replace(b"(20, 32), }", shape.encode().ljust(11)[:60], 1)
 
-    def another_dtype(rng, content):
+    def other_dtype(rng, content):
         dtypes = [b"|i1", b"<i2", b"<u8", b">i4", b"<f4", b"|O", b"|V4", b"<U1", b"<M8", b"|S0", b"<c8"]
         return content.replace(b"<i4", dtypes[rng.integers(len(dtypes))], 1)
 
     def read(mutate, rng):
         (tmp_path / "shard_00000.npy").write_bytes(mutate(rng, content))
         bad_data = ("fail", "skip")[rng.integers(2)]
-        entries = damage_values(rng, [*copy.deepcopy(known), ["shard_00001.npy", 20, 32, 0]], NUMBERS + OTHERS)
+        entries = damage_values(rng, [*copy.deepcopy(known), ["shard_00001.npy", 20, 32, 0]], NUMBERS + VALUES)
         shards = Shards(tmp_path, entries if rng.integers(4) == 0 else None)
         settings = dict(seq_len=16, batch_size=3, vocab_size=VOCAB_SIZE, bad_data=bad_data)
         loader = Loader(shards, seed=0, **settings)
@@ -296,4 +295,4 @@ def test_shards(tmp_path):
             assert batch.shape[1] == 16
             assert 0 <= batch.min() <= batch.max() < VOCAB_SIZE
 
-    fuzz("shards", [*DAMAGE, damaged_header, absurd_shape, another_dtype], read)
+    fuzz("shards", [*BYTE_MUTATORS, damaged_header, extreme_shape, other_dtype], read)

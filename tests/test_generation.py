@@ -1,4 +1,4 @@
-"""Sampling, the KV cache, streaming."""
+"""Sampling, the KV cache and streaming."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from acceleron import generation
 from acceleron.attention import KVCache
 from acceleron.data.tokenizer import END_OF_TEXT, train_tokenizer
 from acceleron.errors import InputError
-from acceleron.generation import Sampling, generate, pick, prepare_for_inference, stream_text
+from acceleron.generation import Sampling, generate, prepare_for_inference, sample_token, stream_text
 
 GREEDY = Sampling(temperature=0)
 
@@ -25,7 +25,7 @@ def model():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_greedy_with_the_cache_equals_greedy_without(dense):
+def test_greedy_with_kv_cache_matches_greedy_without(dense):
     model = unit_scale(small_model(dense))
     prompt = token_ids(1, 5)[0].tolist()
     ids = list(prompt)
@@ -33,10 +33,10 @@ def test_greedy_with_the_cache_equals_greedy_without(dense):
         for _ in range(40):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert list(generate(model, prompt, 40, GREEDY)) == ids[5:]
-    assert len(set(ids[5:])) > 10  # not one token over and over
+    assert len(set(ids[5:])) > 10  # not one repeated token
 
 
-def test_cache_fed_in_pieces_equals_one_pass(model):
+def test_chunked_prefill_matches_one_forward_pass(model):
     ids = token_ids(2, 30)
     cache = KVCache(model.config, 2, 30, torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -45,25 +45,25 @@ def test_cache_fed_in_pieces_equals_one_pass(model):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_generation_fills_the_context_and_stops_there(model):
+def test_generation_stops_at_the_context_length(model):
     assert len(list(generate(model, [1] * 60, 100, GREEDY))) == 4  # max_seq_len is 64
     assert len(list(generate(model, [1], 10, GREEDY))) == 10
 
 
 @pytest.mark.parametrize("length", [0, 64, 200])
-def test_prompts_that_do_not_fit_are_refused(model, length):
-    with pytest.raises(InputError, match=f"{length} tokens; the model takes 1 to 63"):
+def test_empty_or_too_long_prompts_are_rejected(model, length):
+    with pytest.raises(InputError, match=f"{length} tokens; the model accepts 1 to 63"):
         list(generate(model, [1] * length, 5, GREEDY))
 
 
-def test_stop_token_ends_and_is_not_shown(model):
+def test_stop_token_ends_generation_and_is_not_yielded(model):
     tokens = list(generate(model, [3], 20, GREEDY))
     stop = tokens[6]
     assert list(generate(model, [3], 20, GREEDY, stop_id=stop)) == tokens[: tokens.index(stop)]
 
 
-def test_ids_that_the_tokenizer_lacks_are_never_drawn(model):
-    """The likeliest tokens are made those without an entry."""
+def test_ids_missing_from_the_tokenizer_are_never_sampled(model):
+    """The ids without an entry get the largest logits."""
     with torch.no_grad():
         model.embedding[100:] *= 20
     assert max(generate(model, [3], 50, Sampling(temperature=1.0, top_k=0, seed=0))) >= 100
@@ -71,7 +71,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(model):
     assert max(generate(model, [3], 50, GREEDY, num_entries=100)) < 100
 
 
-def test_seed_repeats_the_draw(model):
+def test_same_seed_gives_the_same_tokens(model):
     draws = [list(generate(model, [3], 30, Sampling(temperature=1.0, seed=seed))) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -90,35 +90,35 @@ def test_seed_repeats_the_draw(model):
         (GREEDY, [0, 1, 0, 0]),
     ],
 )
-def test_draws_follow_the_narrowed_distribution(sampling, expected):
+def test_samples_follow_the_filtered_distribution(sampling, expected):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     generator, draws = torch.Generator().manual_seed(0), 4000
     counts = torch.zeros(4)
     for _ in range(draws):
-        counts[pick(logits, sampling, generator)] += 1
+        counts[sample_token(logits, sampling, generator)] += 1
     for share, p in zip((counts / draws).tolist(), expected, strict=True):
-        # Five standard deviations of a binomial share; exactly 0 and 1 where the filter says so.
+        # Five standard deviations of a binomial proportion. Probabilities 0 and 1 must match exactly.
         assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / draws)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=0)])
-def test_logits_of_a_diverged_model_are_refused(sampling, bad):
-    with pytest.raises(InputError, match="had diverged"):
-        pick(torch.tensor([0.1, bad, 0.3]), sampling, torch.Generator())
-    assert pick(torch.tensor([-math.inf, 0.3, -math.inf]), sampling, torch.Generator()) == 1
+def test_non_finite_logits_are_rejected(sampling, bad):
+    with pytest.raises(InputError, match="diverged"):
+        sample_token(torch.tensor([0.1, bad, 0.3]), sampling, torch.Generator())
+    assert sample_token(torch.tensor([-math.inf, 0.3, -math.inf]), sampling, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize(
     "values", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
 )
-def test_impossible_sampling_is_refused(values):
+def test_invalid_sampling_settings_are_rejected(values):
     with pytest.raises(InputError, match=next(iter(values))):
         Sampling(**values)
 
 
 def byte_fallback() -> Tokenizer:
-    """As Llama 2's: a character that has no token is its bytes."""
+    """Like Llama 2: characters without a token become byte tokens."""
     tokens = [END_OF_TEXT, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁:Sabcdegnoprty"]
     tokenizer = Tokenizer(
         models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
@@ -146,14 +146,14 @@ TOKENIZERS = {
 
 
 def stream(monkeypatch, model, tokenizer, prompt: str, script: list[int]) -> list[tuple]:
-    """What is streamed of a model that continues with these ids."""
+    """Stream from a model that generates the ids in `script`."""
     monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: iter(script))
     return list(stream_text(model, tokenizer, prompt, 100, GREEDY))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_streamed_pieces_join_to_the_text(monkeypatch, model, kind):
-    """Characters of several bytes arrive a byte at a time: nothing is shown before they are whole."""
+def test_streamed_pieces_concatenate_to_the_text(monkeypatch, model, kind):
+    """Multi-byte characters arrive one byte at a time and appear only when complete."""
     text = "größer – 漢字 🎉 end"
     tokenizer = TOKENIZERS[kind]()
     start = len(tokenizer.encode("Say: ").ids)
@@ -163,12 +163,12 @@ def test_streamed_pieces_join_to_the_text(monkeypatch, model, kind):
     assert [token for token, _ in streamed] == script
     assert "".join(piece for _, piece in streamed) == text
     assert all("\ufffd" not in piece for _, piece in streamed)
-    assert streamed[0][1] == "g"  # at once
+    assert streamed[0][1] == "g"  # without delay
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_any_ids_stream_to_what_they_decode_to(monkeypatch, model, kind):
-    """Bytes that are no character, one that is cut off at the end, special tokens, and bytes that a prompt ends in."""
+def test_arbitrary_ids_stream_to_their_decoded_text(monkeypatch, model, kind):
+    """Invalid bytes, a character cut off at the end, special tokens, and a prompt that ends in bytes."""
     tokenizer = TOKENIZERS[kind]()
     draw = random.Random(0)
     for prompt in ("", "Say: ", "漢"):
@@ -181,20 +181,20 @@ def test_any_ids_stream_to_what_they_decode_to(monkeypatch, model, kind):
             assert "".join(piece for _, piece in streamed) == whole[len(tokenizer.decode(prompt_ids)) :]
 
 
-def test_prompts_that_are_not_text_are_refused(model):
+def test_prompt_with_invalid_utf8_is_rejected(model):
     tokenizer = train_tokenizer(["plain"], 258)
     with pytest.raises(InputError, match="not valid UTF-8"):
         list(stream_text(model, tokenizer, "\udcff", 5, GREEDY))
 
 
-def test_a_diverged_model_is_named_as_such(model):
+def test_generate_reports_a_diverged_model(model):
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
     with pytest.raises(InputError, match="diverged"):
         list(generate(model, [3], 5, Sampling(seed=0)))
 
 
-def test_inference_casts_all_but_router_and_norms(model):
+def test_inference_keeps_routers_and_norms_in_fp32(model):
     wide = list(generate(model, [3], 5, GREEDY))
     prepare_for_inference(model, torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
@@ -203,8 +203,8 @@ def test_inference_casts_all_but_router_and_norms(model):
     assert list(generate(model, [3], 1, GREEDY)) == wide[:1]
 
 
-def test_tokenizer_order(tmp_path):
-    """--tokenizer, then beside the checkpoint, beside the scripts; never where a checkpoint of unknown origin says."""
+def test_tokenizer_lookup_order(tmp_path):
+    """--tokenizer, beside the checkpoint, beside the scripts; never a path stored in the untrusted checkpoint."""
     places = {name: tmp_path / name for name in ("run", "data", "scripts", "named")}
     sizes = {"named": 285, "run": 280, "data": 275, "scripts": 270}
     for name, folder in places.items():

@@ -1,15 +1,15 @@
-"""Tests wait for events, never for a time."""
+"""Tests wait for events, never for a fixed time."""
 
 import time
 from collections.abc import Callable
 
-HANG = 1200.0  # seconds after which a wait that hangs is ended, and its test fails
+TIMEOUT = 1200.0  # seconds until a hanging wait fails its test
 
 
-def wait_until(happened: Callable[[], bool]):
-    """Raises TimeoutError if it never happens."""
-    deadline = time.monotonic() + HANG
-    while not happened():
+def wait_until(condition: Callable[[], bool]):
+    """Poll until the condition is true. Raises TimeoutError after TIMEOUT seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"did not happen in {HANG:.0f} s")
+            raise TimeoutError(f"the condition is still false after {TIMEOUT:.0f} s")
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Text to token shards, and shards to batches."""
+"""Turn text into token shards, and shards into batches."""
 
 from .loader import Loader, validation_batches, validation_loader
 from .shards import ShardError, Shards

@@ -1,4 +1,4 @@
-"""python -m acceleron.data prepare | download"""
+"""Prepare or download training data."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ def _positive(number: str) -> int:
     with suppress(ValueError):
         if (value := int(number)) >= 1:
             return value
-    raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+    raise argparse.ArgumentTypeError("expected a positive integer")
 
 
 def main():
@@ -24,17 +24,15 @@ def main():
 def run():
     parser = Parser(prog="python -m acceleron.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    preparing = commands.add_parser("prepare", help="turn text into shards")
-    preparing.add_argument(
-        "--input", type=nonempty, nargs="+", required=True, help="text or .jsonl files, or directories"
-    )
-    preparing.add_argument("--output", type=nonempty, required=True, help="directory for the shards and tokenizer.json")
-    preparing.add_argument("--tokenizer", type=nonempty, help="tokenizer.json to use (default: train a byte-level BPE)")
-    preparing.add_argument("--vocab_size", type=_positive, help="entries of the trained tokenizer (default 8192)")
-    downloading = commands.add_parser("download", help="fetch shards from the Hugging Face hub")
-    downloading.add_argument("--repo", default="SuperGoatScriptGuy/PreprocessedMIXED", help="dataset repository")
-    downloading.add_argument("--shards", type=_positive, default=50, help="how many of its shards (default 50)")
-    downloading.add_argument("--output", type=nonempty, required=True, help="directory for the shards")
+    add = commands.add_parser("prepare", help="tokenize text into shards").add_argument
+    add("--input", type=nonempty, nargs="+", required=True, help="text or .jsonl files, or directories")
+    add("--output", type=nonempty, required=True, help="directory for the shards and tokenizer.json")
+    add("--tokenizer", type=nonempty, help="tokenizer.json to use (default: train a byte-level BPE)")
+    add("--vocab_size", type=_positive, help="vocabulary size of the trained tokenizer (default 8192)")
+    add = commands.add_parser("download", help="download shards from the Hugging Face Hub").add_argument
+    add("--repo", default="SuperGoatScriptGuy/PreprocessedMIXED", help="dataset repository")
+    add("--shards", type=_positive, default=50, help="number of shards to download (default 50)")
+    add("--output", type=nonempty, required=True, help="directory for the shards")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         prepare(arguments.input, arguments.output, arguments.tokenizer, arguments.vocab_size)

@@ -1,4 +1,4 @@
-"""Ready-made shards from the Hugging Face hub."""
+"""Download prepared shards from the Hugging Face Hub."""
 
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -12,11 +12,10 @@ from .shards import METADATA
 
 
 def download(repo: str, num_shards: int, output: str):
-    """Fetch the first `num_shards` shard_*.npy of a dataset repository, and its tokenizer.json and shards.json if any.
+    """Download the first `num_shards` shard_*.npy of a dataset repository, with its tokenizer.json and shards.json.
 
-    Files that are whole already are not fetched again; a broken transfer is taken up where it broke. Raises
-    InputError if the repository can't be reached, has fewer shards, or names one so that it would be written elsewhere;
-    and if `output` holds the shards.json of other shards.
+    Skips complete files and resumes partial ones. Raises InputError if the repository is unreachable, has too few
+    shards or has unsafe or duplicate file names, or if `output` contains the shards.json of other shards.
     """
     try:
         names = _list_files(repo)
@@ -25,18 +24,18 @@ def download(repo: str, num_shards: int, output: str):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
                 raise InputError(
-                    f"--repo {repo}: its file {name!r} would be written outside {output}; trust another one"
+                    f"--repo {repo}: its file {name!r} would be written outside {output}; use a repository you trust"
                 )
         if len(shards) < num_shards:
-            raise InputError(f"--shards {num_shards}: {repo} has {len(shards)} shards")
+            raise InputError(f"--shards {num_shards}: {repo} has only {len(shards)} shards")
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
-            raise InputError(f"--repo {repo}: several folders have shards of one name; fetch one folder by hand")
+            raise InputError(f"--repo {repo}: two folders have shards of the same name; download one by hand")
         if (Path(output) / METADATA).exists() and not _has_metadata(repo, names, Path(output) / METADATA):
-            raise InputError(f"--output {output} holds the {METADATA} of other shards: name another directory")
+            raise InputError(f"--output {output} contains the {METADATA} of other shards: name another directory")
         wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]
         for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))
-    except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: the network; OSError: the hub, the disk
+    except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: network; OSError: Hub or disk
         if isinstance(error, OSError) and error.errno:
             raise file_error(f"--output {output}: cannot be written", error) from error
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -49,27 +48,27 @@ def _list_files(repo: str) -> list[str]:
         return HfApi().list_repo_files(repo, repo_type="dataset")
     except HFValidationError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # HTML of a login page, a proxy of ftp://
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # an HTML login page, an ftp:// proxy
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
-            f"--repo {repo}: no valid answer from the Hugging Face hub ({reason}): check the network and its proxy"
+            f"--repo {repo}: invalid response from the Hugging Face Hub ({reason}): check the network and proxy"
         ) from error
 
 
 def _has_metadata(repo: str, names: list[str], path: Path) -> bool:
-    """Whether the repository's shards.json is the one at `path`."""
+    """Whether the repository's shards.json equals the one at `path`."""
     if METADATA not in names:
         return False
     with TemporaryDirectory() as directory:
-        theirs = hf_hub_download(repo, METADATA, repo_type="dataset", local_dir=directory)
-        return Path(theirs).read_bytes() == path.read_bytes()
+        remote = hf_hub_download(repo, METADATA, repo_type="dataset", local_dir=directory)
+        return Path(remote).read_bytes() == path.read_bytes()
 
 
 def _fetch(repo: str, name: str, output: Path):
-    """Fetch one file into `output` itself, out of the repository's folder if it is in one."""
+    """Download one file to the top level of `output`, even if the repository keeps it in a folder."""
     fetched, final = output / name, output / PurePosixPath(name).name
     if final.exists():
-        # Back to where the hub's records, kept in `output`, know it as whole.
+        # Move it back to where the Hub client's records in `output` list it as complete.
         fetched.parent.mkdir(parents=True, exist_ok=True)
         final.replace(fetched)
     try:

@@ -1,4 +1,4 @@
-"""Text files to shards."""
+"""Tokenize text files into shards."""
 
 import codecs
 import fcntl
@@ -20,17 +20,18 @@ from tqdm import tqdm
 from ..errors import InputError, file_error, path_error
 from ..log import say
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
-from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, pieces, train_tokenizer, without_duplicates
+from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, split_document, train_tokenizer, unique_keys
 
 DEFAULT_VOCAB_SIZE = 8192
-TRAINING_CHARACTERS = 200_000_000  # the tokenizer learns from this much text; more changes few merges
-PIECE_CHARACTERS, BATCH_CHARACTERS = 1 << 20, 1 << 23  # of a long document; and tokenized together, on all cores
+TRAINING_CHARACTERS = 200_000_000  # sample size for training the tokenizer; more text changes few merges
+PIECE_CHARACTERS = 1 << 20  # longer documents are split
+BATCH_CHARACTERS = 1 << 23  # tokenized in one parallel call
 JSON_LINES = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json")
-MARKS = {  # UTF-32's first: one of them begins with one of UTF-16's
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with UTF-16's
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-JSON_KINDS = {
+JSON_TYPE_NAMES = {
     dict: "an object",
     list: "an array",
     str: "a string",
@@ -40,14 +41,14 @@ JSON_KINDS = {
     type(None): "null",
 }
 CONVERT = "decompress it or convert it to UTF-8 text"
-MAX_LINE_BYTES = 1 << 30  # of JSON lines
-LEFT_OUT_NAMED = 20  # files that are left out, after which they are only counted
+MAX_LINE_BYTES = 1 << 30  # of JSON Lines
+MAX_SKIPPED_LOGGED = 20  # further skipped files are only counted
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """A file's documents: the "text" of each line of JSON lines; else the text between <|endoftext|> marks.
+    """Yield the documents of a file: the "text" of each line of a JSON Lines file, else the text between <|endoftext|>.
 
-    Raises InputError for a file that is not UTF-8, or not JSON lines with a text where its name says so.
+    Raises InputError for a file that is not UTF-8, or for an invalid JSON line.
     """
     try:
         if path.suffix.lower() in JSON_LINES:
@@ -57,7 +58,7 @@ def read_documents(path: Path) -> Iterator[str]:
                     if not line:
                         break
                     if line.removeprefix(codecs.BOM_UTF8).strip():
-                        yield from _split(_text_of(line, f"{path}, line {number}"))
+                        yield from _split(_parse_line(line, f"{path}, line {number}"))
         else:
             yield from _split(_decode(path.read_bytes(), str(path)))
     except OSError as error:
@@ -65,28 +66,28 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _decode(content: bytes, where: str) -> str:
-    for encoding, marks in MARKS.items():
+    for encoding, marks in BYTE_ORDER_MARKS.items():
         if content.startswith(marks):
             raise InputError(f"{where}: {encoding} text; convert it with `iconv -f {encoding} -t UTF-8`")
     if b"\0" in content:
-        raise InputError(f"{where}: holds NUL characters: {CONVERT}")
+        raise InputError(f"{where}: contains NUL characters: {CONVERT}")
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}): {CONVERT}") from error
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _parse_line(line: bytes, where: str) -> str:
     if len(line) > MAX_LINE_BYTES:
-        raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; divide its text among several lines")
+        raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; split its text into several lines")
     decoded = _decode(line, where)
     try:
-        value = json.loads(decoded, object_pairs_hook=without_duplicates)
+        value = json.loads(decoded, object_pairs_hook=unique_keys)
         text = value["text"] if isinstance(value, dict) and "text" in value else None
         if isinstance(text, str):
-            text.encode()  # half of a surrogate pair, as left by cutting an emoji in two, has no UTF-8
+            text.encode()  # fails for half a surrogate pair, left by cutting an emoji in two
             return text
-        found = _found(value)
+        found = _describe_json(value)
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: the text is not valid Unicode ({error.reason})") from error
     except (ValueError, RecursionError) as error:
@@ -97,13 +98,13 @@ def _text_of(line: bytes, where: str) -> str:
     )
 
 
-def _found(value: object) -> str:
-    """What a line of JSON holds instead of an object with a "text" string."""
+def _describe_json(value: object) -> str:
+    """Say why a JSON value is not an object with a "text" string."""
     if not isinstance(value, dict):
-        return f"the line is {JSON_KINDS[type(value)]}"
+        return f"the line is {JSON_TYPE_NAMES[type(value)]}"
     if "text" in value:
-        return f'"text" is {JSON_KINDS[type(value["text"])]}'
-    return f'no "text"; the keys are {repr(", ".join(value)[:80])[1:-1] or "none"}'
+        return f'"text" is {JSON_TYPE_NAMES[type(value["text"])]}'
+    return f'no "text" key; the keys are {repr(", ".join(value)[:80])[1:-1] or "none"}'
 
 
 def _split(text: str) -> list[str]:
@@ -111,22 +112,21 @@ def _split(text: str) -> list[str]:
 
 
 class _Corpus:
-    """The documents of all inputs, with a progress bar over their bytes.
+    """The documents of all inputs: the named files and all files below the named directories, in a fixed order.
 
-    These are the named files, and those below the named directories, in a fixed order. What is left out, hidden files
-    and __pycache__ too, is logged.
+    Skips and logs hidden, duplicate and unreadable files, and __pycache__.
     """
 
     def __init__(self, inputs: list[str], output: Path):
         self.named = {Path(name) for name in inputs}
-        self.files: dict[Path, int] = {}  # and their sizes
-        self.left_out: dict[Path, str] = {}
+        self.files: dict[Path, int] = {}  # path to size
+        self.skipped: set[Path] = set()
         self.hidden: list[Path] = []
         self._find([Path(name) for name in reversed(inputs)], Path(os.path.realpath(output)))
         if self.hidden:
-            say(f"left out: {len(self.hidden)} hidden files and directories, the first of them {self.hidden[0]}")
+            say(f"skipped: {len(self.hidden)} hidden files and directories, such as {self.hidden[0]}")
         if not self.files:
-            raise InputError(f"--input {' '.join(inputs)}: no files there")
+            raise InputError(f"--input {' '.join(inputs)}: no files found")
 
     def _find(self, todo: list[Path], output: Path):
         seen: dict[tuple[int, int], Path] = {}
@@ -139,68 +139,66 @@ class _Corpus:
                 status = path.stat()
                 first = seen.setdefault((status.st_dev, status.st_ino), path)
                 if first is not path:
-                    self._leave_out(
-                        path, "named twice" if first == path else f"the same as {first}, which is read once"
-                    )
+                    self._skip(path, "named twice" if first == path else f"the same file as {first}")
                 elif stat.S_ISDIR(status.st_mode):
                     if output.is_relative_to(path.resolve()):
                         raise InputError(f"--input {path} is or contains the output directory: name another --output")
                     todo += sorted(path.iterdir(), reverse=True)
                 elif path.name in (METADATA, "tokenizer.json") and path not in self.named:
                     raise InputError(
-                        f"--input {path.parent} is already prepared: it holds {path.name}; name the text files"
+                        f"--input {path.parent} is already prepared: it contains {path.name}; name the text files"
                     )
                 elif stat.S_ISREG(status.st_mode):
                     self.files[path] = status.st_size
                 else:
-                    self._refuse(path, InputError(f"{path}: neither a file nor a directory; save it as a file"))
+                    self._raise_or_skip(path, InputError(f"{path}: neither a file nor a directory; save it to a file"))
             except OSError as error:
                 if path in self.named and not path.exists():
                     raise path_error("--input", path, "file") from error
-                self._refuse(path, InputError(f"{path}: cannot be read ({error.strerror})"))
+                self._raise_or_skip(path, InputError(f"{path}: cannot be read ({error.strerror})"))
 
-    def _refuse(self, path: Path, error: InputError):
-        """A directory may hold pictures and the like; what the user named, and JSON lines, must be readable."""
+    def _raise_or_skip(self, path: Path, error: InputError):
+        """Raise for a named file or JSON Lines. Skip other files, because directories can contain images."""
         if path in self.named or path.suffix.lower() in JSON_LINES:
             raise error
-        self._leave_out(path, str(error).removeprefix(f"{path}: "))
+        self._skip(path, str(error).removeprefix(f"{path}: "))
 
-    def _leave_out(self, path: Path, reason: str):
-        if path not in self.left_out and len(self.left_out) < LEFT_OUT_NAMED:
-            say(f"left out: {path} ({reason})")
-        self.left_out[path] = reason
+    def _skip(self, path: Path, reason: str):
+        if path not in self.skipped and len(self.skipped) < MAX_SKIPPED_LOGGED:
+            say(f"skipped: {path} ({reason})")
+        self.skipped.add(path)
 
-    def documents(self, what: str) -> Iterator[str]:
+    def documents(self, label: str) -> Iterator[str]:
+        """Yield all documents, with a progress bar over the files' bytes."""
         total = sum(self.files.values())
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path, size in self.files.items():
                 try:
                     yield from read_documents(path)
                 except InputError as error:
-                    self._refuse(path, error)
+                    self._raise_or_skip(path, error)
                 bar.update(size)
 
 
 def _sample(documents: Iterator[str]) -> Iterator[str]:
-    """Pieces of the documents up to TRAINING_CHARACTERS; short pieces let the trainer use all cores."""
+    """Yield up to TRAINING_CHARACTERS of the documents, in short pieces so the trainer can use all cores."""
     seen = 0
     for document in documents:
-        for piece in pieces(document, 1 << 16):
+        for piece in split_document(document, 1 << 16):
             yield piece
             seen += len(piece)
         if seen > TRAINING_CHARACTERS:
             break
-    # Run the progress bar's context to its end.
-    documents.close()
+    documents.close()  # close the progress bar
 
 
 def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The ids of all documents in order, each document followed by the end-of-text token."""
+    """Yield the ids of all documents in order. The end-of-text token follows each document."""
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=np.int32)
 
     def marked_pieces():
         for document in documents:
-            *parts, last = pieces(document, PIECE_CHARACTERS, tokenizer)
+            *parts, last = split_document(document, PIECE_CHARACTERS, tokenizer)
             yield from ((part, False) for part in parts)
             yield last, True
 
@@ -212,7 +210,7 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
 
 def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of pieces that reach BATCH_CHARACTERS: the tokenizer takes some 80 bytes of memory for each of them."""
+    """Group pieces until they reach BATCH_CHARACTERS. The tokenizer needs about 80 bytes of memory per character."""
     batch, size = [], 0
     for piece in stream:
         batch.append(piece)
@@ -224,14 +222,14 @@ def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[dict[str, int], int]:
-    """Returns the rows of each shard, by its name, and the number of tokens left over, too few for a row."""
+    """Write the shards. Returns the rows per shard name, and the number of remaining tokens, too few for a row."""
     shards = {}
     pending, size = [], 0
 
     def write(ids: np.ndarray):
         name = f"shard_{len(shards):05d}.npy"
         with (directory / name).open("wb") as file:
-            # Not as a file: numpy would write that itself, with an error that does not name the cause.
+            # numpy writes to real files with C code whose errors omit the cause, so hide that this is a file.
             np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
         shards[name] = len(ids) // ROW_LENGTH
 
@@ -243,30 +241,30 @@ def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[dict[s
             joined = np.concatenate(pending)
             write(joined[:capacity])
             pending, size = [joined[capacity:]], size - capacity
-    left_over = size % ROW_LENGTH
+    remainder = size % ROW_LENGTH
     if size >= ROW_LENGTH:
-        write(np.concatenate(pending)[: size - left_over])
-    return shards, left_over
+        write(np.concatenate(pending)[: size - remainder])
+    return shards, remainder
 
 
 def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, vocab_size: int | None = None):
-    """Write shards, tokenizer.json (a copy, if it was given) and shards.json to `output`, once all is done.
+    """Write shards, tokenizer.json (a copy of a given tokenizer) and shards.json to `output`, all at the end.
 
-    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that holds shards or
-    another tokenizer.json, or can't be written; RunFailed for a full disk.
+    Raises InputError for unreadable input, text that fills fewer than two rows, or an output that is not writable or
+    contains shards or another tokenizer.json. Raises RunFailed for a full disk.
     """
     if tokenizer_path and vocab_size:
-        raise InputError("--tokenizer and --vocab_size exclude each other: a given tokenizer has its own size")
+        raise InputError("--tokenizer and --vocab_size are mutually exclusive: a given tokenizer has a fixed size")
     target = Path(output)
     for present in (*target.glob("shard_*.npy"), *target.glob(METADATA)):
         raise InputError(
-            f"--output {target} already holds prepared data ({present.name}): remove it or name another directory"
+            f"--output {target} already contains prepared data ({present.name}): remove it or name another directory"
         )
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     present = target / "tokenizer.json"
     if present.exists() and not (tokenizer and filecmp.cmp(present, tokenizer_path, shallow=False)):
         raise InputError(
-            f"--output {target} already holds another tokenizer.json: use it with --tokenizer {present}, or name "
+            f"--output {target} already contains another tokenizer.json: use it with --tokenizer {present} or name "
             "another directory"
         )
     corpus = _Corpus(inputs, target)
@@ -276,32 +274,32 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         else:
             tokenizer = train_tokenizer(_sample(corpus.documents("reading")), vocab_size or DEFAULT_VOCAB_SIZE)
             content = tokenizer.to_str(pretty=True).encode()
-        shards, left_over = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
+        shards, remainder = _write_shards(_tokens(corpus.documents("tokenizing"), tokenizer), staging)
         rows = sum(shards.values())
         if rows < 2:
             raise InputError(f"--input: the text fills {rows} rows of {ROW_LENGTH} tokens; at least 2 are needed")
         (staging / "tokenizer.json").write_bytes(content)
         (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer), shards))
-    if len(corpus.left_out) > LEFT_OUT_NAMED:
-        say(f"left out: {len(corpus.left_out)} files in all")
+    if len(corpus.skipped) > MAX_SKIPPED_LOGGED:
+        say(f"skipped: {len(corpus.skipped)} files in total")
     print(
-        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, tokenizer of "
-        f"{tokenizer.get_vocab_size():,} entries; the last {left_over} tokens filled no row and are left out"
+        f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, vocabulary of "
+        f"{tokenizer.get_vocab_size():,}; dropped the last {remainder} tokens, too few for a row"
     )
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory in `target`, whose files move into `target` at the end: all of them, or none after an error.
+    """A directory inside `target`. On success, all its files move to `target`; on an error, none.
 
-    A file that `target` already holds stays. A process that is killed leaves the directory, with which Shards refuses
-    `target`; the next `prepare` empties it.
+    Existing files in `target` stay. A killed process leaves the directory, and Shards rejects `target` while it exists;
+    the next `prepare` empties it.
     """
     staging, moved = target / STAGING, []
     created = [directory for directory in (target, *target.parents) if not directory.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        lock = _make_locked(staging)
+        lock = _lock_staging(staging)
         try:
             for path in staging.iterdir():
                 path.unlink()
@@ -318,23 +316,23 @@ def _staged(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging)
             os.close(lock)
-            with suppress(OSError):  # keeps a directory that holds anything
+            with suppress(OSError):  # rmdir keeps directories with content
                 for directory in created:
                     directory.rmdir()
-    except BrokenPipeError:  # of the progress bar
+    except BrokenPipeError:  # from the progress bar
         raise
     except OSError as error:
         raise file_error(f"--output {target}: cannot be written", error) from error
 
 
-def _make_locked(staging: Path) -> int:
-    """Make the directory, or take over a stale one; returns a descriptor that holds a lock on it until it is closed."""
+def _lock_staging(staging: Path) -> int:
+    """Create the directory or take over a stale one. Returns a descriptor that holds a lock on it until closed."""
     stale = staging.exists()
     staging.mkdir(exist_ok=True)
     lock = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # some file systems have no locks: there a directory that exists may be in use
+    except OSError as error:  # on file systems without locks, an existing directory could be in use
         if stale or isinstance(error, BlockingIOError):
             os.close(lock)
             raise InputError(

@@ -1,6 +1,6 @@
 """The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids.
 
-Beside them, shards.json records the shards and the tokenizer that made them: see `metadata`.
+shards.json beside them records the shards and their tokenizer: see `metadata`.
 """
 
 import hashlib
@@ -18,35 +18,35 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from ..config import brief
+from ..config import short_repr
 from ..errors import InputError, path_error
 from ..log import say
 
 ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
-# Of each shard the last rows are held out for validation: contiguous, so that few documents stand in both splits.
+# The last rows of each shard are held out for validation. They are contiguous, so few documents cross the split.
 VALIDATION_SHARE = 0.01
 METADATA, METADATA_FORMAT, MAX_METADATA_BYTES = "shards.json", 1, 1 << 24
-STAGING = ".prepare"  # the directory, beside the shards, of a `prepare` that has not ended
+STAGING = ".prepare"  # directory of an unfinished `prepare`, beside the shards
 MAX_OPEN_FILES = 128
-MAX_TOKENS = 2**36  # of a shard, by a checkpoint's word: 256 GiB as int32
-MAX_LOST_ROWS = 2**24  # of a shard that is not there, for whose rows memory is taken all the same
-_HEADER_BYTES = 2**14  # numpy itself refuses longer headers
+MAX_TOKENS = 2**36  # per shard listed in a checkpoint or shards.json: 256 GiB as int32
+MAX_UNUSABLE_ROWS = 2**24  # per unusable shard listed in a checkpoint: its rows still take memory in permutations
+_HEADER_BYTES = 2**14  # numpy rejects longer headers
 
 
 class ShardError(InputError):
-    """A row that can't be read, or holds what it must not. The message names the file, the row and the cause."""
+    """An unreadable row or an invalid token id. The message names the file, the row and the cause."""
 
 
-# As np.save writes it; other spellings are numpy's to read.
+# The format that np.save writes. numpy parses any other spelling.
 _HEADER = re.compile(rb"\{'descr': '([<>|][biufc]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n")
 
 
 def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, fortran_order, dtype) of a .npy file, and the file's position after it. Raises one of many exceptions.
+    """Return (shape, fortran_order, dtype) of a .npy file and advance past its header. Raises many exception types.
 
-    numpy asks Python's compiler to read it, which in Python 3.11 fails at random while another thread compiles too
-    (SystemError, "AST constructor recursion depth mismatch"), as a reader or torch.compile does.
+    numpy parses headers with Python's compiler. In Python 3.11 that fails at random while another thread compiles
+    (SystemError: "AST constructor recursion depth mismatch"), for example a reader thread or torch.compile.
     """
     version = npy.read_magic(file)
     start = file.tell()
@@ -60,63 +60,62 @@ def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
 
 
-class _File:
-    """An open shard, read at offsets: a map would kill the process when the file is truncated under it.
+class _ShardFile:
+    """An open shard. It reads at offsets because truncating a memory-mapped file kills the process.
 
-    It closes when the last thread lets go of it, so never under a reader.
+    The file closes with its last reference, so it never closes while a thread reads it.
     """
 
     def __init__(self, fd: int):
-        """Raises InputError, without the path, for what is no shard; OSError if it can't be read."""
+        """Raises InputError, without the path, if the file is not a valid shard; OSError if it is unreadable."""
         self.fd = fd
         self.state = self._state()
         status = os.fstat(fd)
-        # The same at the next opening, unless the file was replaced or written to.
+        # Stays equal when the file is reopened, unless it was replaced or written to.
         self.identity = status.st_ino, status.st_mtime_ns, status.st_size
         try:
             header = io.BytesIO(os.pread(fd, _HEADER_BYTES, 0))
             self.shape, fortran_order, self.dtype = _read_header(header)
             self.offset = header.tell()
             if self.dtype.kind not in "iu":
-                raise InputError(f"token ids must be integers, but this holds {self.dtype!s:.100}")
+                raise InputError(f"token ids must be integers, but the dtype is {self.dtype!s:.100}")
             if len(self.shape) != 2 or min(self.shape) < 1:
                 raise InputError(f"expected shape (sequences, row length), but found {self.shape!s:.100}")
             if fortran_order:
-                raise InputError("stored in Fortran order; save it from np.ascontiguousarray")
+                raise InputError("stored in Fortran order; convert it with np.ascontiguousarray")
             size = self.offset + math.prod(self.shape) * self.dtype.itemsize
             if os.fstat(fd).st_size < size:
                 raise InputError(
-                    f"truncated to {os.fstat(fd).st_size:,} of the {size:,} bytes that its header promises; "
-                    "fetch or prepare it again"
+                    f"truncated to {os.fstat(fd).st_size:,} of {size:,} bytes; download or prepare it again"
                 )
         except (OSError, InputError):
             raise
         except Exception as error:  # a damaged header fails in many ways: ValueError, TokenError, RecursionError, …
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"damaged or not a .npy file ({reason}); fetch or prepare it again") from error
+            raise InputError(f"damaged or not a .npy file ({reason}); download or prepare it again") from error
 
     def __del__(self):
         os.close(self.fd)
 
     def _state(self) -> tuple[int, int, int]:
-        """Differs once the file is replaced, removed or written to; the time alone may be too coarse to tell."""
+        """Changes when the file is replaced, removed or written to. The time alone can be too coarse to show it."""
         status = os.fstat(self.fd)
         return status.st_ctime_ns, status.st_size, status.st_nlink
 
     def read(self, row: int, column: int, count: int) -> np.ndarray:
-        """`count` tokens in the file's dtype. Raises OSError, and InputError if the file is not as it was opened."""
+        """Read `count` tokens in the file's dtype. Raises OSError, and InputError if the file changed since opening."""
         tokens = np.empty(count, dtype=self.dtype)
         position = self.offset + (row * self.shape[1] + column) * self.dtype.itemsize
         received = os.preadv(self.fd, [tokens], position)
-        # A file written to since its header was read may hold anything at this position.
+        # If the file was written to since its header was read, this position can contain anything.
         if self._state() != self.state:
-            raise InputError("the file changed while it was read")
+            raise InputError("the file changed during the read")
         if received < tokens.nbytes:
-            raise InputError("the file ended early")
+            raise InputError("unexpected end of file")
         return tokens
 
     def checksum(self) -> int:
-        """CRC-32 of the first, the middle and the last row: tells data from other data of the same shape."""
+        """CRC-32 of the first, middle and last row: distinguishes data of the same shape."""
         rows, row_length = self.shape
         checksum = 0
         for row in (0, rows // 2, rows - 1):
@@ -125,14 +124,14 @@ class _File:
 
 
 class Shards:
-    """The rows of a data directory, split into training and validation. Threads may share it.
+    """The rows of a data directory, split into training and validation. Thread-safe.
 
-    `known` is the fingerprint of an earlier run. A shard of it that is now missing, unreadable or of another shape
-    keeps its place, so that every other row keeps its own; a warning names it, and each read from it fails.
+    `known` is the fingerprint of an earlier run. If one of its shards is now missing, unreadable or of another shape,
+    the constructor logs a warning and keeps the shard's rows, so all other rows keep their index. Reading them fails.
 
-    Raises InputError for a missing or empty directory; for a shard that is truncated, not an integer array of two
-    dimensions, of another row length than the first, or not as shards.json records it, unless it keeps its place; if
-    all would; and for a damaged `known` or shards.json.
+    Raises InputError for a missing or empty directory, an invalid shard (truncated, not a 2-D integer array, of another
+    row length than the first, or different from shards.json) that is not in `known`, a damaged `known` or shards.json,
+    or if no shard of `known` is usable.
     """
 
     def __init__(self, data_dir: str | Path, known: list | None = None):
@@ -142,117 +141,117 @@ class Shards:
         names = {path.name for path in directory.glob("shard_*.npy")}
         if not names:
             raise InputError(
-                f"data directory {directory} has no shard_*.npy: fill it with `python -m acceleron.data prepare`"
+                f"data directory {directory} has no shard_*.npy: create them with `python -m acceleron.data prepare`"
             )
         if (directory / STAGING).exists():
             raise InputError(
-                f"data directory {directory} holds {STAGING}: `prepare` is still running, or was killed, and not all "
-                "shards are there; wait for it, or remove the directory's content and prepare it again"
+                f"data directory {directory} contains {STAGING}: `prepare` is still running or was killed, so shards "
+                "are missing; wait for it, or empty the directory and prepare the data again"
             )
-        places = {name: place for name, *place in check_fingerprint([] if known is None else known)}
-        self.paths = [directory / name for name in sorted(names | places.keys())]
-        self._lost: dict[int, str] = {}  # the shards that only keep their place, and why
+        known_shapes = {name: shape for name, *shape in check_fingerprint([] if known is None else known)}
+        self.paths = [directory / name for name in sorted(names | known_shapes.keys())]
+        self._unusable: dict[int, str] = {}  # shards of `known` that cannot be read, and why
         self._headers: dict[int, tuple] = {}
-        self._identities: dict[int, tuple] = {}  # of the files whose content is known to be the fingerprint's
-        self._files: OrderedDict[int, _File] = OrderedDict()  # the last one used last
+        self._identities: dict[int, tuple] = {}  # files whose content matches the fingerprint
+        self._files: OrderedDict[int, _ShardFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
-        self._fingerprint = [self._inspect(index, places.get(path.name)) for index, path in enumerate(self.paths)]
-        if len(self._lost) == len(self.paths):
+        self._fingerprint = [self._inspect(index, known_shapes.get(path.name)) for index, path in enumerate(self.paths)]
+        if len(self._unusable) == len(self.paths):
             raise InputError(
-                f"cannot resume: the checkpoint's run read other shards than {directory} holds "
-                f"({self.paths[0].name}: {self._lost[0]}); pass the same data"
+                f"cannot resume: the checkpoint's run used other shards than those in {directory} "
+                f"({self.paths[0].name}: {self._unusable[0]}); pass the same data"
             )
-        for index, reason in self._lost.items():
+        for index, reason in self._unusable.items():
             say(f"warning: {self.paths[index]}: {reason}; none of its rows can be read")
         self.row_length = self._fingerprint[0][2]
         for path, (_, _, row_length, _) in zip(self.paths, self._fingerprint, strict=True):
             if row_length != self.row_length:
                 raise InputError(
                     f"{path}: rows of {row_length} tokens, but {self.paths[0].name} has rows of {self.row_length}; "
-                    "prepare all shards alike"
+                    "prepare all shards with the same row length"
                 )
         self._metadata = _read_metadata(directory / METADATA)
         self._check_metadata()
         self.num_rows = np.array([rows for _, rows, _, _ in self._fingerprint])
         if self.num_rows.sum() < 2:
-            raise InputError(f"{self.paths[0]}: one row is not enough, as one is held out; add more text")
+            raise InputError(f"{self.paths[0]}: one row is not enough, because one is held out; add more text")
         self.num_validation_rows = np.ceil(self.num_rows * VALIDATION_SHARE).astype(int)
-        # A shard of one row trains: another one has the row to hold out.
+        # A shard of one row is used for training. Another shard supplies a validation row.
         self.num_validation_rows[self.num_rows == 1] = 0
         if not self.num_validation_rows.any():
             self.num_validation_rows[-1] = 1
 
     def _check_metadata(self):
-        """Raises InputError for a shard that is not the one of shards.json. Some may be absent: downloads are parts."""
+        """Raises InputError for a shard that differs from shards.json. A partial download may lack some shards."""
         if self._metadata is None:
             return
         for index, (name, rows, *_) in enumerate(self._fingerprint):
             expected, path = self._metadata[2].get(name), self.paths[index]
-            if expected != rows and index not in self._lost:
-                found = f"has {rows:,} rows, {expected:,}" if expected else "is not"
+            if expected != rows and index not in self._unusable:
+                found = f"has {rows:,} rows, but {expected:,}" if expected else "is not"
                 raise InputError(f"{path} {found} in {path.with_name(METADATA)}: prepare all shards together")
 
     def check_tokenizer(self, path: Path) -> bool:
-        """False if there is no shards.json. Raises InputError if another tokenizer made the shards."""
+        """Return False if there is no shards.json. Raises InputError if the shards come from another tokenizer."""
         if self._metadata is None:
             return False
         digest, vocab_size, _ = self._metadata
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise InputError(
-                f"{path} did not make these shards; {self.paths[0].with_name(METADATA)} records one of {vocab_size:,} "
-                "ids: pass the tokenizer.json that `prepare` wrote beside them"
+                f"{path} is not the tokenizer of these shards; {self.paths[0].with_name(METADATA)} records one with "
+                f"{vocab_size:,} ids: pass the tokenizer.json that `prepare` wrote beside them"
             )
         return True
 
-    def _inspect(self, index: int, place: list | None) -> list:
-        """The shard's entry of the fingerprint, from the file; or, for one that is lost, from its place."""
+    def _inspect(self, index: int, known: list | None) -> list:
+        """The shard's fingerprint entry: from the file, or from the known entry if the file is unusable."""
         path = self.paths[index]
         try:
             file = self._open(index)
             self._headers[index], self._identities[index] = (file.shape, file.dtype), file.identity
             entry = [path.name, *map(int, file.shape), file.checksum()]
-            if place and place[:2] != entry[1:3]:
-                raise InputError(f"its shape is {file.shape}, and was {tuple(place[:2])}")
+            if known and known[:2] != entry[1:3]:
+                raise InputError(f"its shape is {file.shape}, previously {tuple(known[:2])}")
         except (OSError, InputError) as error:
-            if place is None or place[0] > MAX_LOST_ROWS:
+            if known is None or known[0] > MAX_UNUSABLE_ROWS:
                 raise InputError(f"{path}: {_reason(error)}") from error
-            self._lost[index] = _reason(error)
-            return [path.name, *place]
+            self._unusable[index] = _reason(error)
+            return [path.name, *known]
         return entry
 
-    def _file(self, index: int) -> _File:
-        """The open shard. Raises OSError or, also if it is not what it was at first, InputError."""
-        if index in self._lost:
-            raise InputError(self._lost[index])
+    def _file(self, index: int) -> _ShardFile:
+        """The open shard. Raises OSError, and InputError if it is unusable or its content has changed."""
+        if index in self._unusable:
+            raise InputError(self._unusable[index])
         with self._lock:
             file = self._files.get(index)
             if file:
                 self._files.move_to_end(index)
                 return file
-        file = self._open(index)  # outside the lock, so that a slow disk holds up nobody else
-        header, noted = (file.shape, file.dtype), self._headers[index]
-        if header != noted:
-            raise InputError("its header tells of {} {}, and told of {} {}".format(*header, *noted))
+        file = self._open(index)  # outside the lock, so a slow disk does not block other threads
+        header, original = (file.shape, file.dtype), self._headers[index]
+        if header != original:
+            raise InputError("its header changed from {} {} to {} {}".format(*original, *header))
         if file.identity != self._identities[index]:
             if file.checksum() != self._fingerprint[index][3]:
-                raise InputError("the file has other content than at the start")
-            self._identities[index] = file.identity  # a copy, or only touched
+                raise InputError("its content changed since the start of the run")
+            self._identities[index] = file.identity  # a copy, or a new timestamp
         with self._lock:
             self._files[index] = file
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)
         return file
 
-    def _open(self, index: int) -> _File:
-        # O_NONBLOCK: a pipe fails instead of waiting.
-        return _File(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
+    def _open(self, index: int) -> _ShardFile:
+        # With O_NONBLOCK, a named pipe fails instead of waiting for a writer.
+        return _ShardFile(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
 
     def read(self, shard: int, row: int, column: int, out: np.ndarray):
-        """Fill `out` (int64, 1-D) with the row's tokens from this column on. Raises ShardError."""
+        """Fill `out` (int64, 1-D) with the row's tokens, starting at `column`. Raises ShardError."""
         try:
             out[:] = self._file(shard).read(row, column, len(out))
         except (OSError, InputError):
-            # What was open may be stale: once more, from a file opened and inspected anew.
+            # The open file may be stale: reopen it and retry once.
             with self._lock:
                 self._files.pop(shard, None)
             try:
@@ -261,49 +260,49 @@ class Shards:
                 raise ShardError(f"{self.paths[shard]}: row {row} cannot be read: {_reason(error)}") from error
 
     def fingerprint(self) -> list[list]:
-        """[[name, rows, row length, checksum], …]: tells whether a saved position still means the same chunks.
+        """[[name, rows, row length, checksum], …]. A saved position is valid only for the same fingerprint.
 
-        Always the same list, not to be changed.
+        Every call returns the same list: do not modify it.
         """
         return self._fingerprint
 
 
 def metadata(tokenizer: bytes, vocab_size: int, shards: dict[str, int]) -> bytes:
-    """The content of shards.json, from tokenizer.json's content, the number of ids, and the rows of each shard."""
+    """The content of shards.json. `tokenizer` is the content of tokenizer.json; `shards` maps names to row counts."""
     digest = hashlib.sha256(tokenizer).hexdigest()
     fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size, "shards": shards}
     return json.dumps(fields, indent=2).encode() + b"\n"
 
 
 def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
-    """The tokenizer's digest, the number of ids, the rows of each shard; None if there is no such file."""
+    """Return (tokenizer digest, number of ids, rows per shard), or None if the file does not exist."""
     if not path.exists():
         return None
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise InputError(f"{path}: not a regular file; remove it, or prepare the data again")
+    if not path.is_file():  # opening a named pipe would block
+        raise InputError(f"{path}: not a regular file; remove it or prepare the data again")
     try:
         with path.open("rb") as file:
             fields = json.loads(file.read(MAX_METADATA_BYTES))
         if fields["format"] != METADATA_FORMAT:
-            raise ValueError(f"its format is {brief(fields['format'])}, not {METADATA_FORMAT}")
+            raise ValueError(f"its format is {short_repr(fields['format'])}, not {METADATA_FORMAT}")
         for number in (fields["vocab_size"], *fields["shards"].values()):
             if type(number) is not int or not 0 < number <= MAX_TOKENS:
-                raise ValueError(f"{brief(number)} is not a number of ids or rows")
+                raise ValueError(f"{short_repr(number)} is not a valid number of ids or rows")
         return str(fields["tokenizer_sha256"]), fields["vocab_size"], fields["shards"]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!s:.200}); prepare the data again") from error
+        raise InputError(f"{path}: damaged or from another version ({error!s:.200}); prepare the data again") from error
 
 
 def _reason(error: OSError | InputError) -> str:
     if isinstance(error, FileNotFoundError):
-        return "the file has vanished"
+        return "the file is missing"
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def check_fingerprint(entries: object) -> list[list]:
-    """A fingerprint out of a checkpoint, which may hold anything. Raises InputError if it can't be one."""
+    """Validate a fingerprint from an untrusted checkpoint. Raises InputError if it is invalid."""
 
     def valid(entry) -> bool:
         if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, int, int]:

@@ -1,4 +1,4 @@
-"""Training: the options of train.py, and the run they describe."""
+"""Training runs and their options."""
 
 from .loop import train
 from .options import TrainOptions

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and a line in the terminal."""
+"""Metrics of a run, for metrics.jsonl, TensorBoard and the terminal."""
 
 import errno
 import json
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..files import replacing
+from ..files import atomic_write
 from ..log import say
 
 
 def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -> int:
-    """Of forward and backward: 6 · active matmul parameters + 6 · L · H·C · S, the causal half of attention.
+    """FLOPs of forward and backward: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
 
     The embedding counts once, as the head. Recomputation does not count.
     """
@@ -26,9 +26,9 @@ def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -
 
 
 def expert_health(tokens_per_expert_LE: Tensor) -> dict:
-    """Of the assignments since the last log line: shares are of one layer's assignments, over all layers.
+    """Expert load: smallest and largest share of a layer's assignments, mean entropy, number of dead experts.
 
-    Uniform routing has every share 1/E and entropy 1 (it is divided by log E). A dead expert got no token.
+    Uniform routing has shares of 1/E and entropy 1 (normalized by log E). A dead expert received no tokens.
     """
     shares = tokens_per_expert_LE.double() / tokens_per_expert_LE.sum(dim=-1, keepdim=True).clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=-1) / torch.tensor(shares.shape[1]).log()
@@ -41,10 +41,10 @@ def expert_health(tokens_per_expert_LE: Tensor) -> dict:
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl, and the same to TensorBoard where it is installed.
+    """Appends records to metrics.jsonl, one JSON object per line, and to TensorBoard if it is installed.
 
-    Lines of steps after `step`, from which the run now goes on, are dropped: they will come again. A line that can't be
-    written, as the disk is full, is written with the next one. Raises OSError if the directory can't be written.
+    Drops the lines after `step`, where the run resumes: it will write them again. If the disk is
+    full, a line is written later, together with the next one. Raises OSError if the directory is not writable.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -53,7 +53,7 @@ class Metrics:
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     file.writelines(kept)
         self._file = path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
@@ -63,7 +63,7 @@ class Metrics:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         except ImportError:
             self._board = None
-        self._hook, threading.excepthook = threading.excepthook, self._quietly
+        self._hook, threading.excepthook = threading.excepthook, self._ignore_os_errors
 
     @property
     def has_tensorboard(self) -> bool:
@@ -79,28 +79,28 @@ class Metrics:
                         self._board.add_scalar(name, value, record["step"])
         except OSError as error:
             self._board = None
-            say(f"warning: {self._file.name}: TensorBoard's files can't be written ({error}), and are given up")
+            say(f"warning: {self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
 
     def flush(self, to_disk: bool = False):
-        """Write what could not be written before; with `to_disk` so that it outlives a power cut."""
+        """Write all pending lines. `to_disk` makes them survive a power failure."""
         try:
-            whole = self._file.seek(0, os.SEEK_END)
+            end = self._file.seek(0, os.SEEK_END)
             try:
                 lines = b"".join(self._unwritten)
                 if self._file.write(lines) < len(lines):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with suppress(OSError):
-                    self._file.truncate(whole)  # no half a line
+                    self._file.truncate(end)  # no partial line
                 raise
             self._unwritten.clear()
             if to_disk:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            say(f"warning: {self._file.name}: {error.strerror}; its lines will be written once that is possible")
+            say(f"warning: {self._file.name}: {error.strerror}; the pending lines will be written later")
 
-    def _quietly(self, failure):
-        """TensorBoard writes in a thread of its own; `write` hears of what fails there, and says so."""
+    def _ignore_os_errors(self, failure):
+        """TensorBoard writes in its own thread. A failure there also reaches `write`, which logs it."""
         if not isinstance(failure.exc_value, OSError):
             self._hook(failure)
 
@@ -114,18 +114,18 @@ class Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite for a line that is none, such as half of one."""
+    """The line's step; infinite for a damaged or partial line."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def describe(record: dict, max_steps: int, seconds_left: float) -> str:
-    """The record as a line for the terminal."""
+def format_line(record: dict, max_steps: int, seconds_left: float) -> str:
+    """The record as a log line for the terminal."""
 
     def number(name: str, form: str) -> str:
-        return "none finite" if record[name] is None else format(record[name], form)
+        return "not finite" if record[name] is None else format(record[name], form)
 
     parts = [
         f"step {record['step']}/{max_steps}",

@@ -1,4 +1,4 @@
-"""AdamW, with decay for matrices alone."""
+"""AdamW with weight decay for matrices only."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ BETAS = (0.9, 0.95)
 
 
 def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused, on CUDA and on a CPU alike. The learning rate is set each step."""
+    """Fused AdamW, on CUDA and on CPUs. The run sets the learning rate at each step."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -17,13 +17,13 @@ def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def update(optimizer: torch.optim.AdamW, grad_norm: Tensor, grad_clip: float, skipped: Tensor):
-    """A step with the gradients clipped to the norm `grad_clip` (0: not clipped), or none at all where `skipped`.
+    """Update the weights, with gradients clipped to the norm `grad_clip` (0: no clipping), unless `skipped`.
 
-    Both are the fused AdamW's own ways, which GradScaler uses too: it divides the gradients as it reads them, which
-    spares a reading and writing of them all, and leaves weights and state as they are. grad_norm and skipped are
-    scalars on the device, which is not waited for.
+    Like GradScaler, this sets the fused AdamW's grad_scale and found_inf. AdamW divides the gradients as it reads them,
+    which saves one pass over them, and leaves weights and state unchanged for a skipped step. grad_norm and skipped
+    are scalars on the device; nothing synchronizes.
     """
-    # As clip_grad_norm_ has it.
+    # The same formula as clip_grad_norm_.
     optimizer.grad_scale = ((grad_norm + 1e-6) / grad_clip).clamp(min=1.0) if grad_clip else None
     optimizer.found_inf = skipped.float()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture: python -m acceleron.training.plot RUN_DIR writes RUN_DIR/loss.png."""
+"""Plot the loss curves of a run: python -m acceleron.training.plot RUN_DIR writes RUN_DIR/loss.png."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from ..flags import Parser, nonempty
 
 
 def read_curves(path: Path) -> list[list[tuple[float, float]]]:
-    """(tokens, loss) of the training loss, then of the validation loss; a loss that was not finite is NaN.
+    """The training and the validation curve as (tokens, loss) pairs. NaN stands for a loss that was not finite.
 
-    A last line that is not finished, as the run goes on, is skipped. Raises InputError.
+    Skips an incomplete last line, because the run may still be writing it. Raises InputError.
     """
 
     def number(value) -> float:
         if abs(value) > 1e100:  # matplotlib overflows
-            raise ValueError("a number is above 1e100")
+            raise ValueError("a value is above 1e100")
         return float(value)
 
     try:
@@ -25,23 +25,23 @@ def read_curves(path: Path) -> list[list[tuple[float, float]]]:
         records = [json.loads(line) for line in lines]
         curves = [[(number(r["tokens"]), r[name]) for r in records if name in r] for name in ("loss", "val_loss")]
         if not curves[0]:
-            raise ValueError("it has no losses")
+            raise ValueError("no losses")
         return [[(x, math.nan if loss is None else number(loss)) for x, loss in curve] for curve in curves]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the metrics of a run ({error})") from error
+        raise InputError(f"{path}: not a metrics file of train.py ({error})") from error
 
 
 def plot_losses(run_dir: Path) -> Path:
-    """Training loss (a mean over each log interval) and validation loss against tokens. Raises InputError."""
+    """Plot training loss (the mean of each log interval) and validation loss over tokens. Raises InputError."""
     path, picture = run_dir / "metrics.jsonl", run_dir / "loss.png"
     if not run_dir.is_dir():
         raise path_error("RUN_DIR", run_dir, "directory")
     if not path.is_file():
-        raise InputError(f"RUN_DIR {run_dir} has no {path.name}: name the --save_dir of a run")
+        raise InputError(f"RUN_DIR {run_dir} has no {path.name}: pass the --save_dir of a run")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("plots need matplotlib: pip install matplotlib") from error
+        raise InputError("plotting needs matplotlib: pip install matplotlib") from error
     training, validation = read_curves(path)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The training itself: one optimizer step after another, and the state that a checkpoint keeps."""
+"""The optimizer steps of a run, and the state that a checkpoint keeps."""
 
 import math
 import os
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 
 from ..attention import best_sdpa
-from ..checkpoint import is_tensor_of, load_weights, restore_optimizer
+from ..checkpoint import is_cpu_tensor, load_weights, restore_optimizer
 from ..config import ModelConfig
 from ..data import Loader, Shards
 from ..device import deterministic_algorithms, peak_memory, synchronize, total_memory
 from ..errors import InputError, RunFailed
 from ..log import say
 from ..model import Acceleron
-from .guard import Judgement, StepGuard
+from .anomaly import Anomaly, AnomalyDetector
 from .metrics import expert_health
 from .optimizer import build_optimizer, update
 from .options import TrainOptions
 from .schedule import learning_rate
 
 POLL_SECONDS = 0.2
-STALL_SECONDS = 60.0  # of waiting for data, after which the user is told
-COMPLAINTS = 20  # of skipped rows, that are told one by one
+STALL_SECONDS = 60.0  # of waiting for data before each warning
+MAX_ROW_WARNINGS = 20  # skipped rows that are logged individually
 
 
 class Run:
-    """A model in training; statistics stay on the device until they are read.
+    """A model in training. Its statistics stay on the device until `read_statistics`.
 
-    `context()` is to be entered around the steps. `steps` and `tokens` count what was done. Raises InputError for a
-    seq_len that does not suit the shards.
+    Enter `context()` around the steps. `steps` and `tokens` count completed work. Raises InputError for a seq_len that
+    does not divide the shards' row length.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Run:
     ):
         self.options, self.device = options, device
         if options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first GEMM
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at the first GEMM
         self.loader = Loader(
             shards,
             seq_len=options.seq_len,
@@ -54,33 +54,33 @@ class Run:
             num_workers=options.num_workers,
             pin_memory=device.type == "cuda",
         )
-        # Nothing draws from Python's and numpy's own generators; should anything ever, it will be the same each time.
+        # Nothing uses Python's and numpy's global generators today. Seeding them keeps a future use reproducible.
         random.seed(options.seed)
         np.random.seed(options.seed % 2**32)
         torch.manual_seed(options.seed)
         self.model = Acceleron(config, compute_dtype=dtype).to(device)
         self.model.gradient_checkpointing = not options.no_gradient_checkpointing
         self.optimizer = build_optimizer(self.model, options.weight_decay)
-        self.guard = StepGuard(device, options.skip_spikes)
+        self.detector = AnomalyDetector(device, options.skip_spikes)
         self.steps = self.tokens = 0
-        self.whole = True  # but within an update
+        self.consistent = True  # False only during an update
         self.batches: list[Tensor] = []  # fetched for the next step
-        self._untold = COMPLAINTS
+        self._row_warnings_left = MAX_ROW_WARNINGS
         self._data_state = self.loader.state_dict()
         self._grad_norm = torch.zeros((), device=device)
         self._reset_statistics()
 
     def _reset_statistics(self):
-        config = self.model.config
         self.unread_steps = self.skipped_steps = 0
         self.data_wait = 0.0
         self._micro_batches = torch.zeros((), dtype=torch.int64, device=self.device)
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._counts_LE = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=self.device)
+        shape_LE = (self.model.config.num_layers, self.model.config.num_experts)
+        self._tokens_per_expert_LE = torch.zeros(shape_LE, dtype=torch.int64, device=self.device)
 
     @contextmanager
     def context(self):
-        """A context, good for one use."""
+        """A single-use context for the steps."""
         with ExitStack() as stack:
             if self.options.deterministic:
                 stack.enter_context(deterministic_algorithms())
@@ -88,49 +88,49 @@ class Run:
                 stack.enter_context(best_sdpa())
             yield
 
-    def fetch(self, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for the batches of the next step; False if `stopped` became true first.
+    def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the batches of the next step. Returns False if `should_stop` became true first.
 
-        Nothing of the step has begun then, so that what was trained can be saved while the data stalls. Raises
-        InputError for data that can't be read.
+        The step has not started yet, so the run can be saved while the data stalls. Raises InputError for unreadable
+        data.
         """
         start = time.perf_counter()
         while len(self.batches) < self.options.grad_accum:
-            batch = self.next_batch(self.loader, stopped)
+            batch = self.next_batch(self.loader, should_stop)
             if batch is None:
                 return False
             self.batches.append(batch)
         self.data_wait += time.perf_counter() - start
         return True
 
-    def next_batch(self, loader: Loader, stopped: Callable[[], bool]) -> Tensor | None:
-        """Wait for it, telling of stalls and skipped rows; None if `stopped` became true first."""
-        start = told = time.perf_counter()
+    def next_batch(self, loader: Loader, should_stop: Callable[[], bool]) -> Tensor | None:
+        """Wait for a batch and log stalls and skipped rows. Returns None if `should_stop` became true first."""
+        start = last_warning = time.perf_counter()
         batch = None
-        while batch is None and not stopped():
+        while batch is None and not should_stop():
             try:
                 batch = loader.poll(POLL_SECONDS)
             except RuntimeError as error:
                 raise RunFailed(str(error)) from error
             now = time.perf_counter()
-            if batch is None and now - told > STALL_SECONDS:
-                told = now
-                say(f"warning: no data for {now - start:.0f} s: {loader.origin(loader.position)}")
-        for complaint in loader.complaints[: self._untold]:
+            if batch is None and now - last_warning > STALL_SECONDS:
+                last_warning = now
+                say(f"warning: no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
+        for complaint in loader.warnings[: self._row_warnings_left]:
             say(f"warning: skipped: {complaint}")
-            self._untold -= 1
-            if not self._untold:
-                say("warning: further skipped rows are not told, but those of the training counted, as skipped_rows")
-        loader.complaints.clear()
+            self._row_warnings_left -= 1
+            if not self._row_warnings_left:
+                say("warning: further skipped rows are not logged; skipped_rows counts those of the training data")
+        loader.warnings.clear()
         return batch
 
     def step(self, lr: float):
-        """Train on the next batches. Raises InputError for data that can't be read.
+        """Train on the next batches. Raises InputError for unreadable data.
 
-        What fails before the optimizer's update leaves the run as it was, and `whole`.
+        A failure before the optimizer update leaves the run unchanged and `consistent`.
         """
         self.fetch()
-        losses, tokens_per_expert_LE = torch.zeros_like(self._losses), torch.zeros_like(self._counts_LE)
+        losses, tokens_per_expert_LE = torch.zeros_like(self._losses), torch.zeros_like(self._tokens_per_expert_LE)
         for batch in self.batches:
             input_ids = batch.to(self.device, non_blocking=True)
             output = self.model(input_ids, labels=input_ids)
@@ -141,13 +141,13 @@ class Run:
                 tokens_per_expert_LE += output.tokens_per_expert_LE
         grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads)
-        self.whole = False
+        self.consistent = False
         self.steps += 1
         self.tokens += self.options.tokens_per_step
         self._grad_norm = grad_norm
-        self._counts_LE += tokens_per_expert_LE
+        self._tokens_per_expert_LE += tokens_per_expert_LE
         position = self._data_state["position"]
-        skipped = self.guard.judge(self.steps, position, losses[0] / self.options.grad_accum, self._grad_norm)
+        skipped = self.detector.check(self.steps, position, losses[0] / self.options.grad_accum, grad_norm)
         finite = losses.isfinite().all()
         self._losses += torch.where(finite, losses, 0.0)
         self._micro_batches += finite * self.options.grad_accum
@@ -158,37 +158,37 @@ class Run:
         self.batches = []
         self._data_state = self.loader.state_dict()
         self.unread_steps += 1
-        self.whole = True
+        self.consistent = True
 
-    def judgements(self) -> list[Judgement]:
-        """The steps since the last call that were skipped or whose loss was a spike. Waits for the device."""
-        found = self.guard.read()
-        self.skipped_steps += sum(judgement.skipped for judgement in found)
-        return found
+    def read_anomalies(self) -> list[Anomaly]:
+        """The skipped steps and loss spikes since the last call. Synchronizes with the device."""
+        anomalies = self.detector.read()
+        self.skipped_steps += sum(anomaly.skipped for anomaly in anomalies)
+        return anomalies
 
-    def origin(self, judgement: Judgement) -> str:
-        """The shards and rows of a step's batches."""
-        starts = (judgement.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
-        return "; ".join(self.loader.origin(start) for start in starts)
+    def origin(self, anomaly: Anomaly) -> str:
+        """The shards and rows of the step's batches."""
+        starts = (anomaly.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
+        return "; ".join(self.loader.describe_rows(start) for start in starts)
 
     def read_statistics(self) -> dict:
-        """Means of the losses, and the experts' health, since the last call. Waits for the device.
+        """Mean losses and expert load since the last call. Synchronizes with the device.
 
-        A step whose loss was not finite is left out of the means, which are None if there was no other.
+        The means exclude steps with a non-finite loss. They are None if all steps had one.
         """
         means = (self._losses / self._micro_batches).tolist() if self._micro_batches else [None] * 3
         record = dict(zip(("loss", "z_loss", "balance_loss"), means, strict=True))
         norm = self._grad_norm.item()
         record["grad_norm"] = norm if math.isfinite(norm) else None
         if not self.model.config.dense:
-            record |= expert_health(self._counts_LE.cpu())
+            record |= expert_health(self._tokens_per_expert_LE.cpu())
         record |= {"data_wait": self.data_wait, "skipped_steps": self.skipped_steps}
         record["skipped_rows"] = self.loader.skipped_rows
         self._reset_statistics()
         return record
 
     def state_dict(self) -> dict:
-        """All that the next steps depend on, as after the last one. Call `judgements` first."""
+        """Everything that the next steps depend on. Call `read_anomalies` first."""
         return {
             "step": self.steps,
             "tokens": self.tokens,
@@ -197,11 +197,11 @@ class Run:
             "data": self._data_state,
             "statistics": {
                 "losses": self._losses,
-                "counts": self._counts_LE,
+                "counts": self._tokens_per_expert_LE,
                 "micro_batches": self._micro_batches,
                 "grad_norm": self._grad_norm,
-                "guard": self.guard.mean_variance_count,
-                "in_a_row": self.guard.in_a_row,
+                "guard": self.detector.mean_variance_count,
+                "in_a_row": self.detector.consecutive_skips,
                 "unread_steps": self.unread_steps,
                 "skipped_steps": self.skipped_steps,
             },
@@ -209,31 +209,29 @@ class Run:
         }
 
     def load_state_dict(self, checkpoint: dict, path: str | Path):
-        """Continue from a loaded checkpoint. Raises InputError if it is of another model or other data, or damaged."""
+        """Continue from a checkpoint. Raises InputError if it is damaged or does not fit the model or the data."""
         load_weights(self.model, checkpoint, path)
         restore_optimizer(self.optimizer, checkpoint, path)
         self.loader.load_state_dict(checkpoint["data"])
         self.steps, self.tokens = checkpoint["step"], checkpoint["tokens"]
         self._data_state = self.loader.state_dict()
         saved, ours = checkpoint["statistics"], self.state_dict()["statistics"]
-        if saved.keys() != ours.keys() or not all(_alike(saved[name], ours[name]) for name in ours):
-            raise InputError(f"{path}: its statistics do not fit the model; it is damaged")
-        # In memory of their own: the loaded tensors are the file, mapped.
-        losses, counts, micro_batches, grad_norm, guard = (
-            saved[name].to(self.device, copy=True)
-            for name in ("losses", "counts", "micro_batches", "grad_norm", "guard")
-        )
-        self._losses, self._counts_LE, self._micro_batches = losses, counts, micro_batches
-        self._grad_norm, self.guard.mean_variance_count = grad_norm, guard
-        self.guard.in_a_row = saved["in_a_row"]
+        if saved.keys() != ours.keys() or not all(_is_like(saved[name], ours[name]) for name in ours):
+            raise InputError(f"{path}: damaged: its statistics do not fit the model")
+        # Copies, because the loaded tensors are memory-mapped from the file.
+        copies = {name: value.to(self.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)}
+        self._losses, self._tokens_per_expert_LE = copies["losses"], copies["counts"]
+        self._micro_batches, self._grad_norm = copies["micro_batches"], copies["grad_norm"]
+        self.detector.mean_variance_count = copies["guard"]
+        self.detector.consecutive_skips = saved["in_a_row"]
         self.unread_steps, self.skipped_steps = saved["unread_steps"], saved["skipped_steps"]
         try:
             set_rng_state(checkpoint["rng"], self.device)
-        except Exception as error:  # each generator refuses in ways of its own
-            raise InputError(f"{path}: its states of the random generators are damaged") from error
+        except Exception as error:  # each generator raises its own errors
+            raise InputError(f"{path}: damaged: its random generator states are invalid") from error
 
     def memory_test(self):
-        """Two steps, as the optimizer's state exists only from the second on; prints the peak."""
+        """Run two steps, because the optimizer state exists only after the first, and print the peak memory."""
         with self.context():
             for _ in range(2):
                 self.step(learning_rate(self.steps, self.options))
@@ -242,14 +240,14 @@ class Run:
         print(f"peak memory {peak / 2**30:.2f} GiB of the device's {total / 2**30:.2f} GiB ({peak / total:.0%})")
 
 
-def _alike(value, example) -> bool:
+def _is_like(value, example) -> bool:
     if isinstance(example, Tensor):
-        return is_tensor_of(value, example.shape, example.dtype)
+        return is_cpu_tensor(value, example.shape, example.dtype)
     return type(value) is int and 0 <= value < 2**62
 
 
 def rng_state(device: torch.device) -> dict:
-    """Of every generator that a run could draw from, as tensors and plain values."""
+    """The states of all random generators, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate()}
     if device.type == "cuda":
@@ -258,9 +256,9 @@ def rng_state(device: torch.device) -> dict:
 
 
 def set_rng_state(state: dict, device: torch.device):
-    """Raises one of many exceptions for a state that is none."""
-    if not 0 <= state["numpy"][2] <= 624:  # which numpy does not check, and then reads memory that is not its own
-        raise ValueError("numpy's position")
+    """Restore the states from `rng_state`. Raises various exceptions for an invalid state."""
+    if not 0 <= state["numpy"][2] <= 624:  # numpy does not check this and would read out of bounds
+        raise ValueError("numpy's position is out of range")
     torch.set_rng_state(state["torch"].clone())
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])

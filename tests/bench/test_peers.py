@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from acceleron.training.saver import Saver
+from acceleron.training.checkpointing import CheckpointManager
 from bench import checkpoints, decoding, loader, peers, rows
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_loader_check_finds_wrong_sequences(run, monkeypatch, wrong):
 
 @pytest.mark.parametrize("bit", [0, 1])
 def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
-    copy = Saver._copy
+    copy = CheckpointManager._copy
 
     def flip_bit(self, value, key=()):
         copied = copy(self, value, key)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
             copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
         return copied
 
-    monkeypatch.setattr(Saver, "_copy", flip_bit)
+    monkeypatch.setattr(CheckpointManager, "_copy", flip_bit)
     monkeypatch.setattr("acceleron.training.loop.missing_compiler", lambda device: "none here")
     monkeypatch.setattr(checkpoints, "CPU_BATCH", {"nano": 1})
     monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)

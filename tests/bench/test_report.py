@@ -77,6 +77,16 @@ def test_plots_are_reproducible_and_bars_match_the_rates(tmp_path):
     assert moe / dense == pytest.approx(610 / 650, rel=1e-3)
 
 
+def test_loss_curves_average_the_seeds_of_the_full_budget():
+    runs = [("MoE", 2000, 4.0, 3.0), ("MoE", 2000, 5.0, 3.5), ("MoE", 1000, 9.0, 9.0), ("dense", 2000, 6.0, 5.0)]
+    curves = [[[tokens // 2, 10.0, first], [tokens, 20.0, last]] for _, tokens, first, last in runs]
+    frame = pd.DataFrame([run[:2] for run in runs], columns=["model", "tokens"])
+    [axis] = report.losses([frame.assign(curve=curves, size="nano", dtype="fp32")]).axes
+    lines = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in axis.lines]
+    assert [line[1:] for line in lines if line[0] == "MoE, mean of 2 seeds"] == [([1000, 2000], [4.5, 3.25])]
+    assert [line[2] for line in lines] == [[6.0, 5.0], [6.0, 5.0], [4.0, 3.0], [5.0, 3.5], [4.5, 3.25]]
+
+
 def test_changes_beyond_both_spreads_are_marked():
     worse, better = [("tokens/s", 0.8), ("s", 1.2), ("nats", 1.01)], [("tokens/s", 1.2), ("bytes", 0.8)]
     for unit, factor in [*worse, *better, ("s", 1.04)]:

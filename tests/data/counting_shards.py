@@ -1,4 +1,4 @@
-"""Shards that count up: each token's id is its position in the data, so that an id says where it is from."""
+"""Shards where each token id equals its position in the data, so an id identifies its origin."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from acceleron.data import Loader, Shards, validation_loader
 
 ROW_LENGTH = 16
-# Unequal shards, one of a single row, which can spare none. 1% of the others' rows, rounded up, validates: 2, 0, 3, 1.
+# Unequal shards. The single-row shard holds out nothing; the others hold out 1% of their rows, rounded up.
 ROWS = (130, 1, 205, 7)
 HELD_OUT = (2, 0, 3, 1)
 VOCAB_SIZE = sum(ROWS) * ROW_LENGTH
@@ -26,7 +26,7 @@ def make_loader(shards, **changes):
 
 
 def all_rows():
-    """(training rows, validation rows), from the constants above alone."""
+    """Return (training rows, validation rows), computed only from the constants above."""
     blocks = np.split(np.arange(VOCAB_SIZE).reshape(-1, ROW_LENGTH), np.cumsum(ROWS)[:-1])
     cuts = [len(block) - held for block, held in zip(blocks, HELD_OUT, strict=True)]
     training = np.concatenate([block[:cut] for block, cut in zip(blocks, cuts, strict=True)])
@@ -38,7 +38,7 @@ def as_set(chunks):
 
 
 def shards_of(chunks):
-    """The shard that each chunk is from."""
+    """The shard index of each chunk."""
     return np.searchsorted(np.cumsum(ROWS) * ROW_LENGTH, np.asarray(chunks)[..., 0], side="right")
 
 
@@ -48,6 +48,6 @@ def make_validation(shards, **changes):
 
 
 def held_out_order(seq_len):
-    """The held-out chunks as validation takes them, computed without the loader."""
+    """The held-out chunks in validation order, computed without the loader."""
     chunks = all_rows()[1].reshape(-1, seq_len)
     return torch.from_numpy(chunks[np.random.default_rng([0, 0]).permutation(len(chunks))])

@@ -1,4 +1,4 @@
-"""The download command, in a process of its own, against a hub on this machine that logs what is asked of it."""
+"""The download command, run in a subprocess against a local hub that logs its requests."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from waiting import HANG
+from waiting import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
-# Longer than the 10 MiB that huggingface_hub reads at a time, so that a transfer can break after the first of them.
+# Larger than huggingface_hub's 10 MiB read size, so a transfer can break after the first read.
 BIG = os.urandom(12 << 20)
 FILES = {
     "README.md": b"# Some",
@@ -23,7 +23,7 @@ FILES = {
     "shard_00002.npy": os.urandom(1000),
     "tokenizer.json": b"{}",
 }
-# huggingface_hub sleeps 24 s in all between its attempts to reach a server: here it doesn't.
+# huggingface_hub sleeps 24 s in total between retries. Skip the sleeps.
 COMMAND = "import runpy, time; time.sleep = lambda s: None; runpy.run_module('acceleron.data', run_name='__main__')"
 
 
@@ -81,17 +81,17 @@ def download(output, port, *, repo="someone/Some", shards=2):
         "HF_HOME": str(output.parent / "hub"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(HANG)),
-        "HF_HUB_ETAG_TIMEOUT": str(int(HANG)),
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(TIMEOUT)),
+        "HF_HUB_ETAG_TIMEOUT": str(int(TIMEOUT)),
         "NO_PROXY": "127.0.0.1",
     }
     arguments = ["download", "--repo", repo, "--shards", str(shards), "--output", str(output)]
     command = [sys.executable, "-c", COMMAND, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
 
 
-def fetched(hub):
-    """Names of the files whose contents were asked for."""
+def requested_files(hub):
+    """Names of the files requested from the hub."""
     return [name for method, name, _ in hub.log if method == "GET" and name in FILES]
 
 
@@ -99,33 +99,33 @@ def contents(output):
     return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
 
 
-def assert_refused(run, culprit, output):
+def assert_rejected(run, culprit, output):
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
-    last = run.stderr.strip().splitlines()[-1]  # before it there may be progress bars and the hub's warnings
+    last = run.stderr.strip().splitlines()[-1]  # after any progress bars and huggingface_hub warnings
     assert last.startswith("error: ")
     assert culprit in last
     assert not output.exists()
 
 
-def test_it_fetches_the_first_shards_and_none_of_them_twice(hub, tmp_path):
-    """One of them in a folder of the repository: it ends up in the output directory itself all the same."""
+def test_download_fetches_the_first_shards_and_skips_complete_files(hub, tmp_path):
+    """A shard from a folder of the repository is saved at the top level of the output."""
     hub.files["data/shard_00000.npy"] = hub.files.pop("shard_00000.npy")
     wanted = ["shard_00000.npy", "shard_00001.npy", "tokenizer.json"]
     run = download(tmp_path / "out", hub.server_port)
     assert run.returncode == 0, run.stderr
-    assert fetched(hub) == wanted
+    assert requested_files(hub) == wanted
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
     hub.log.clear()
     (tmp_path / "out" / "tokenizer.json").unlink()
     assert download(tmp_path / "out", hub.server_port).returncode == 0
-    assert fetched(hub) == ["tokenizer.json"]
+    assert requested_files(hub) == ["tokenizer.json"]
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
 
-def test_an_output_of_other_shards_is_left_alone(hub, tmp_path):
-    """Whether the repository records its shards or not; its own shards.json does not stand in the way of the rest."""
+def test_output_with_other_shards_is_rejected(hub, tmp_path):
+    """This holds for repositories with and without shards.json. An identical shards.json is accepted."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "shards.json").write_bytes(b"[1]")
@@ -133,14 +133,14 @@ def test_an_output_of_other_shards_is_left_alone(hub, tmp_path):
         hub.files = FILES | theirs
         run = download(output, hub.server_port)
         assert run.returncode == 2
-        assert f"error: --output {output} holds the shards.json of other shards" in run.stderr
+        assert f"error: --output {output} contains the shards.json of other shards" in run.stderr
         assert contents(output) == {"shards.json": b"[1]"}
     hub.files["shards.json"] = b"[1]"
     assert download(output, hub.server_port).returncode == 0
     assert sorted(contents(output)) == ["shard_00000.npy", "shard_00001.npy", "shards.json", "tokenizer.json"]
 
 
-def test_a_broken_transfer_is_taken_up_where_it_broke(hub, tmp_path):
+def test_interrupted_transfer_resumes(hub, tmp_path):
     hub.breaks["GET", "shard_00001.npy"] = 11 << 20
     run = download(tmp_path / "out", hub.server_port)
     assert run.returncode == 0, run.stderr
@@ -151,52 +151,51 @@ def test_a_broken_transfer_is_taken_up_where_it_broke(hub, tmp_path):
     ]
 
 
-def test_more_shards_than_there_are(hub, tmp_path):
+def test_too_few_shards_is_an_error(hub, tmp_path):
     run = download(tmp_path / "out", hub.server_port, shards=4)
-    assert_refused(run, "--shards 4: someone/Some has 3 shards", tmp_path / "out")
-    assert fetched(hub) == []
+    assert_rejected(run, "--shards 4: someone/Some has only 3 shards", tmp_path / "out")
+    assert requested_files(hub) == []
 
 
-def test_shards_of_the_same_name_would_overwrite_each_other(hub, tmp_path):
+def test_duplicate_shard_names_are_rejected(hub, tmp_path):
     hub.files = {"a/shard_00000.npy": b"1", "b/shard_00000.npy": b"2"}
-    assert_refused(download(tmp_path / "out", hub.server_port), "someone/Some", tmp_path / "out")
+    assert_rejected(download(tmp_path / "out", hub.server_port), "someone/Some", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["a/../../shard_00000.npy", "/tmp/shard_00000.npy", "a\\b/shard_00000.npy"])
-def test_names_that_lead_out_of_the_output_directory(hub, tmp_path, name):
+def test_file_names_outside_the_output_are_rejected(hub, tmp_path, name):
     hub.files = {name: b"evil"} | FILES
     run = download(tmp_path / "out", hub.server_port)
-    assert_refused(run, f"--repo someone/Some: its file {name!r}", tmp_path / "out")
+    assert_rejected(run, f"--repo someone/Some: its file {name!r}", tmp_path / "out")
     assert [entry for entry in hub.log if entry[1].endswith(".npy")] == []
     assert [path.name for path in tmp_path.iterdir() if path.name != "hub"] == []
 
 
-def test_no_such_repository(hub, tmp_path):
+def test_missing_repository_is_an_error(hub, tmp_path):
     run = download(tmp_path / "out", hub.server_port, repo="someone/None")
-    assert_refused(run, "--repo someone/None: 404", tmp_path / "out")
+    assert_rejected(run, "--repo someone/None: 404", tmp_path / "out")
 
 
 @pytest.mark.parametrize("answer", [b"<html>Log in</html>", b'[{"type": "file"}]', b'{"error": 1}', b"3"])
-def test_a_server_that_is_no_hub(hub, tmp_path, answer):
-    """As the login page of a network."""
-    hub.answer = answer
-    said = "--repo someone/Some: no valid answer from the Hugging Face hub"
-    assert_refused(download(tmp_path / "out", hub.server_port), said, tmp_path / "out")
+def test_response_that_is_not_from_a_hub_is_an_error(hub, tmp_path, answer):
+    hub.answer = answer  # for example, a network's login page
+    message = "--repo someone/Some: invalid response from the Hugging Face Hub"
+    assert_rejected(download(tmp_path / "out", hub.server_port), message, tmp_path / "out")
 
 
-def test_a_proxy_of_no_known_kind(hub, tmp_path, monkeypatch):
+def test_unknown_proxy_scheme_is_an_error(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "ftp://x")
-    assert_refused(download(tmp_path / "out", hub.server_port), "check the network and its proxy", tmp_path / "out")
+    assert_rejected(download(tmp_path / "out", hub.server_port), "check the network and proxy", tmp_path / "out")
 
 
-def test_no_server(tmp_path):
+def test_unreachable_server_is_an_error(tmp_path):
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        closed.bind(("127.0.0.1", 0))  # reserved, but not listening
         run = download(tmp_path / "out", closed.getsockname()[1])
-    assert_refused(run, "--repo someone/Some: ", tmp_path / "out")
+    assert_rejected(run, "--repo someone/Some: ", tmp_path / "out")
 
 
-def test_an_output_that_cannot_be_written(hub, tmp_path):
+def test_unwritable_output_is_an_error(hub, tmp_path):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "below"
-    assert_refused(download(output, hub.server_port), f"--output {output}: cannot be written", output)
+    assert_rejected(download(output, hub.server_port), f"--output {output}: cannot be written", output)

@@ -1,4 +1,4 @@
-"""shards.json: it names what made the shards, and a damaged one is refused in one line."""
+"""shards.json records the tokenizer and the shards; a damaged file raises a one-line error."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / METADATA
 
 
-def refusal(path) -> str:
+def error_for(path) -> str:
     with pytest.raises(InputError) as raised:
         Shards(path.parent)
     assert len(str(raised.value)) < 300 + len(str(path))
@@ -30,14 +30,14 @@ def refusal(path) -> str:
     return str(raised.value)
 
 
-def test_the_tokenizer_is_checked_by_its_content(path, tmp_path):
+def test_check_tokenizer_compares_content(path, tmp_path):
     shards = Shards(tmp_path)
     assert shards.num_rows.tolist() == list(ROWS)
     assert json.loads(path.read_text())["tokenizer_sha256"] == hashlib.sha256(b"{}").hexdigest()
     (tmp_path / "same.json").write_text("{}")
     (tmp_path / "other.json").write_text("[]")
     assert shards.check_tokenizer(tmp_path / "same.json")
-    with pytest.raises(InputError, match=r"other\.json did not make these shards; .* one of 300 ids: pass"):
+    with pytest.raises(InputError, match=r"other\.json is not the tokenizer of .* one with 300 ids: pass"):
         shards.check_tokenizer(tmp_path / "other.json")
     path.unlink()
     assert not Shards(tmp_path).check_tokenizer(tmp_path / "other.json")
@@ -50,20 +50,20 @@ def test_the_tokenizer_is_checked_by_its_content(path, tmp_path):
         ({"format": 10**299}, "its format is 10000"),
         ({"format": [[1] * 999] * 999}, "its format is [[1, "),
         ({"vocab_size": 10**299}, "10000"),
-        ({"vocab_size": "\x1b[2J"}, r"'\x1b[2J' is not a number of ids or rows"),
+        ({"vocab_size": "\x1b[2J"}, r"'\x1b[2J' is not a valid number of ids or rows"),
         ({"shards": SHARDS | {"shard_00000.npy": 10**299}}, "10000"),
-        ({"shards": SHARDS | {"shard_00000.npy": 130.5}}, "130.5 is not a number of ids or rows"),
-        ({"shards": SHARDS | {"shard_00000.npy": -1}}, "-1 is not a number of ids or rows"),
+        ({"shards": SHARDS | {"shard_00000.npy": 130.5}}, "130.5 is not a valid number of ids or rows"),
+        ({"shards": SHARDS | {"shard_00000.npy": -1}}, "-1 is not a valid number of ids or rows"),
     ],
     ids=range(8),
 )
-def test_a_damaged_value_is_named_in_brief(path, changes, reason):
+def test_damaged_value_is_quoted_in_the_error(path, changes, reason):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert re.match(re.escape(f"{path}: damaged, or of another version ({reason}"), refusal(path))
+    assert re.match(re.escape(f"{path}: damaged or from another version ({reason}"), error_for(path))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_not_a_regular_file_is_refused(path, make):
+def test_shards_json_must_be_a_regular_file(path, make):
     path.unlink()
     make(path)
-    assert refusal(path) == f"{path}: not a regular file; remove it, or prepare the data again"
+    assert error_for(path) == f"{path}: not a regular file; remove it or prepare the data again"

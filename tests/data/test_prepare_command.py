@@ -1,4 +1,4 @@
-"""`prepare` as a command: signals, full disks and closed streams."""
+"""The `prepare` command: signals, full disks and closed streams."""
 
 import errno
 import fcntl
@@ -11,9 +11,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.data import Shards
 from acceleron.data import __main__ as data_command
@@ -22,25 +21,25 @@ from acceleron.errors import InputError, RunFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "\n".join(f"Line {number} of a text that fills some rows." for number in range(3000))
-WRITING = """
+STALL_WHILE_WRITING = """
 import sys, threading
 from acceleron.data import __main__ as command, prepare
 
-def hold(tokens, directory):
-    (directory / "shard_00000.npy").write_text("half")
-    print("held", flush=True)
+def stall(tokens, directory):
+    (directory / "shard_00000.npy").write_text("partial")
+    print("stalled", flush=True)
     threading.Event().wait()
 
-prepare._write_shards = hold
+prepare._write_shards = stall
 command.main()
 """
-TRAINING = """
+STALL_WHILE_TRAINING = """
 import hashlib
 from acceleron.data import __main__ as command, prepare
 
 def documents(*_):
-    print("held", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, as the trainer's last part may take
+    print("stalled", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C code, like the end of tokenizer training
     yield "a text"
 
 prepare.read_documents = documents
@@ -55,31 +54,31 @@ def arguments(tmp_path):
 
 
 @contextmanager
-def holding(program, arguments):
-    """The command, which waits with its output half made."""
+def stalled_prepare(program, arguments):
+    """Run the command and yield its process once it waits with a partial output."""
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "stalled\n"
         yield process
     finally:
         process.kill()
         process.communicate()
 
 
-@pytest.mark.parametrize("program", [TRAINING, WRITING], ids=["training", "writing"])
-def test_a_signal_leaves_nothing_behind(program, arguments, tmp_path):
-    with holding(program, arguments) as process:
+@pytest.mark.parametrize("program", [STALL_WHILE_TRAINING, STALL_WHILE_WRITING], ids=["training", "writing"])
+def test_sigterm_removes_the_partial_output(program, arguments, tmp_path):
+    with stalled_prepare(program, arguments) as process:
         assert any((tmp_path / "out").iterdir())
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=HANG)
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, errors) == (75, "SIGTERM: stopped\n")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_prepare_is_started_over_and_a_running_one_is_left_alone(arguments, tmp_path):
+def test_prepare_restarts_after_a_kill_but_not_while_another_runs(arguments, tmp_path):
     inputs, output = [str(tmp_path / "in.txt")], tmp_path / "out"
-    with holding(WRITING, arguments):
+    with stalled_prepare(STALL_WHILE_WRITING, arguments):
         before = sorted(output.rglob("*"))
         with pytest.raises(InputError, match=r"out/\.prepare is in use by another `prepare`: wait for it"):
             prepare(inputs, str(output), vocab_size=300)
@@ -90,7 +89,7 @@ def test_a_killed_prepare_is_started_over_and_a_running_one_is_left_alone(argume
     assert Shards(output).num_rows.sum() > 1
 
 
-def test_without_locks_a_directory_that_exists_may_be_in_use(tmp_path, monkeypatch):
+def test_existing_staging_directory_is_rejected_without_file_locks(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -104,36 +103,25 @@ def test_without_locks_a_directory_that_exists_may_be_in_use(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("redirected", "status", "said"),
+    ("redirected", "status", "message"),
     [
         ("<&- >&- 2>&-", 0, ""),
         (">/dev/full", 3, "error: the output: cannot be read or written (No space left on device)\n"),
         (">/dev/full 2>/dev/full", 3, ""),
     ],
 )
-def test_closed_and_full_streams(arguments, tmp_path, redirected, status, said):
-    """All text is prepared first: what is missing is the line that says so."""
+def test_closed_and_full_standard_streams(arguments, tmp_path, redirected, status, message):
+    """The data is prepared anyway. Only the final message cannot be printed."""
     command = f'{sys.executable} -m acceleron.data "$@" {redirected}'
     run = subprocess.run(
-        ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=HANG
+        ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT
     )
-    assert (run.returncode, run.stderr) == (status, said)
+    assert (run.returncode, run.stderr) == (status, message)
     assert sorted(os.listdir(tmp_path / "out"))[0] == "shard_00000.npy"
 
 
-def test_a_full_disk_fails_the_command_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    (tmp_path / "in.txt").write_text(TEXT)
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(RunFailed, match=r"--output .*out: cannot be written \(No space left on device\)"):
-        prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=300)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_limit_on_the_size_of_files_is_named(tmp_path):
-    """numpy's own error for a short write would not say why."""
+def test_file_size_limit_is_reported(tmp_path):
+    """numpy's own error for a short write omits the cause."""
     (tmp_path / "in.txt").write_text(TEXT)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
@@ -146,18 +134,18 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("command_line", "message"),
     [
         ("prep", "'prep': did you mean prepare? Choose from prepare, download"),
         ("prepare --input= --output y", "--input: expected a value"),
         ("prepare --input x --output=", "--output: expected a value"),
         ("prepare --input x --output y --tokenizer=", "--tokenizer: expected a value"),
         ("download --output=", "--output: expected a value"),
-        ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a whole number of at least 1"),
-        ("download --output y --shards 0", "--shards: expected a whole number of at least 1"),
+        ("prepare --input x --output y --vocab_size x", "--vocab_size: expected a positive integer"),
+        ("download --output y --shards 0", "--shards: expected a positive integer"),
     ],
 )
-def test_a_bad_command_line_is_refused(given, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data", *given.split()])
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_bad_command_lines_are_rejected(command_line, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data", *command_line.split()])
+    with pytest.raises(InputError, match=re.escape(message)):
         data_command.run()

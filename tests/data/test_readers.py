@@ -1,4 +1,4 @@
-"""Reader threads: they start late, end with their loader, and a failure in one is an error of the next batch."""
+"""Reader threads: start, exit and errors."""
 
 import gc
 import threading
@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from counting_shards import ROW_LENGTH, VOCAB_SIZE, held_out_order, make_loader, make_validation, write_shards
-from waiting import HANG
+from waiting import TIMEOUT
 
 from acceleron.data import Loader, Shards, validation_batches
 from acceleron.data import loader as loader_module
@@ -26,22 +26,22 @@ def readers():
 
 
 @contextmanager
-def ending_readers():
-    """Other tests' readers have ended before, and all have by the end."""
+def assert_readers_end():
+    """Wait for leftover readers of other tests first. On exit, all readers must end."""
     gc.collect()
     for thread in readers():
-        thread.join(HANG)
+        thread.join(TIMEOUT)
     assert not readers()
     yield
     for thread in readers():
-        thread.join(HANG)
+        thread.join(TIMEOUT)
     assert not readers()
 
 
-def test_readers_start_late_and_end_with_close(shards, monkeypatch):
-    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", HANG)
+def test_readers_start_with_the_first_batch_and_end_with_close(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "CLOSE_SECONDS", TIMEOUT)
     expected = list(islice(make_loader(shards), 2))
-    with ending_readers():
+    with assert_readers_end():
         loader = make_loader(shards, num_workers=3)
         assert not readers()
         assert torch.equal(next(loader), expected[0])
@@ -50,13 +50,13 @@ def test_readers_start_late_and_end_with_close(shards, monkeypatch):
         loader.close()
         assert not readers()
         loader.close()
-        assert torch.equal(next(loader), expected[1])  # from where it was
+        assert torch.equal(next(loader), expected[1])  # continues where it stopped
         loader.load_state_dict(loader.state_dict())
         loader.close()
 
 
-def test_readers_end_with_their_loader(shards):
-    with ending_readers():
+def test_readers_end_when_their_loader_is_deleted(shards):
+    with assert_readers_end():
         loader = make_loader(shards, num_workers=2)
         next(loader)
         assert len(readers()) == 2
@@ -64,28 +64,28 @@ def test_readers_end_with_their_loader(shards):
         gc.collect()
 
 
-def test_readers_end_when_their_loader_goes_elsewhere(shards):
-    with ending_readers():
+def test_readers_end_when_their_loader_loads_a_state(shards):
+    with assert_readers_end():
         loader = make_loader(shards)
         next(loader)
         (first,) = readers()
         loader.load_state_dict(loader.state_dict())
-        first.join(HANG)
+        first.join(TIMEOUT)
         assert not first.is_alive()
         loader.close()
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 20), (5, [5] * 4), (24, [24]), (25, [24])])
-def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shards, batch_size, sizes):
-    """At most 20 batches are taken from 24 chunks. The reader reads no other chunk."""
+def test_validation_reader_reads_at_most_20_batches_and_ends(shards, batch_size, sizes):
+    """The split has 24 chunks. The reader reads no chunk beyond the last batch."""
     read_rows, plain = [], Shards.read
-    with ending_readers(), pytest.MonkeyPatch.context() as patch:
+    with assert_readers_end(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "read", lambda *args: read_rows.append(args[1:4]) or plain(*args))
         loader, count = make_validation(shards, batch_size=batch_size)
         assert count == len(sizes)
-        batches = [loader.poll(HANG) for _ in range(count)]
+        batches = [loader.poll(TIMEOUT) for _ in range(count)]
         for reader in readers():
-            reader.join(HANG)
+            reader.join(TIMEOUT)
         assert not readers()
         assert len(read_rows) == sum(sizes)
         assert torch.equal(torch.cat(batches), held_out_order(ROW_LENGTH // 4)[: sum(sizes)])
@@ -96,40 +96,40 @@ def test_validation_has_a_reader_of_its_own_which_ends_with_the_last_batch(shard
         assert not readers()
 
 
-def test_leaving_validation_early_ends_its_reader(shards):
-    with ending_readers():
-        settings = dict(seq_len=1, batch_size=1, vocab_size=VOCAB_SIZE)  # more batches than are read ahead
+def test_stopping_validation_early_ends_its_reader(shards):
+    with assert_readers_end():
+        settings = dict(seq_len=1, batch_size=1, vocab_size=VOCAB_SIZE)  # more batches than the prefetch limit
         for batch in validation_batches(shards, **settings):
             assert torch.equal(batch, held_out_order(1)[:1])
             assert len(readers()) == 1
             break
 
 
-def stall(monkeypatch) -> threading.Event:
-    """Reads wait until it is set."""
+def stall_reads(monkeypatch) -> threading.Event:
+    """Block all reads until the returned event is set."""
     gate, plain = threading.Event(), Shards.read
-    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(HANG) and plain(*arguments))
+    monkeypatch.setattr(Shards, "read", lambda *arguments: gate.wait(TIMEOUT) and plain(*arguments))
     return gate
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_stalled_reader_is_waited_for(shards, monkeypatch, num_workers):
+def test_poll_returns_none_while_a_reader_stalls(shards, monkeypatch, num_workers):
     expected = list(islice(make_loader(shards), 2))
-    gate = stall(monkeypatch)
+    gate = stall_reads(monkeypatch)
     loader = make_loader(shards, num_workers=num_workers)
     assert loader.poll(0.05) is None
     assert loader.poll(0) is None
     assert loader.position == 0
     gate.set()
-    assert torch.equal(loader.poll(HANG), expected[0])
+    assert torch.equal(loader.poll(TIMEOUT), expected[0])
     assert torch.equal(next(loader), expected[1])
 
 
 @pytest.mark.parametrize("make", [make_loader, lambda shards: make_validation(shards)[0]], ids=["training", "held out"])
 def test_closing_does_not_wait_for_a_stalled_reader(shards, monkeypatch, make):
     monkeypatch.setattr(loader_module, "CLOSE_SECONDS", 0.0)
-    with ending_readers():
-        gate = stall(monkeypatch)
+    with assert_readers_end():
+        gate = stall_reads(monkeypatch)
         loader = make(shards)
         assert loader.poll(0) is None
         loader.close()
@@ -138,29 +138,28 @@ def test_closing_does_not_wait_for_a_stalled_reader(shards, monkeypatch, make):
         gate.set()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit's
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # from SystemExit
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (ZeroDivisionError("one over none"), "a reader thread failed: ZeroDivisionError: one over none"),
-        (MemoryError("no room"), "a reader thread failed: MemoryError: no room"),
-        (SystemExit(0), "a reader thread ended without an error"),
+        (ZeroDivisionError("division by zero"), "a reader thread failed: ZeroDivisionError: division by zero"),
+        (MemoryError("out of memory"), "a reader thread failed: MemoryError: out of memory"),
+        (SystemExit(0), "a reader thread exited without an error"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_dying_reader_is_an_error(shards, monkeypatch, failure, message, num_workers):
-    """And the next call starts anew from the batch that was not delivered."""
+def test_reader_failure_raises_in_the_next_call_and_is_retried(shards, monkeypatch, failure, message, num_workers):
     expected = list(islice(make_loader(shards), 8))
     loader = make_loader(shards, num_workers=num_workers)
     plain = Chunks.batch
 
     def batch(chunks, indices, *arguments):
         result = plain(chunks, indices, *arguments)
-        if armed and torch.equal(result, expected[6]):
+        if failing and torch.equal(result, expected[6]):
             raise failure
         return result
 
-    armed = True
+    failing = True
     monkeypatch.setattr(Chunks, "batch", batch)
     for intact in expected[:6]:
         assert torch.equal(next(loader), intact)
@@ -168,11 +167,11 @@ def test_a_dying_reader_is_an_error(shards, monkeypatch, failure, message, num_w
         with pytest.raises(RuntimeError, match=message) as raised:
             next(loader)
         assert isinstance(failure, SystemExit) or type(raised.value.__cause__) is type(failure)
-    armed = False
+    failing = False
     assert torch.equal(next(loader), expected[6])
     assert torch.equal(next(loader), expected[7])
 
 
-def test_at_least_one_thread_reads(shards):
+def test_zero_workers_is_rejected(shards):
     with pytest.raises(InputError, match="--num_workers 0"):
         Loader(shards, seq_len=ROW_LENGTH, batch_size=1, vocab_size=VOCAB_SIZE, seed=0, num_workers=0)

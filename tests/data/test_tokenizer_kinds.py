@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: the bytes counted are the text's, and a long document has the tokens of the whole."""
+"""Byte counts and document splits for every kind of tokenizer."""
 
 import unicodedata
 from functools import cache
@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from kinds import INEXACT, KINDS, some_text
+from sample_tokenizers import INEXACT_TOKENIZERS, TOKENIZERS, random_text
 from tokenizers import normalizers
 
-from acceleron.data.tokenizer import END_OF_TEXT, TextBytes, encode, load_tokenizer, pieces
+from acceleron.data.tokenizer import END_OF_TEXT, ByteCounter, encode, load_tokenizer, split_document
 
 
 @cache
 def tokenizer_of(kind):
     with TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
-        (KINDS | INEXACT)[kind]().save(str(path))
+        (TOKENIZERS | INEXACT_TOKENIZERS)[kind]().save(str(path))
         return load_tokenizer(path)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=TOKENIZERS)
 def kind(request):
     return request.param
 
@@ -34,15 +34,15 @@ def tokenizer(kind):
     return tokenizer_of(kind)
 
 
-def writable(kind: str, text: str) -> str:
-    """The part of the text that this kind can write: some have no tokens for a character, or for its spaces."""
+def representable(kind: str, text: str) -> str:
+    """The text with whatever spacing this kind can represent."""
     return " ".join(text.split()) if kind == "WordPiece" else text
 
 
-def test_the_bytes_of_real_text(kind, tokenizer):
-    """Of two documents in one row, and in rows cut anywhere."""
-    counter = TextBytes(tokenizer, 1024)
-    documents = [writable(kind, some_text(seed, 2000)) for seed in range(2)]
+def test_byte_counts_match_the_text(kind, tokenizer):
+    """Two documents in one row, and the same tokens as rows of two."""
+    counter = ByteCounter(tokenizer, 1024)
+    documents = [representable(kind, random_text(seed, 2000)) for seed in range(2)]
     ids = [counter.end_id]
     for tokens in encode(tokenizer, documents):
         ids += [*tokens, counter.end_id]
@@ -52,9 +52,9 @@ def test_the_bytes_of_real_text(kind, tokenizer):
     assert expected > 10_000
 
 
-@pytest.mark.parametrize("kind", KINDS | INEXACT)
-def test_only_tokenizers_that_reproduce_text_count_it_exactly(kind):
-    assert TextBytes(tokenizer_of(kind), 1024).exact == (kind not in INEXACT)
+@pytest.mark.parametrize("kind", TOKENIZERS | INEXACT_TOKENIZERS)
+def test_exact_is_true_only_for_lossless_tokenizers(kind):
+    assert ByteCounter(tokenizer_of(kind), 1024).exact == (kind not in INEXACT_TOKENIZERS)
 
 
 LOSSY = {
@@ -71,17 +71,17 @@ LOSSY = {
 
 @pytest.mark.parametrize("normalizer", LOSSY)
 @pytest.mark.parametrize("kind", ["byte-level", "Metaspace first"])
-def test_a_normalizer_that_changes_text_is_not_exact(kind, normalizer):
-    tokenizer = KINDS[kind]()
-    assert TextBytes(tokenizer, 1024).exact
+def test_normalizers_that_change_text_are_not_exact(kind, normalizer):
+    tokenizer = TOKENIZERS[kind]()
+    assert ByteCounter(tokenizer, 1024).exact
     tokenizer.normalizer = LOSSY[normalizer]
-    assert not TextBytes(tokenizer, 1024).exact
+    assert not ByteCounter(tokenizer, 1024).exact
 
 
-def test_nfc_counts_the_bytes_of_the_nfc_text():
-    tokenizer = KINDS["byte-level"]()
+def test_nfc_normalizer_counts_the_nfc_text():
+    tokenizer = TOKENIZERS["byte-level"]()
     tokenizer.normalizer = normalizers.NFC()
-    counter = TextBytes(tokenizer, 1024)
+    counter = ByteCounter(tokenizer, 1024)
     assert counter.exact
     decomposed = unicodedata.normalize("NFD", "żółć café")
     ids = np.array([[counter.end_id, *tokenizer.encode(decomposed).ids]])
@@ -92,23 +92,23 @@ def test_nfc_counts_the_bytes_of_the_nfc_text():
 @example(" leading spaces")
 @example("  ")
 @example("żółć\n🙂")
-def test_the_bytes_of_any_text_with_byte_fallback(text):
+def test_byte_fallback_counts_any_text(text):
     assume(text != END_OF_TEXT)
-    counter = TextBytes(tokenizer := tokenizer_of("Llama 2"), 1024)
+    counter = ByteCounter(tokenizer := tokenizer_of("Llama 2"), 1024)
     assert counter.count(np.array([[counter.end_id, *tokenizer.encode(text).ids]])) == len(text.encode())
 
 
 @pytest.mark.parametrize("size", [30, 1000])
-def test_pieces_have_the_tokens_of_the_whole_document(tokenizer, size):
-    text = some_text(3, 1000)
-    parts = list(pieces(text, size, tokenizer))
+def test_split_documents_keep_their_tokens(tokenizer, size):
+    text = random_text(3, 1000)
+    parts = list(split_document(text, size, tokenizer))
     assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_all_kinds_are_cut_but_where_tokens_span_words(kind, tokenizer):
-    assert max(len(part) for part in pieces(some_text(3), 1000, tokenizer)) < 2000
-    parts = list(pieces("the rain " * 1000, 1000, tokenizer))
-    assert len(parts) == (1 if kind == "tokens of several words" else 9)
+def test_every_kind_splits_unless_tokens_span_words(kind, tokenizer):
+    assert max(len(part) for part in split_document(random_text(3), 1000, tokenizer)) < 2000
+    parts = list(split_document("the rain " * 1000, 1000, tokenizer))
+    assert len(parts) == (1 if kind == "tokens that span words" else 9)
 
 
 LINES = {
@@ -121,8 +121,8 @@ LINES = {
 
 @pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Metaspace never"])
-def test_text_without_single_spaces_is_cut(kind, lines):
+def test_text_without_single_spaces_is_split(kind, lines):
     text, tokenizer = LINES[lines] * 1000, tokenizer_of(kind)
-    parts = list(pieces(text, 1000, tokenizer))
+    parts = list(split_document(text, 1000, tokenizer))
     assert max(len(part) for part in parts) < 2000
     assert list(chain(*encode(tokenizer, parts))) == tokenizer.encode(text, add_special_tokens=False).ids

@@ -12,8 +12,8 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_child_left():
-    """Some wait for what a failed test no longer does."""
+def kill_children():
+    """After a failed test, child processes can wait forever."""
     yield
     for process in multiprocessing.active_children():
         process.kill()
@@ -21,5 +21,5 @@ def no_child_left():
 
 @pytest.fixture
 def small_nano(monkeypatch):
-    """Steps of milliseconds, for tests that ask when, and not what, a model learns."""
+    """A model whose steps take milliseconds, for tests that do not depend on what it learns."""
     monkeypatch.setitem(PRESETS, "nano", SMALL_NANO)

@@ -1,4 +1,4 @@
-"""Small runs, in this process or in one of their own, and what they leave behind."""
+"""Small runs, in this process or a child process, and helpers to inspect their results."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from waiting import HANG, wait_until
+from waiting import TIMEOUT, wait_until
 
 from acceleron.checkpoint import load_checkpoint
 from acceleron.config import PRESETS
@@ -19,18 +19,18 @@ from acceleron.errors import run_command
 from acceleron.model import Acceleron
 from acceleron.training import TrainOptions, train
 
-# Children are forked from a process that has imported everything and done nothing: they start in milliseconds.
+# The fork server has imported everything, so that children start in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["acceleron.training", "torch.utils.tensorboard", "torch._dynamo"])
 SMALL_NANO = dataclasses.replace(
     PRESETS["nano"], d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=32, d_ff_shared=32
 )
-# Of metrics.jsonl, what depends on the clock and the machine.
+# Fields of metrics.jsonl that depend on the clock and the machine.
 MEASURED = {"tokens_per_second", "mfu", "memory_bytes", "data_wait", "save_wait"}
 
 
 def write_shard(directory: Path, rows: int = 100) -> Path:
-    """A Markov chain over 64 tokens: each is followed by one of four, so the entropy falls from log 64 to log 4."""
+    """A Markov chain over 64 tokens with four successors each: a model's loss can fall from log 64 to log 4."""
     directory.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     successors, token, ids = rng.integers(64, size=(64, 4)), 0, []
@@ -51,39 +51,39 @@ def records(save_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def learned(save_dir: Path, step: int) -> tuple[list[dict], dict]:
-    """What must not depend on how often a run was interrupted: its log, and all that its checkpoint keeps of it."""
+def final_state(save_dir: Path, step: int) -> tuple[list[dict], dict]:
+    """The log and the checkpoint contents of a run, which interruptions must not change."""
     log = [{name: value for name, value in line.items() if name not in MEASURED} for line in records(save_dir)]
     contents = load_checkpoint(save_dir / f"checkpoint_{step}.pt")
     kept = ("step", "tokens", "config", "model", "optimizer", "data", "statistics", "rng")
     return log, {name: contents[name] for name in kept}
 
 
-def assert_same_bits(found, expected, where: str = ""):
-    """Of values with tensors in dicts and lists; names the first that differs."""
+def assert_bitwise_equal(found, expected, where: str = ""):
+    """Compare nested dicts and lists with tensors, and name the first difference."""
     assert type(found) is type(expected), where
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name in expected:
-            assert_same_bits(found[name], expected[name], f"{where}.{name}")
+            assert_bitwise_equal(found[name], expected[name], f"{where}.{name}")
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), where
         for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_same_bits(a, b, f"{where}[{index}]")
+            assert_bitwise_equal(a, b, f"{where}[{index}]")
     elif isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, where
-        # As bytes: equal NaN are equal, and 0.0 is not -0.0.
+        # Compare bytes, so that NaN equals NaN and 0.0 differs from -0.0.
         assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
     else:
         assert found == expected, where
 
 
 def shrink_nano():
-    """In a child: steps of milliseconds, for tests that ask when, and not what, a model learns."""
+    """Like the fixture small_nano, in a child process."""
     PRESETS["nano"] = SMALL_NANO
 
 
-class HalfWritten:
+class SplitWriter:
     """A file that calls `between` halfway through every write."""
 
     def __init__(self, file, between: Callable[[], None]):
@@ -100,29 +100,29 @@ class HalfWritten:
         self.file.flush()
 
 
-def within_writes(between: Callable[[], None]):
-    """Calls `between` halfway through every write of a checkpoint, of which there are some hundreds."""
+def call_during_writes(between: Callable[[], None]):
+    """Call `between` halfway through every write of a checkpoint; one checkpoint takes hundreds of writes."""
     save = torch.save
-    torch.save = lambda contents, file: save(contents, HalfWritten(file, between))
+    torch.save = lambda contents, file: save(contents, SplitWriter(file, between))
 
 
-def hold(gate: str):
-    """In a child: prints "held", and waits until there is a file of this name."""
-    print("held", flush=True)
+def pause(gate: str):
+    """Print "paused" and wait until the file `gate` exists."""
+    print("paused", flush=True)
     wait_until(lambda: os.path.exists(gate))
 
 
-def hold_step(step: int, gate: str):
-    """A hook with these arguments: this step, counted from 1, waits for the gate before it is computed."""
+def pause_at_step(step: int, gate: str):
+    """Hook: pause before this step, counted from 1."""
     shrink_nano()
     forward, steps = Acceleron.forward, itertools.count(1)
 
-    def held(*args, **kwargs):
+    def paused(*args, **kwargs):
         if next(steps) == step:
-            hold(gate)
+            pause(gate)
         return forward(*args, **kwargs)
 
-    Acceleron.forward = held
+    Acceleron.forward = paused
 
 
 def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None):
@@ -136,7 +136,7 @@ def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None)
 
 
 class Child:
-    """train() in a process of its own, as train.py calls it; its output goes to `output`."""
+    """A child process that runs train() like train.py does. `output` is the file for its output."""
 
     def __init__(self, settings: TrainOptions, output: Path, hook: Callable[[], None] | None = None):
         self.output = output
@@ -145,7 +145,7 @@ class Child:
         self.process.start()
 
     def wait_for(self, text: str):
-        """Until the output has this text."""
+        """Wait until the output contains this text."""
         wait_until(lambda: text in self.output.read_text() or not self.process.is_alive())
         assert text in self.output.read_text(), self.output.read_text()
 
@@ -153,7 +153,7 @@ class Child:
         os.kill(self.process.pid, number)
 
     def status(self) -> int:
-        """Its exit status, once it has ended."""
-        self.process.join(HANG)
+        """Wait for the process to end and return its exit status."""
+        self.process.join(TIMEOUT)
         assert not self.process.is_alive(), self.output.read_text()
         return self.process.exitcode

@@ -1,6 +1,6 @@
-"""A run that is killed at any moment, and started again, ends as one that never was.
+"""A run that is killed at any moment and restarted ends with the same result as an uninterrupted one.
 
-CRASH_KILLS and SOAK_STEPS set how long the slow ones take.
+CRASH_KILLS and SOAK_STEPS set the length of the slow tests.
 """
 
 import itertools
@@ -14,20 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Child, assert_same_bits, learned, options, shrink_nano, within_writes, write_shard
+from runs import Child, assert_bitwise_equal, call_during_writes, final_state, options, shrink_nano, write_shard
 from waiting import wait_until
 
 from acceleron.checkpoint import list_checkpoints, load_checkpoint
 
 STEPS = 60
-EVENTS, WRITES = 6_000_000, 9000  # of a run, see killed_at
+EVENTS, WRITES = 6_000_000, 9000  # in one run; see killed_at
 
 
 def killed_at(moment: int, writing: bool):
-    """A hook: the process is killed at this event of its interpreter, or this write of a checkpoint, whatever it takes.
-
-    The events are the calls and returns of all its threads.
-    """
+    """Hook: kill the process at this interpreter event (call or return, in any thread) or this checkpoint write."""
     shrink_nano()
     moments = itertools.count(1)
 
@@ -36,7 +33,7 @@ def killed_at(moment: int, writing: bool):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if writing:
-        within_writes(tick)
+        call_during_writes(tick)
     else:
         threading.setprofile(tick)
         sys.setprofile(tick)
@@ -47,26 +44,26 @@ def settings(data_dir, save_dir):
     return options(data_dir, save_dir, max_steps=STEPS, resume="auto", num_workers=2, **intervals)
 
 
-def whole_checkpoints(save_dir: Path) -> list[int]:
-    """Their steps; raises InputError if one of them can't be read."""
+def valid_checkpoints(save_dir: Path) -> list[int]:
+    """The steps of all checkpoints. Raises InputError if one is invalid."""
     for path in list_checkpoints(save_dir).values():
         load_checkpoint(path)
     return list(list_checkpoints(save_dir))
 
 
-def kill_again_and_again(data_dir, directory: Path, kills: int, seed: int):
-    """Kills so many processes of one run after another at random moments, and compares what each run leaves."""
+def kill_repeatedly(data_dir, directory: Path, kills: int, seed: int):
+    """Kill runs at random moments, `kills` times in total, and compare the result of each run with the reference."""
     moments, killed, within_a_write, runs = random.Random(seed), 0, 0, 0
     output = directory / "output"
     reference = Child(settings(data_dir, directory / "reference"), output, shrink_nano)
     assert reference.status() == 0, output.read_text()
-    expected = learned(directory / "reference", STEPS)
+    expected = final_state(directory / "reference", STEPS)
     while killed < kills:
         runs += 1
         save_dir, steps_before = directory / f"run{runs}", []
         while True:
             writing = killed % 2 == 0
-            # The square: a process that resumes has less before it.
+            # Squared, because a resumed process has fewer events left.
             moment = 1 + int(moments.random() ** 2 * (WRITES if writing else EVENTS))
             hook = partial(killed_at, moment, writing) if killed < kills else shrink_nano
             child = Child(settings(data_dir, save_dir), directory / f"output{killed}", hook)
@@ -77,30 +74,30 @@ def kill_again_and_again(data_dir, directory: Path, kills: int, seed: int):
             assert status == -9, child.output.read_text()
             killed += 1
             within_a_write += partial_there
-            steps = whole_checkpoints(save_dir)
-            for step in steps_before:  # none is lost: what is gone has two newer ones
+            steps = valid_checkpoints(save_dir)
+            for step in steps_before:  # a checkpoint is deleted only if two newer ones exist
                 assert step in steps or sum(newer > step for newer in steps) >= 2
             steps_before = steps
-        assert_same_bits(learned(save_dir, STEPS), expected)
-        assert whole_checkpoints(save_dir) == [STEPS - 3, STEPS]
+        assert_bitwise_equal(final_state(save_dir, STEPS), expected)
+        assert valid_checkpoints(save_dir) == [STEPS - 3, STEPS]
         assert not any(save_dir.glob("*.partial"))
         assert not (save_dir / "run.lock").exists()
-    print(f"{killed} kills of {runs} runs, {within_a_write} of them within the write of a checkpoint")
+    print(f"{killed} kills of {runs} runs, {within_a_write} of them during a checkpoint write")
     assert within_a_write >= kills // 2
 
 
-def test_a_few_kills_change_nothing(data_dir, tmp_path):
-    kill_again_and_again(data_dir, tmp_path, kills=6, seed=1)
+def test_run_survives_a_few_kills(data_dir, tmp_path):
+    kill_repeatedly(data_dir, tmp_path, kills=6, seed=1)
 
 
 @pytest.mark.slow
-def test_many_kills_change_nothing(data_dir, tmp_path):
-    kill_again_and_again(data_dir, tmp_path, kills=int(os.environ.get("CRASH_KILLS", 50)), seed=2)
+def test_run_survives_many_kills(data_dir, tmp_path):
+    kill_repeatedly(data_dir, tmp_path, kills=int(os.environ.get("CRASH_KILLS", 50)), seed=2)
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_stay_flat(tmp_path):
-    """nano at full speed, with its checkpoints and evaluations: the second half holds no more than the first."""
+def test_memory_and_open_files_do_not_grow(tmp_path):
+    """A nano run with checkpoints and evaluations uses no more in its second half than in its first."""
     steps = int(os.environ.get("SOAK_STEPS", 2000))
     data_dir = write_shard(tmp_path / "data", rows=2000)
     intervals = dict(log_interval=10, eval_interval=50, save_interval=50, keep_last=2)
@@ -108,22 +105,22 @@ def test_memory_and_open_files_stay_flat(tmp_path):
     child = Child(run, tmp_path / "output")
     child.wait_for("saved")
     log, samples = tmp_path / "run" / "metrics.jsonl", []
-    while child.process.is_alive():  # a sample for each line of the log
+    while child.process.is_alive():  # one sample per log line
         size = log.stat().st_size
         samples.append(resources(child.process.pid))
         wait_until(lambda size=size: log.stat().st_size > size or not child.process.is_alive())
     assert child.status() == 0, child.output.read_text()
-    memory, files = np.array(samples[:-1]).T  # in the last one the process may be about to end
+    memory, files = np.array(samples[:-1]).T  # the process may be exiting at the last one
     assert len(memory) > steps // 20
     first, second = np.array_split(memory[len(memory) // 5 :], 2)
     print(f"{first.mean() / 1e6:.1f} MB, then {second.mean() / 1e6:.1f} MB; files {set(files)}")
     assert second.mean() < 1.02 * first.mean()
-    # The least, as a checkpoint on its way holds one or two for a moment: every leak raises it for good.
+    # The minimum, because a checkpoint write briefly opens one or two files. A leak raises the minimum for good.
     assert min(files[len(files) // 2 :]) <= min(files[: len(files) // 2])
     assert max(files) <= min(files) + 2
 
 
 def resources(pid: int) -> tuple[int, int]:
-    """Bytes in memory, and the number of open files, of a process."""
+    """Resident bytes and number of open files of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))

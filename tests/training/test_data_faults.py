@@ -1,4 +1,4 @@
-"""What a run does when its data goes bad under it: what was trained is saved, whatever happens."""
+"""When the data becomes unreadable during training, the run saves its progress."""
 
 import dataclasses
 import errno
@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_bits, learned, options, records, write_shard
-from waiting import HANG
+from runs import assert_bitwise_equal, final_state, options, records, write_shard
+from waiting import TIMEOUT
 
 from acceleron.checkpoint import load_checkpoint
 from acceleron.data.loader import Chunks, Loader
-from acceleron.data.shards import Shards
 from acceleron.errors import InputError, RunFailed
 from acceleron.training import loop, train
 from acceleron.training import run as run_module
@@ -35,7 +34,7 @@ def data_dir(tmp_path):
 
 @pytest.fixture
 def before_batch(monkeypatch):
-    """Calls a function before the reader's batch of this number, counted from 1."""
+    """Call `fault` before the reader thread's batch `number`, counted from 1."""
 
     def set_up(number: int, fault):
         read, count = Chunks.batch, [0]
@@ -51,79 +50,75 @@ def before_batch(monkeypatch):
     return set_up
 
 
-def put_wrong_ids(path):
-    """But not into the rows by which a shard is known."""
+def write_invalid_ids(path):
+    """Not in the rows that identify the shard."""
     ids = np.load(path)
     ids[1:25] = ids[26:49] = 64
     np.save(path, ids)
 
 
 FAULTS = {
-    "vanishes": (os.remove, "the file has vanished"),
-    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of the"),
-    "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header tells of"),
-    "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header tells of"),
-    "becomes another": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "other content than at the"),
-    "gets wrong ids": (put_wrong_ids, "holds token id 64"),
+    "vanishes": (os.remove, "the file is missing"),
+    "is truncated": (lambda path: os.truncate(path, 1000), "truncated to 1,000 of"),
+    "changes its type": (lambda path: np.save(path, np.zeros((50, 256), dtype=np.int64)), "its header changed from"),
+    "changes its shape": (lambda path: np.save(path, np.zeros((25, 512), dtype=np.int32)), "its header changed from"),
+    "is replaced": (lambda path: np.save(path, np.ones((50, 256), dtype=np.int32)), "its content changed"),
+    "has invalid ids": (write_invalid_ids, "contains token id 64"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_shard_that_goes_bad_ends_the_run_saved(data_dir, tmp_path, before_batch, fault):
-    damage, complaint = FAULTS[fault]
+def test_bad_shard_saves_and_stops_the_run(data_dir, tmp_path, before_batch, fault):
+    damage, message = FAULTS[fault]
     shard = data_dir / "shard_00001.npy"
     before_batch(8, lambda: damage(shard))
     run = options(data_dir, tmp_path / "run", max_steps=30, eval_interval=30, save_interval=100)
-    with pytest.raises(InputError, match=f"{shard}: row .*{complaint}") as failure:
+    with pytest.raises(InputError, match=f"{shard}: row .*{message}") as failure:
         train(run)
     step = records(tmp_path / "run")[-1]["step"]
     assert step >= 7
     path = tmp_path / "run" / f"checkpoint_{step}.pt"
-    assert str(failure.value).endswith(f"stopped at step {step}; {path} holds all of it")
+    assert str(failure.value).endswith(f"stopped at step {step}; everything is saved in {path}")
     assert load_checkpoint(path)["step"] == step
 
 
-def test_a_repaired_shard_lets_the_run_go_on_as_if_nothing_had_been(data_dir, tmp_path, before_batch, monkeypatch):
+def test_run_continues_identically_after_the_shard_is_repaired(data_dir, tmp_path, before_batch):
     run = options(data_dir, tmp_path / "run", max_steps=12, eval_interval=12, save_interval=100)
-    train(dataclasses.replace(run, save_dir=str(tmp_path / "whole")))
+    train(dataclasses.replace(run, save_dir=str(tmp_path / "uninterrupted")))
     shard = data_dir / "shard_00001.npy"
-    with monkeypatch.context():
-        before_batch(6, lambda: shard.rename(tmp_path / "away.npy"))
-        with pytest.raises(InputError, match="has vanished"):
-            train(run)
+    before_batch(6, lambda: shard.rename(tmp_path / "away.npy"))
+    with pytest.raises(InputError, match="is missing"):
+        train(run)
     (tmp_path / "away.npy").rename(shard)
     train(dataclasses.replace(run, resume="auto"))
-    assert_same_bits(learned(tmp_path / "run", 12), learned(tmp_path / "whole", 12))
+    assert_bitwise_equal(final_state(tmp_path / "run", 12), final_state(tmp_path / "uninterrupted", 12))
 
 
-def test_rows_that_can_not_be_read_are_skipped_on_every_resume_alike(
-    data_dir, tmp_path, before_batch, monkeypatch, capsys
-):
-    """Its shard is gone from the fourth batch on, for all runs."""
-    read, gone = Shards.read, data_dir / "shard_00001.npy"
+def test_unreadable_rows_are_skipped_identically_after_a_resume(data_dir, tmp_path, before_batch, monkeypatch, capsys):
+    """The shard is missing from the fourth batch on."""
+    gone = data_dir / "shard_00001.npy"
     settings = dict(max_steps=12, eval_interval=12, save_interval=6, log_interval=3, bad_data="skip")
-    run = options(data_dir, tmp_path / "whole", **settings)
-    monkeypatch.setattr(run_module, "COMPLAINTS", 3)
+    run = options(data_dir, tmp_path / "uninterrupted", **settings)
+    monkeypatch.setattr(run_module, "MAX_ROW_WARNINGS", 3)
     before_batch(4, lambda: gone.rename(tmp_path / "away.npy"))
     train(run)
-    said = capsys.readouterr().err
-    assert said.count(f"warning: skipped: {gone}: row ") == 3
-    assert "further skipped rows are not told" in said
-    skipped = [line["skipped_rows"] for line in records(tmp_path / "whole")]
+    output = capsys.readouterr().err
+    assert output.count(f"warning: skipped: {gone}: row ") == 3
+    assert "further skipped rows are not logged" in output
+    skipped = [line["skipped_rows"] for line in records(tmp_path / "uninterrupted")]
     assert skipped[0] == 0
-    assert 12 < skipped[-1] < 36  # of the 36 sequences of 9 batches, about half
-    assert Shards.read is read
+    assert 12 < skipped[-1] < 36  # about half of the 36 sequences in 9 batches
 
-    # Again from the middle, where the shard is missing from the start.
+    # A run resumed from step 6 misses the shard from the start.
     for name in ("metrics.jsonl", "checkpoint_6.pt"):
-        (tmp_path / "part").mkdir(exist_ok=True)
-        (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-    train(dataclasses.replace(run, save_dir=str(tmp_path / "part"), resume="auto"))
-    assert f"warning: {gone}: the file has vanished; none of its rows can be read" in capsys.readouterr().err
-    assert_same_bits(learned(tmp_path / "part", 12), learned(tmp_path / "whole", 12))
+        (tmp_path / "resumed").mkdir(exist_ok=True)
+        (tmp_path / "resumed" / name).write_bytes((tmp_path / "uninterrupted" / name).read_bytes())
+    train(dataclasses.replace(run, save_dir=str(tmp_path / "resumed"), resume="auto"))
+    assert f"warning: {gone}: the file is missing; none of its rows can be read" in capsys.readouterr().err
+    assert_bitwise_equal(final_state(tmp_path / "resumed", 12), final_state(tmp_path / "uninterrupted", 12))
 
 
-def test_a_reader_that_dies_ends_the_run_saved(data_dir, tmp_path, before_batch):
+def test_reader_failure_saves_and_stops_the_run(data_dir, tmp_path, before_batch):
     def die():
         raise MemoryError("no room")
 
@@ -133,21 +128,21 @@ def test_a_reader_that_dies_ends_the_run_saved(data_dir, tmp_path, before_batch)
     assert load_checkpoint(tmp_path / "run" / "checkpoint_4.pt")["step"] == 4
 
 
-def test_data_and_disk_that_both_fail_are_both_told(data_dir, tmp_path, before_batch, monkeypatch):
-    monkeypatch.setattr(loop, "LAST_PATIENCE", 0.0)
-    monkeypatch.setattr(loop, "LAST_RETRY_SECONDS", 0.0)
+def test_data_and_disk_failures_are_both_reported(data_dir, tmp_path, before_batch, monkeypatch):
+    monkeypatch.setattr(loop, "FINAL_TIMEOUT", 0.0)
+    monkeypatch.setattr(loop, "FINAL_RETRY_SECONDS", 0.0)
 
     def full(contents, file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
     before_batch(5, lambda: os.remove(data_dir / "shard_00001.npy"))
-    with pytest.raises(InputError, match=r"has vanished; stopped at step .*could not be saved in 3 attempts"):
+    with pytest.raises(InputError, match=r"is missing; stopped at step .*could not be saved in 3 attempts"):
         train(options(data_dir, tmp_path / "run", max_steps=30, eval_interval=30, save_interval=100))
 
 
-def test_a_stall_is_told_and_measured(data_dir, tmp_path, monkeypatch, capsys):
-    """The clock advances by 25 s in each step, and in each of three attempts to get the fourth batch that fail."""
+def test_data_stall_is_logged_and_measured(data_dir, tmp_path, monkeypatch, capsys):
+    """The clock advances by 25 s per step and per failed poll. The fourth batch needs three extra polls."""
     clock, poll, step, failures = SimpleNamespace(now=0.0), Loader.poll, Run.step, [25.0, 25.0, 25.0]
     clock.perf_counter = clock.monotonic = lambda: clock.now
 
@@ -155,7 +150,7 @@ def test_a_stall_is_told_and_measured(data_dir, tmp_path, monkeypatch, capsys):
         if loader.position == 3 * loader.batch_size and failures:
             clock.now += failures.pop()
             return None
-        return poll(loader, HANG)
+        return poll(loader, TIMEOUT)
 
     def timed_step(run, lr):
         step(run, lr)
@@ -166,11 +161,11 @@ def test_a_stall_is_told_and_measured(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Loader, "poll", poll_again)
     monkeypatch.setattr(Run, "step", timed_step)
     train(options(data_dir, tmp_path / "run", max_steps=4, eval_interval=4))
-    said = capsys.readouterr()
-    assert run_module.STALL_SECONDS == 60  # passed by the third attempt alone
-    (warning,) = [line for line in said.err.splitlines() if "no data" in line]
+    output = capsys.readouterr()
+    assert run_module.STALL_SECONDS == 60  # only the third poll exceeds it
+    (warning,) = [line for line in output.err.splitlines() if "no data" in line]
     assert re.fullmatch(rf"warning: no data for 75 s: {data_dir}/shard_0000[01]\.npy rows? \d+.*", warning)
     log = records(tmp_path / "run")
     assert [line["data_wait"] for line in log] == [0, 0, 0, 0.75]
     assert [line["tokens_per_second"] for line in log] == [4 * 64 / 25] * 3 + [4 * 64 / 100]
-    assert "data wait 75.0%" in said.out
+    assert "data wait 75.0%" in output.out

@@ -1,7 +1,7 @@
 """flops_per_token against torch's FlopCounterMode on a model of plain GEMMs, forward and backward.
 
-The counter sees matmuls and F.linear, but neither custom ops nor SDPA on a CPU: so the model is written here once more,
-each expert as F.linear of its own rows, and attention as two batched matmuls of all pairs of positions.
+The counter sees matmuls and F.linear, but neither custom ops nor SDPA on a CPU. This model therefore runs each expert
+as F.linear on its own rows, and attention as two batched matmuls over all pairs of positions.
 """
 
 import pytest
@@ -14,14 +14,14 @@ from acceleron.kernels import torch_ops
 from acceleron.training.metrics import flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
-# Widths all different, so that no two terms can stand for each other; the norms, of another count than the rest.
+# All widths differ, so that no two terms are equal.
 CONFIG = dict(vocab_size=160, d_model=48, num_layers=3, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=40)
 CONFIG |= dict(d_ff_shared=28, max_seq_len=32)
 CONFIGS = {
     "MoE": ModelConfig(**CONFIG),
-    "dense twin": ModelConfig(**CONFIG, dense=True),
+    "dense baseline": ModelConfig(**CONFIG, dense=True),
     "nano": ModelConfig.preset("nano", vocab_size=256),
-    "nano's dense twin": ModelConfig.preset("nano", dense=True, vocab_size=256),
+    "nano's dense baseline": ModelConfig.preset("nano", dense=True, vocab_size=256),
 }
 
 
@@ -42,7 +42,7 @@ def plain_moe(moe, x_TD):
 
 
 def plain_attention(attention, x, model):
-    """Causal, by matmuls over all pairs, half of which a causal kernel does not compute."""
+    """Causal attention by matmuls over all pairs. A causal kernel computes only half of them."""
     config = model.config
     qkv = F.linear(x, attention.qkv.weight).unflatten(-1, (-1, config.head_dim))
     q, k, v = qkv.split(attention.splits, dim=-2)
@@ -66,8 +66,8 @@ def plain_cross_entropy(model, ids):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_formula_is_what_torchs_counter_counts_with_attention_halved(name):
-    """Exactly, the router's GEMM included. The head counts for each position, the last one's ignored target too."""
+def test_flops_per_token_equals_torchs_count_with_half_the_attention(name):
+    """Exact, including the router. The head counts for every position, including the last, which has no target."""
     config = CONFIGS[name]
     torch.manual_seed(0)
     model = Acceleron(config)
@@ -75,10 +75,10 @@ def test_the_formula_is_what_torchs_counter_counts_with_attention_halved(name):
     with FlopCounterMode(display=False) as counter:
         loss = plain_cross_entropy(model, ids)
         loss.backward()
-    # It is the same function, or its FLOPs would not be the model's.
+    # The plain model computes the same loss.
     assert loss.item() == pytest.approx(model(ids, labels=ids).cross_entropy.item(), rel=1e-5)
     matmuls = counter.get_flop_counts()["Global"]
-    # Attention's, and no others, are batched: two of all pairs forward, and two for each of them backward.
+    # Only attention uses batched matmuls: two in the forward pass and four in the backward pass.
     attention = matmuls[torch.ops.aten.bmm]
     pairs = BATCH * config.num_heads * SEQ_LEN**2
     assert attention == 6 * config.num_layers * 2 * pairs * config.head_dim

@@ -1,4 +1,4 @@
-"""Checkpoints made to harm, by absurd values, code, memory or compression, are refused."""
+"""Malicious checkpoints are refused: absurd values, code, memory exhaustion, compression."""
 
 import functools
 import operator
@@ -7,15 +7,15 @@ import zipfile
 
 import pytest
 import torch
-from hostile_files import VOCAB_SIZE, doubled, limits, rewritten, use
+from hostile_files import VOCAB_SIZE, exponential_list, limits, rewrite, use_checkpoint
 
 from acceleron.checkpoint import load_checkpoint
 from acceleron.errors import InputError
 
 
-def test_the_original_is_usable(small_run, small_checkpoint):
-    """Else a reader that refuses everything would pass."""
-    use(small_run, small_checkpoint)
+def test_unmodified_checkpoint_is_accepted(small_run, small_checkpoint):
+    """Otherwise a loader that refuses everything would pass."""
+    use_checkpoint(small_run, small_checkpoint)
     assert small_run.steps == 3
 
 
@@ -26,9 +26,9 @@ def test_the_original_is_usable(small_run, small_checkpoint):
         (["step"], -1),
         (["tokens"], 2**62),
         (["options", "lr"], torch.zeros(2)),
-        (["environment"], {"torch": doubled(40)}),
+        (["environment"], {"torch": exponential_list(40)}),
         (["config", "d_model"], 2**40),
-        (["config", "num_layers"], doubled(40)),
+        (["config", "num_layers"], exponential_list(40)),
         (["data", "position"], 2**63),
         (["data", "shards", 0, 0], "../shard_00000.npy"),
         (["statistics", "unread_steps"], 10**400),
@@ -41,16 +41,16 @@ def test_the_original_is_usable(small_run, small_checkpoint):
         (["rng", "python"], [3, [2**40], None]),
     ],
 )
-def test_absurd_values_in_a_checkpoint(small_run, small_checkpoint, tmp_path, keys, value):
+def test_checkpoint_with_an_absurd_value_is_refused(small_run, small_checkpoint, tmp_path, keys, value):
     contents = torch.load(small_checkpoint, weights_only=True)
     *path, last = keys
     functools.reduce(operator.getitem, path, contents)[last] = value
     torch.save(contents, tmp_path / "bad.pt")
     with limits(str(keys)), pytest.raises(InputError):
-        use(small_run, tmp_path / "bad.pt")
+        use_checkpoint(small_run, tmp_path / "bad.pt")
 
 
-# Instead of the whole pickle: what takes much memory, or runs code, by each of the opcodes that can.
+# Pickles that run code, one per opcode that can.
 COMMAND = b"X\x0c\x00\x00\x00touch sprung"
 CODE = {
     "GLOBAL and REDUCE": b"cposix\nsystem\n" + COMMAND + b"\x85R.",
@@ -65,17 +65,17 @@ CODE = {
 
 
 @pytest.mark.parametrize("case", CODE)
-def test_a_pickle_that_would_run_code_is_refused_by_name(small_checkpoint, tmp_path, monkeypatch, case):
+def test_pickle_that_would_run_code_is_refused_by_name(small_checkpoint, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    rewritten(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
+    rewrite(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
     with pytest.raises(
-        InputError, match=r"bad\.pt: refused: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
+        InputError, match=r"bad\.pt: unsafe: .*would run .*(posix\.system|subprocess\.Popen|os\.system)"
     ):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_code_would_run(tmp_path, monkeypatch):
+def test_malicious_pickles_really_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for case in ("GLOBAL and REDUCE", "INST", "OBJ", "STACK_GLOBAL"):
         pickle.loads(b"\x80\x04" + CODE[case])
@@ -94,29 +94,27 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("case", MEMORY)
-def test_pickles_that_take_memory(small_checkpoint, tmp_path, case):
-    rewritten(
-        small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)]
-    )
+def test_pickle_that_exhausts_memory_is_refused(small_checkpoint, tmp_path, case):
+    rewrite(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)])
     with limits(case), pytest.raises(InputError, match=r"bad\.pt"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("level", [0, 9])
-def test_compressed_records(small_checkpoint, tmp_path, level):
-    """A bomb; and what torch would take for weights as it is, compressed."""
+def test_compressed_record_is_refused(small_checkpoint, tmp_path, level):
+    """Both a zip bomb and valid weights, which torch would read in their compressed form."""
 
     def change(name, content):
         return [(name, bytes(1 << 28) if level and name.endswith("data/0") else content)]
 
-    rewritten(small_checkpoint, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
+    rewrite(small_checkpoint, tmp_path / "bad.pt", change, compression=zipfile.ZIP_DEFLATED, compresslevel=level)
     assert (tmp_path / "bad.pt").stat().st_size < 1 << 20
     with limits("bomb"), pytest.raises(InputError, match=r"bad\.pt: not written by torch\.save"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
-def test_tensors_larger_than_the_file(small_checkpoint, tmp_path, extra):
+def test_checkpoint_with_tensors_larger_than_the_file_is_refused(small_checkpoint, tmp_path, extra):
     torch.save(torch.load(small_checkpoint, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
-    with pytest.raises(InputError, match=r"bad\.pt: its tensors are larger than the file"):
+    with pytest.raises(InputError, match=r"bad\.pt: damaged: its tensors are larger than the file"):
         load_checkpoint(tmp_path / "bad.pt")

@@ -1,4 +1,4 @@
-"""AdamW's update, clipped and skipped as it reads the gradients, against torch's clipping before it."""
+"""Gradient clipping and skipped steps inside the fused AdamW, against torch's separate clipping."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch
 from acceleron.training.optimizer import build_optimizer, update
 
 
-# A norm above the limit, below it, and changing from step to step, as AdamW hardly sees a constant factor; no limit.
+# Norms above and below the limit; 0 is no limit. The gradients' scale varies, because AdamW ignores a constant one.
 @pytest.mark.parametrize("clip", [0.5, 1e3, 0.0])
-def test_clipping_is_torchs(clip):
+def test_clipping_matches_torchs(clip):
     torch.manual_seed(0)
     ours = torch.nn.Linear(8, 5)
     theirs = copy.deepcopy(ours)
@@ -32,7 +32,7 @@ def test_clipping_is_torchs(clip):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_skipped_step_leaves_weights_and_moments(value):
+def test_skipped_step_keeps_weights_and_moments(value):
     model = torch.nn.Linear(8, 5)
     optimizer = build_optimizer(model, 0.1)
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""A run's tokenizer: that of its shards, and the bits per byte that it gives."""
+"""A run uses the tokenizer of its shards, and reports bits per byte with it."""
 
 import json
 import math
@@ -22,7 +22,7 @@ ONE_STEP = dict(vocab_size=320, max_steps=1)
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """Marks the start of a text with a space, as SentencePiece's do, which is no byte of it; path of its file."""
+    """Path of a tokenizer that, like SentencePiece, prepends a space that is not in the text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -41,8 +41,8 @@ def data_dir(tmp_path, tokenizer):
 
 
 @pytest.mark.usefixtures("small_nano")
-def test_bits_per_byte_are_of_the_text(data_dir, tokenizer, tmp_path):
-    """The text behind the last row, which is held out, by the offsets that the tokenizer gave its tokens."""
+def test_bits_per_byte_counts_the_bytes_of_the_text(data_dir, tokenizer, tmp_path):
+    """The expected count comes from the token offsets of the last row, which is held out."""
     train(options(data_dir, tmp_path / "run", seq_len=256, **ONE_STEP))
     rows = len(np.load(data_dir / "shard_00000.npy"))
     offsets = Tokenizer.from_file(str(tokenizer)).encode(TEXT).offsets[(rows - 1) * 2048 : rows * 2048]
@@ -53,7 +53,7 @@ def test_bits_per_byte_are_of_the_text(data_dir, tokenizer, tmp_path):
 
 
 @pytest.mark.usefixtures("small_nano")
-def test_no_bits_per_byte_without_the_spaces_of_the_text(tmp_path, capsys):
+def test_no_bits_per_byte_if_the_tokenizer_drops_spaces(tmp_path, capsys):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = list(string.printable)
@@ -66,20 +66,20 @@ def test_no_bits_per_byte_without_the_spaces_of_the_text(tmp_path, capsys):
     last = records(tmp_path / "run")[-1]
     assert last["val_loss"] > 1
     assert "val_bits_per_byte" not in last
-    line = "val_bits_per_byte is not reported: the tokenizer does not reproduce its text"
+    line = "val_bits_per_byte is not reported: the tokenizer does not reproduce the text exactly"
     assert capsys.readouterr().err.count(line) == 1
 
 
 @pytest.mark.usefixtures("small_nano")
-def test_the_tokenizer_that_made_the_shards_trains_under_any_name(data_dir, tokenizer, tmp_path, capsys):
+def test_tokenizer_of_the_shards_is_accepted_under_any_name(data_dir, tokenizer, tmp_path, capsys):
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
     train(options(data_dir, tmp_path / "run", resume="auto", tokenizer=str(tokenizer), **ONE_STEP | {"max_steps": 2}))
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
     assert METADATA not in capsys.readouterr().err
 
 
-def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
-    """Named, beside the scripts, or put in the place of the data's own."""
+def test_tokenizer_that_did_not_make_the_shards_is_refused(data_dir, tmp_path):
+    """Whether it is passed by flag, found next to the scripts, or replaces the one in data_dir."""
     scripts, path = tmp_path / "scripts", tmp_path / "scripts" / "pile_tokenizer.json"
     scripts.mkdir()
     train_tokenizer([TEXT], 270).save(str(path))
@@ -89,7 +89,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
         with pytest.raises(InputError) as raised:
             train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
         assert str(raised.value) == (
-            f"{path} did not make these shards; {data_dir / METADATA} records one of 150 ids: "
+            f"{path} is not the tokenizer of these shards; {data_dir / METADATA} records one with 150 ids: "
             "pass the tokenizer.json that `prepare` wrote beside them"
         )
         assert not (tmp_path / "run").exists()
@@ -105,7 +105,7 @@ def test_another_tokenizer_than_made_the_shards_is_refused(data_dir, tmp_path):
 def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     (data_dir / METADATA).unlink()
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
-    note = f"note: {data_dir} has no shards.json, so {data_dir / 'tokenizer.json'} can't be checked"
+    note = f"note: {data_dir} has no shards.json to check {data_dir / 'tokenizer.json'} against"
     assert capsys.readouterr().err.count(note) == 1
 
 
@@ -124,7 +124,7 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     ],
     ids=range(9),
 )
-def test_damaged_metadata(data_dir, tmp_path, content):
+def test_damaged_metadata_is_refused(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=rf"{METADATA}: damaged, or of another version \(.*\); prepare the data again"):
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data"):
         train(options(data_dir, tmp_path / "run", **ONE_STEP))

@@ -1,4 +1,4 @@
-"""Runs through train(), as train.py makes them; and the parts of it."""
+"""Complete training runs, and unit tests of their parts."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path, monkeypatch):
+def test_run_learns_and_writes_all_metrics_and_checkpoints(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda *_: (1e12, "a constant"))
     train(options(data_dir, tmp_path, max_steps=60))
     log = records(tmp_path)
@@ -38,7 +38,7 @@ def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path, monkeypatc
     assert all(fields <= r.keys() for r in log)
     assert [r["step"] for r in log if "val_loss" in r] == list(range(6, 61, 6))
     assert log[0]["loss"] == pytest.approx(math.log(64), abs=0.2)
-    assert log[-1]["val_loss"] < 2.0  # the unigram entropy is near log 64 = 4.16, the chain's own log 4 = 1.39
+    assert log[-1]["val_loss"] < 2.0  # the unigram entropy is about log 64 = 4.16, the chain's entropy log 4 = 1.39
     assert log[-1]["tokens"] == 60 * 4 * 64
     config = ModelConfig.preset("nano", vocab_size=64)
     flops = flops_per_token(config, Acceleron(config).num_parameters()[1], 64)
@@ -47,10 +47,10 @@ def test_a_run_learns_and_writes_what_it_promises(data_dir, tmp_path, monkeypatc
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_checkpoint_loads_with_weights_only_and_plain_names(small_nano, data_dir, tmp_path):
-    """Compiled training, where the compiler is there, keeps the uncompiled model's parameter names.
+def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, data_dir, tmp_path):
+    """Compiled training keeps the parameter names of the uncompiled model.
 
-    In the shapes of test_resume.py's compiled runs, so that torch finds the compiled code in its cache.
+    The shapes equal those of test_resume.py's compiled runs, so that torch's compile cache is used.
     """
     train(options(data_dir, tmp_path, batch_size=8, max_steps=1, no_compile=False, no_gradient_checkpointing=True))
     contents = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
@@ -60,15 +60,15 @@ def test_checkpoint_loads_with_weights_only_and_plain_names(small_nano, data_dir
 
 
 def test_accumulation_equals_a_larger_batch(data_dir, tmp_path):
-    """Up to the balance loss, which is a product of means over the micro-batch: so the dense twin."""
+    """With the dense baseline, because the balance loss is a product of means over the micro-batch."""
     train(options(data_dir, tmp_path / "one", dense=True, batch_size=4, max_steps=3))
     train(options(data_dir, tmp_path / "two", dense=True, batch_size=2, grad_accum=2, max_steps=3))
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
-def test_forced_balance(data_dir, tmp_path):
-    """Equal shares while training and evaluating; and a checkpoint of a version without the option loads."""
+def test_forced_load_balance_gives_equal_expert_shares(data_dir, tmp_path):
+    """In training and evaluation. A checkpoint from before this option also loads."""
     train(options(data_dir, tmp_path, debug_force_load_balance=True, max_steps=2))
     shares = {record[name] for record in records(tmp_path) for name in ("expert_least_share", "expert_most_share")}
     assert shares == {1 / 8}
@@ -81,9 +81,9 @@ def test_forced_balance(data_dir, tmp_path):
 
 
 def test_golden_losses(data_dir, tmp_path):
-    """20 steps, compared exactly where the recording was made, so that a refactor proves itself; else closely.
+    """20 steps: bitwise equal on the machine that recorded them, close elsewhere.
 
-    To record anew after a wanted change: delete golden_losses.json and run this test.
+    To record new losses after an intended change, delete golden_losses.json and run this test.
     """
     train(options(data_dir, tmp_path, max_steps=20, eval_interval=20, save_interval=20))
     losses = [[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records(tmp_path)]
@@ -97,8 +97,8 @@ def test_golden_losses(data_dir, tmp_path):
     if golden["machine"] == machine:
         assert losses == golden["losses"]
     else:
-        # Other hardware rounds differently, which twenty steps amplify: between AVX2 and AVX-512 from 3e-5 up to the
-        # ninth step to 3e-4 of the cross-entropy and 4e-3 of the rest.
+        # Other hardware rounds differently, and training amplifies it: between AVX2 and AVX-512, 3e-5 up to step 9,
+        # then 3e-4 for the cross-entropy and 4e-3 for the rest.
         losses, golden = np.array(losses), np.array(golden["losses"])
         assert losses[:9] == pytest.approx(golden[:9], rel=1e-4)
         assert losses[:, 0] == pytest.approx(golden[:, 0], rel=1e-3)
@@ -118,20 +118,20 @@ def test_memory_test_prints_the_peak_and_writes_nothing(data_dir, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_compiler_is_a_warning_and_eager_mode(data_dir, tmp_path, monkeypatch, capsys):
+def test_missing_compiler_warns_and_uses_eager_mode(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     train(options(data_dir, tmp_path, max_steps=1, no_compile=False))
     assert "warning: torch.compile needs the compiler no-such-compiler" in capsys.readouterr().err
     assert (tmp_path / "checkpoint_1.pt").exists()
 
 
-@pytest.mark.parametrize(("device", "name", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc")])
-def test_a_blank_compiler_is_the_usual_one(monkeypatch, device, name, usual):
+@pytest.mark.parametrize(("device", "name", "default"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc")])
+def test_blank_compiler_variable_means_the_default_compiler(monkeypatch, device, name, default):
     monkeypatch.setattr("shutil.which", lambda command: None)
     monkeypatch.setattr("sys.platform", "linux")
     for value in ("", "  "):
         monkeypatch.setenv(name, value)
-        assert missing_compiler(torch.device(device)) == usual
+        assert missing_compiler(torch.device(device)) == default
     monkeypatch.setenv(name, "ccache clang -O2")
     assert missing_compiler(torch.device(device)) == "ccache"
 
@@ -139,7 +139,7 @@ def test_a_blank_compiler_is_the_usual_one(monkeypatch, device, name, usual):
 @pytest.mark.parametrize(
     "extra", ["", "--no_compile", "--no_gradient_checkpointing", "--save_interval 1000", "--max_steps 10000"]
 )
-def test_the_predecessors_command_lines_are_understood(extra):
+def test_command_lines_of_the_predecessor_still_parse(extra):
     command = f"--model_size tiny --data_dir ./data --batch_size 32 --grad_accum 4 {extra}"
     parsed = parse_options(shlex.split(command))
     assert (parsed.model_size, parsed.data_dir, parsed.batch_size, parsed.grad_accum) == ("tiny", "./data", 32, 4)
@@ -148,27 +148,13 @@ def test_the_predecessors_command_lines_are_understood(extra):
     assert parsed.no_gradient_checkpointing == ("no_gradient" in extra)
 
 
-def test_the_readmes_table_has_every_flag_and_default():
-    rows = {}
-    for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
-        if line.startswith("| `--"):
-            flag, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
-            rows[flag.removeprefix("--")] = default
-    for field in dataclasses.fields(TrainOptions):
-        shown = "" if field.default is None else "off" if field.default is False else str(field.default)
-        assert field.name in rows, f"--{field.name} is not in the README"
-        if shown:
-            assert rows[field.name] == shown, field.name
-    assert len(rows) == len(dataclasses.fields(TrainOptions))
-
-
-def test_schedules():
+def test_learning_rate_schedules():
     cosine = TrainOptions(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     rates = [learning_rate(step, cosine) for step in range(110)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0
     assert rates[109] == pytest.approx(0.1)
-    middle = 10 + 99 / 3  # a third of the way down the cosine: cos(pi / 3) = 1/2
+    middle = 10 + 99 / 3  # a third of the cosine: cos(pi / 3) = 1/2
     assert rates[int(middle)] == pytest.approx(0.1 + 0.9 * 0.75)
     assert all(a >= b for a, b in pairwise(rates[10:]))
     wsd = dataclasses.replace(cosine, schedule="wsd", max_steps=100)
@@ -178,8 +164,8 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_the_warm_up_ends_at_the_peak_and_the_last_step_has_min_lr(schedule):
-    """The latter if there is a step after the peak."""
+def test_warmup_ends_at_lr_and_the_last_step_has_min_lr(schedule):
+    """The last step has min_lr only if it comes after the peak."""
     for max_steps in range(1, 30):
         for warmup in (None, *range(max_steps + 1)):
             run = TrainOptions(lr=1.0, min_lr=0.1, schedule=schedule, max_steps=max_steps, warmup_steps=warmup)
@@ -199,9 +185,9 @@ def test_norms_have_no_weight_decay():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
-def test_expert_health():
-    counts = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0]])
-    health = expert_health(counts)
+def test_expert_health_reports_shares_entropy_and_dead_experts():
+    tokens_per_expert = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0]])
+    health = expert_health(tokens_per_expert)
     assert health == {
         "expert_least_share": 0.0,
         "expert_most_share": 1.0,
@@ -211,9 +197,9 @@ def test_expert_health():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (REAL_DATA / "wikitext2-valid.txt").exists(), reason="the real text is not here")
-def test_real_text_is_learnt_beyond_its_unigrams(tmp_path):
-    """wikitext with the 50,000-entry tokenizer: the validation loss falls well below the unigram entropy."""
+@pytest.mark.skipif(not (REAL_DATA / "wikitext2-valid.txt").exists(), reason="needs the wikitext data")
+def test_real_text_loss_falls_below_the_unigram_entropy(tmp_path):
+    """wikitext with the 50,000-entry tokenizer."""
     tokenizer, text = REAL_DATA / "pile_tokenizer.json", REAL_DATA / "wikitext2-valid.txt"
     prepare([str(text)], str(tmp_path / "data"), tokenizer_path=str(tokenizer))
     shard = np.load(tmp_path / "data" / "shard_00000.npy")
@@ -224,17 +210,17 @@ def test_real_text_is_learnt_beyond_its_unigrams(tmp_path):
     train(options(tmp_path / "data", tmp_path / "run", no_gradient_checkpointing=True, **settings))
     last = records(tmp_path / "run")[-1]
     assert last["val_loss"] < entropy - 0.4
-    # A token of this text is 4.5 bytes or so: bits per byte and nats per token must agree on that.
+    # Their ratio is the bytes per token of this text, about 4.5.
     assert last["val_loss"] / math.log(2) / last["val_bits_per_byte"] == pytest.approx(
         text.stat().st_size / shard.size, rel=0.1
     )
 
 
-def test_another_tokenizer_is_never_overwritten(data_dir, tmp_path):
+def test_existing_tokenizer_is_never_overwritten(data_dir, tmp_path):
     for name, size in (("ours.json", 270), ("run/tokenizer.json", 262)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         train_tokenizer(["some words to merge, and some more words " * 3], size).save(str(tmp_path / name))
     before = (tmp_path / "run" / "tokenizer.json").read_bytes()
-    with pytest.raises(InputError, match="another tokenizer"):
+    with pytest.raises(InputError, match="differs from the tokenizer"):
         train(options(data_dir, tmp_path / "run", vocab_size=320, tokenizer=str(tmp_path / "ours.json")))
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before

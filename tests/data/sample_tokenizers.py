@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that published models have."""
+"""Small tokenizers of the kinds that published models use."""
 
 import json
 import random
@@ -11,8 +11,8 @@ WORDS = ["the", "rain", "Spain's", "1984", "—", "żółć", "数据", "🙂", 
 LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def some_text(seed: int, words: int = 8000) -> str:
-    """Text of many lengths of tokens: words, numbers, code, spaces, three alphabets, an emoji."""
+def random_text(seed: int, words: int = 8000) -> str:
+    """Text with tokens of many lengths: words, numbers, code, spaces, three scripts, an emoji."""
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice([" ", " ", "\n", ""]) for _ in range(words)).lstrip()
 
@@ -27,15 +27,15 @@ def _trained(model, trainer, pre_tokenizer, text: str) -> dict:
 def byte_level(pre_tokenizer) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
-    tokenizer = Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizer, some_text(0))))
+    tokenizer = Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizer, random_text(0))))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def byte_fallback(prepend_scheme: str, split: bool = True) -> Tokenizer:
-    """A BPE of ASCII words; newlines, tabs and all other characters are bytes. Without `split`, tokens span words."""
+    """A BPE of printable ASCII. All other characters become bytes. Without `split`, tokens can span words."""
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT, "<unk>"])
-    text = "".join(character for character in some_text(0) if " " <= character <= "~")
+    text = "".join(character for character in random_text(0) if " " <= character <= "~")
     document = _trained(models.BPE(), trainer, pre_tokenizers.Metaspace(split=split), text)
     vocab = document["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
@@ -49,7 +49,7 @@ def byte_fallback(prepend_scheme: str, split: bool = True) -> Tokenizer:
 
 
 def llama_2() -> Tokenizer:
-    """As transformers converts SentencePiece's BPE: no pre-tokenizer, a mark before the text, bytes."""
+    """Like transformers' conversion of a SentencePiece BPE: no pre-tokenizer, a prefix mark, byte fallback."""
     tokenizer = byte_fallback("always")
     tokenizer.pre_tokenizer = None
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -61,7 +61,7 @@ def llama_2() -> Tokenizer:
 
 def unigram() -> Tokenizer:
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=[END_OF_TEXT, "<unk>"], unk_token="<unk>")
-    document = _trained(models.Unigram(), trainer, pre_tokenizers.Metaspace(), some_text(0))
+    document = _trained(models.Unigram(), trainer, pre_tokenizers.Metaspace(), random_text(0))
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
@@ -70,27 +70,27 @@ def unigram() -> Tokenizer:
 def word_piece(pre_tokenizer=None) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[END_OF_TEXT, "<unk>"])
     model = models.WordPiece(unk_token="<unk>")
-    document = _trained(model, trainer, pre_tokenizer or pre_tokenizers.WhitespaceSplit(), some_text(0))
+    document = _trained(model, trainer, pre_tokenizer or pre_tokenizers.WhitespaceSplit(), random_text(0))
     tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return tokenizer
 
 
-def bpe_of_words() -> Tokenizer:
+def word_bpe() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END_OF_TEXT])
-    text = some_text(0) + "".join(chr(code) for code in range(32, 127))
+    text = random_text(0) + "".join(chr(code) for code in range(32, 127))
     return Tokenizer.from_str(json.dumps(_trained(models.BPE(), trainer, pre_tokenizers.Whitespace(), text)))
 
 
 def word_level() -> Tokenizer:
     trainer = trainers.WordLevelTrainer(vocab_size=200, special_tokens=[END_OF_TEXT, "[UNK]"])
-    document = _trained(models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), some_text(0))
+    document = _trained(models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizers.Whitespace(), random_text(0))
     return Tokenizer.from_str(json.dumps(document))
 
 
-KINDS = {
+TOKENIZERS = {
     "byte-level": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "byte-level with a space before the text": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "byte-level with a prefix space": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "Llama 3": lambda: byte_level(
         pre_tokenizers.Sequence(
             [
@@ -103,18 +103,18 @@ KINDS = {
     "Metaspace always": lambda: byte_fallback("always"),
     "Metaspace first": lambda: byte_fallback("first"),
     "Metaspace never": lambda: byte_fallback("never"),
-    "tokens of several words": lambda: byte_fallback("always", split=False),
+    "tokens that span words": lambda: byte_fallback("always", split=False),
     "Unigram": unigram,
     "WordPiece": word_piece,
 }
 
-# Tokenizers that lose or insert spaces, or replace what they do not know.
-INEXACT = {
+# Tokenizers that drop or insert spaces, or replace unknown characters.
+INEXACT_TOKENIZERS = {
     "Unigram": unigram,
     "WordPiece": word_piece,
-    "WordPiece after BERT's pre-tokenizer": lambda: word_piece(pre_tokenizers.BertPreTokenizer()),
-    "BPE of words, without a decoder": bpe_of_words,
-    "a space before each number": lambda: byte_level(
+    "WordPiece with BERT's pre-tokenizer": lambda: word_piece(pre_tokenizers.BertPreTokenizer()),
+    "word BPE without a decoder": word_bpe,
+    "byte-level with a space before each digit run": lambda: byte_level(
         pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)])
     ),
     "WordLevel": word_level,

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on."""
+"""Checkpoints, written in the background while the training continues."""
 
 import errno
 import os
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
 from ..errors import InputError
-from ..files import PARTIAL, replacing
+from ..files import PARTIAL, atomic_write
 from ..log import say
 
 
-class Outcome(NamedTuple):
-    """Of an attempt to save: `error` is None if the checkpoint is there, and whole."""
+class SaveResult(NamedTuple):
+    """The result of an attempt to save. `error` is None if the checkpoint is on disk and valid."""
 
     path: Path
     step: int
@@ -28,31 +28,31 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-class Saver:
-    """Copies a state to memory of its own, and writes it to checkpoint_<step>.pt in a thread.
+class CheckpointManager:
+    """Copies a state to CPU buffers and writes it to checkpoint_<step>.pt in a thread.
 
-    A checkpoint takes its name once it is on the disk and has been read back from there against its checksums. Only
-    then are older ones deleted, but for the last `keep_last` whole ones (0: none are), of which one must be known to be
-    good. An attempt that fails leaves all as it was.
+    A checkpoint gets its name only after it has been written to disk, read back and verified against its checksums.
+    Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one of those
+    kept is known to be good. A failed attempt changes nothing.
     """
 
     def __init__(self, directory: Path, keep_last: int = 0, device: torch.device | None = None):
-        """`device`: where the tensors are, if not on the CPU."""
+        """device: where the tensors are, if not on the CPU."""
         self.directory, self.keep_last, self.device = directory, keep_last, device
         self._buffers: dict[tuple, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._outcome: Outcome | None = None
-        self._whole: set[Path] = set()  # that this process has written, or read in full
-        for partial in directory.glob(f"checkpoint_*{PARTIAL}"):  # of a process that was killed
+        self._result: SaveResult | None = None
+        self._valid: set[Path] = set()  # checkpoints that this process has written or verified
+        for partial in directory.glob(f"checkpoint_*{PARTIAL}"):  # left by a killed process
             partial.unlink()
 
     def save(self, contents: dict, good_step: int):
-        """Begin to write a checkpoint; `contents` may change as soon as this returns. Waits for the one before.
+        """Start writing a checkpoint, after the previous one is finished. `contents` can change after this returns.
 
-        `good_step`: that of the newest model that is known to be good.
+        good_step: the step of the newest model that is known to be good.
         """
         self.wait()
-        self._outcome = None
+        self._result = None
         copied = self._copy(contents)
         ready = None
         if self.device is not None and self.device.type == "cuda":
@@ -62,7 +62,7 @@ class Saver:
         self._thread.start()
 
     def _copy(self, value, key: tuple = ()):
-        """The value with all tensors on the CPU; their memory is used again for the next checkpoint."""
+        """The value with all tensors copied to CPU buffers, which the next checkpoint reuses."""
         if isinstance(value, Tensor):
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
@@ -80,60 +80,59 @@ class Saver:
         try:
             if ready:
                 ready.synchronize()
-            self.directory.mkdir(parents=True, exist_ok=True)  # it may have been moved away
-            with replacing(path) as file:
+            self.directory.mkdir(parents=True, exist_ok=True)  # the user may have moved it
+            with atomic_write(path) as file:
                 torch.save(contents, file)
                 file.flush()
                 os.fsync(file.fileno())
-                # Out of the page cache, so that the disk is what is read back.
+                # Drop the page cache, so that the file is read back from the disk.
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 verify_archive(Path(file.name))
                 size = file.tell()
-            self._whole.add(path)
+            self._valid.add(path)
             self._delete_old(contents["step"], good_step)
         except Exception as error:
-            # torch hides a failing write behind an error of its own, at what it left behind.
+            # torch.save raises its own error about the unfinished archive; the OSError is its context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             reason = str(getattr(cause, "strerror", None) or cause).split("\n")[0]
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 with suppress(OSError):
                     needed, free = tensor_bytes(contents) / 1e6, shutil.disk_usage(self.directory).free / 1e6
-                    reason += f": it takes {needed:,.1f} MB, and {free:,.1f} MB are free"
-        self._outcome = Outcome(path, contents["step"], size, time.perf_counter() - start, reason)
+                    reason += f": it needs {needed:,.1f} MB, and {free:,.1f} MB are free"
+        self._result = SaveResult(path, contents["step"], size, time.perf_counter() - start, reason)
 
     def _delete_old(self, newest: int, good_step: int):
         kept, good = 0, False
         for step, path in reversed(list_checkpoints(self.directory).items()):
-            if not self.keep_last or step > newest:  # later ones were passed over on resuming, as damaged
+            if not self.keep_last or step > newest:  # newer ones are damaged: the run did not resume from them
                 continue
             if kept < self.keep_last or not good:
-                whole = self._is_whole(path)
-                kept, good = kept + whole, good or (whole and step <= good_step)
+                valid = self._is_valid(path)
+                kept, good = kept + valid, good or (valid and step <= good_step)
                 continue
             try:
                 path.unlink()
             except OSError as error:
                 say(f"warning: {path} could not be deleted ({error.strerror})")
 
-    def _is_whole(self, path: Path) -> bool:
-        """A damaged one must not count for one that is kept."""
-        if path not in self._whole:
+    def _is_valid(self, path: Path) -> bool:
+        if path not in self._valid:
             try:
                 verify_archive(path)
             except InputError:
                 return False
-            self._whole.add(path)
+            self._valid.add(path)
         return True
 
-    def outcome(self) -> Outcome | None:
-        """Of the last attempt, once it has ended; each is told once."""
+    def result(self) -> SaveResult | None:
+        """The result of the last attempt, returned once; None while it is running."""
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread = None
-        return self._outcome
+        return self._result
 
     def wait(self):
-        """Until nothing is being written."""
+        """Wait for the write in progress, if any."""
         if self._thread:
             self._thread.join()
