@@ -1,4 +1,4 @@
-"""Attention: against the formula, and which implementation is dispatched to."""
+"""Attention against its formula, and the choice between FlashAttention and SDPA."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from acceleron.device import deterministic_algorithms
 
 
 def formula(q, k, v):
-    """Query s of the last S positions sees the keys up to its own position; heads share keys in groups."""
+    """The queries are the last S of L positions. Each sees the keys up to its position. Query heads share kv heads."""
     S, L, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     scores = torch.einsum("bshc,blhc->bhsl", q, k) * q.shape[-1] ** -0.5
@@ -25,23 +25,21 @@ def inputs(S, L, head_dim):
     return [torch.randn(2, n, h, head_dim, generator=g, dtype=torch.float64) for n, h in ((S, 4), (L, 2), (L, 2))]
 
 
-# Training (S = L), a decoding step (S = 1), and a prompt after a prompt (1 < S < L).
+# Training (S = L), a decoding step (S = 1), and a prompt after cached tokens (1 < S < L).
 @pytest.mark.parametrize(("S", "L"), [(17, 17), (1, 9), (5, 12), (1, 1)])
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
 def test_attention_matches_the_formula(S, L, head_dim):
     q, k, v = (x.requires_grad_() for x in inputs(S, L, head_dim))
-    ours, theirs = causal_attention(q, k, v), formula(q, k, v)
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    grad = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    outputs = causal_attention(q, k, v), formula(q, k, v)
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(q)
+    grads = (torch.autograd.grad(out, (q, k, v), grad) for out in outputs)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes the dispatch believe in a GPU of a given compute capability, and in stub flash-attn packages."""
+    """Fakes a GPU of the given compute capability, and installs stubs of the given flash-attn packages."""
 
     def install(major, *modules):
         calls = []
@@ -67,13 +65,12 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
-def test_flash_attention_3_comes_first_on_hopper(gpu, head_dim):
+def test_hopper_prefers_flash_attention_3(gpu, head_dim):
     gpu(9, "flash_attn_interface", "flash_attn")
     assert attention.attention_name(CUDA, torch.bfloat16, head_dim) == "FlashAttention-3"
 
 
-def test_a_flash_attention_3_without_backward_is_passed_over(gpu, monkeypatch):
-    """Builds for inference, as some wheels are."""
+def test_flash_attention_3_builds_without_backward_are_skipped(gpu, monkeypatch):
     flags = {"FLASHATTENTION_DISABLE_BACKWARD": True}
     monkeypatch.setitem(sys.modules, "flash_attn_config", types.SimpleNamespace(CONFIG={"build_flags": flags}))
     gpu(9, "flash_attn_interface", "flash_attn")
@@ -84,7 +81,7 @@ def test_a_flash_attention_3_without_backward_is_passed_over(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("major", [8, 10])
-def test_flash_attention_2_elsewhere(gpu, major):
+def test_other_gpus_use_flash_attention_2(gpu, major):
     gpu(major, "flash_attn_interface", "flash_attn")
     assert attention.attention_name(CUDA, torch.float16, 64) == "FlashAttention-2"
 
@@ -97,22 +94,22 @@ def test_flash_attention_2_elsewhere(gpu, major):
         ("cuda", torch.bfloat16, 20, 9, ["flash_attn"]),  # not a multiple of 8
         ("cuda", torch.bfloat16, 264, 9, ["flash_attn"]),
         ("cuda", torch.bfloat16, 64, 7, ["flash_attn"]),
-        ("cuda", torch.bfloat16, 64, 8, ["flash_attn_interface"]),  # FlashAttention-3 alone, but no Hopper
+        ("cuda", torch.bfloat16, 64, 8, ["flash_attn_interface"]),  # FlashAttention-3 needs Hopper
         ("cuda", torch.bfloat16, 64, 9, []),
     ],
 )
-def test_sdpa_where_flash_attn_is_not_able(gpu, device, dtype, head_dim, major, modules):
+def test_sdpa_is_used_where_flash_attn_cannot_run(gpu, device, dtype, head_dim, major, modules):
     gpu(major, *modules)
     assert attention.attention_name(torch.device(device), dtype, head_dim) == "SDPA"
 
 
 @pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn"])
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96])
-def test_flash_attn_is_called_with_its_own_layout(gpu, monkeypatch, module, head_dim):
-    """The stub computes the formula from the tensors it is given; on CPU tensors, so the device check is bypassed."""
+def test_flash_attn_gets_its_layout_and_flags(gpu, monkeypatch, module, head_dim):
+    """The stub computes the formula. The device check is bypassed, because the tensors are on the CPU."""
     calls = gpu(9, module)
-    chosen = attention.flash_attention(CUDA, torch.bfloat16, head_dim)
-    monkeypatch.setattr(attention, "flash_attention", lambda *_: chosen)
+    package = attention.flash_attention(CUDA, torch.bfloat16, head_dim)
+    monkeypatch.setattr(attention, "flash_attention", lambda *_: package)
     q, k, v = inputs(5, 12, head_dim)
     torch.testing.assert_close(causal_attention(q, k, v), formula(q, k, v))
     assert calls == [(module, True, False)]
@@ -121,8 +118,8 @@ def test_flash_attn_is_called_with_its_own_layout(gpu, monkeypatch, module, head
     assert calls[1:] == [(module, True, True)]
 
 
-def test_compiled_flash_attn_is_deterministic_where_torch_is(monkeypatch):
-    """One graph, of which another is made as torch changes: the stub's result says what it was called with."""
+def test_compiled_flash_attn_follows_torchs_deterministic_setting(monkeypatch):
+    """Changing the setting triggers a recompilation. The stub's result shows its `deterministic` argument."""
 
     def flash_attn_func(q, k, v, causal, deterministic):
         return q + 1 if deterministic else q

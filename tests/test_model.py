@@ -1,4 +1,4 @@
-"""The whole model: sizes, public surface, parity with transformers, checkpointing, torch.compile."""
+"""The model: sizes, outputs, parity with transformers, gradient checkpointing, torch.compile."""
 
 import json
 import subprocess
@@ -27,35 +27,35 @@ def token_ids(*shape, vocab_size=256, seed=0):
 
 
 @pytest.mark.parametrize("size", TABLE)
-def test_named_sizes_have_the_tables_parameters(size):
+def test_named_sizes_have_the_documented_parameter_counts(size):
     with torch.device("meta"):
-        model, twin = (Acceleron(ModelConfig.preset(size, dense=dense)) for dense in (False, True))
+        model, dense_baseline = (Acceleron(ModelConfig.preset(size, dense=dense)) for dense in (False, True))
     total, active = model.num_parameters()
     assert total == sum(p.numel() for p in model.parameters())
     assert (total, active) == pytest.approx(TABLE[size], rel=0.03)
     routers = model.config.num_layers * model.config.num_experts * model.config.d_model
-    assert twin.num_parameters() == (active - routers,) * 2  # the same active matmuls, but for the routers'
+    assert dense_baseline.num_parameters() == (active - routers,) * 2  # the same active matmuls except the routers
 
 
-def test_output_without_and_with_labels():
+def test_labels_select_losses_instead_of_logits():
     model, ids = small_model(), token_ids(2, 16)
-    bare = model(ids)
-    assert bare.logits.shape == (2, 16, 256)
-    assert bare.loss is None
-    assert bare.cross_entropy is None
+    unlabeled = model(ids)
+    assert unlabeled.logits.shape == (2, 16, 256)
+    assert unlabeled.loss is None
+    assert unlabeled.cross_entropy is None
     labels = ids.clone()
     labels[:, :5] = -100
     output = model(ids, labels)
     assert output.logits is None
-    shifted = F.cross_entropy(bare.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    shifted = F.cross_entropy(unlabeled.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(output.cross_entropy, shifted)
     objective = output.cross_entropy + 1e-3 * output.z_loss + 1e-2 * output.balance_loss
     torch.testing.assert_close(output.loss, objective)
     assert output.tokens_per_expert_LE.sum(dim=1).tolist() == [64, 64]  # two layers; 32 tokens, 2 experts each
-    assert output.balance_loss > 1.9  # a sum over two layers, each 1 when balanced
+    assert output.balance_loss > 1.9  # a sum over two layers, each 1 if balanced
 
 
-def test_dense_twin_has_no_router_losses():
+def test_dense_baseline_has_no_router_losses():
     output = small_model(dense=True)(ids := token_ids(2, 16), labels=ids)
     assert (output.z_loss, output.balance_loss, output.tokens_per_expert_LE) == (0, 0, None)
     assert torch.equal(output.loss, output.cross_entropy)
@@ -70,7 +70,7 @@ def test_attention_is_causal():
     assert difference[10:].min() > 1e-6
 
 
-def test_sequences_longer_than_the_model_are_refused():
+def test_sequences_longer_than_max_seq_len_are_rejected():
     with pytest.raises(ValueError, match="65 tokens is longer than the model's 64"):
         small_model()(token_ids(1, 65))
 
@@ -85,13 +85,13 @@ def test_sequences_longer_than_the_model_are_refused():
         ({"d_ff": 0}, "d_ff"),
     ],
 )
-def test_impossible_configs_are_refused(change, message):
+def test_invalid_configs_are_rejected(change, message):
     with pytest.raises(InputError, match=message):
         ModelConfig.preset("tiny", **change)
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_bf16_compute_keeps_fp32_parameters_and_gradients(dense):
+def test_bf16_compute_gives_fp32_gradients_and_loss(dense):
     model, ids = small_model(dense), token_ids(2, 16)
     wide = model(ids, labels=ids).loss
     model.compute_dtype = torch.bfloat16
@@ -107,7 +107,7 @@ def test_bf16_compute_keeps_fp32_parameters_and_gradients(dense):
 
 
 def to_transformers(model: Acceleron, **changes):
-    """The same model as transformers' GraniteMoeShared, weights copied, config fields changed on demand."""
+    """The model as transformers' GraniteMoeShared, with copied weights. changes: overrides of its config."""
     from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
 
     config = model.config
@@ -154,7 +154,7 @@ def to_transformers(model: Acceleron, **changes):
 
 
 def unit_scale(model: Acceleron) -> Acceleron:
-    """Weights of scale 1/sqrt(fan-in): differences are not hidden by an initial model's tiny logits."""
+    """Weights of scale 1 / sqrt(fan-in), because the tiny logits of a new model would hide differences."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -163,13 +163,13 @@ def unit_scale(model: Acceleron) -> Acceleron:
 
 
 @torch.no_grad()
-def test_logits_match_transformers_and_the_test_can_fail():
+def test_logits_match_transformers():
     pytest.importorskip("transformers")
     model, ids = unit_scale(small_model()), token_ids(2, 48)
     logits = model(ids).logits
     assert logits.std() > 0.5
     assert (to_transformers(model)(ids).logits - logits).abs().max() < 1e-3
-    # One field changed, the class default that is silently wrong: the comparison must notice.
+    # The comparison must detect a wrong config field. 1.0 is the default of transformers.
     assert (to_transformers(model, attention_multiplier=1.0)(ids).logits - logits).abs().max() > 1e-2
     assert (to_transformers(model, rms_norm_eps=1e-1)(ids).logits - logits).abs().max() > 1e-2
 
@@ -184,7 +184,7 @@ def loss_and_gradients(model, ids):
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-def test_gradient_checkpointing_changes_no_bit():
+def test_gradient_checkpointing_is_bitwise_equal():
     model, ids = small_model(), token_ids(2, 32)
     loss, gradients = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
@@ -193,46 +193,42 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
 
 
-def test_gradient_checkpointing_keeps_less():
-    """Bytes that autograd holds between forward and backward, parameters apart."""
-
+def test_gradient_checkpointing_saves_memory():
     def saved_bytes(checkpointing):
+        """Bytes that autograd saves for backward, without the parameters."""
         model = small_model()
         model.gradient_checkpointing = checkpointing
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        held = {}
+        saved = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                held[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        ids = token_ids(4, 64)
-        x, _ = model.hidden_states(ids[:, :8])  # warm up outside
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out, _ = model.hidden_states(ids)
-        del out, x
-        return sum(held.values())
+            _hidden = model.hidden_states(token_ids(4, 64))  # keeps the graph, so that no address is reused
+        return sum(saved.values())
 
     assert saved_bytes(True) < saved_bytes(False) / 4
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["routing saved", "control: routing recomputed"])
-def test_recomputation_never_sends_a_token_elsewhere(monkeypatch, saved):
-    """Near-tied logits, perturbed in the recomputation alone, as a GPU's other summation order would."""
+def test_recomputation_keeps_the_routing(monkeypatch, saved):
+    """The logits nearly tie. The recomputation perturbs them, as a different summation order would."""
     model, ids = small_model(), token_ids(2, 32)
     with torch.no_grad():
         for block in model.blocks:
             block.moe.router.normal_(std=1e-7)
     _, expected = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
-    plain_route, calls = ops.torch_ops.route_top2, []
+    route_top2, calls = ops.torch_ops.route_top2, []
 
     def perturbed(logits, force_load_balance):
         calls.append(1)
         second_pass = len(calls) > model.config.num_layers
-        return plain_route(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
+        return route_top2(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
 
     monkeypatch.setattr(ops.torch_ops, "route_top2", perturbed)
     if not saved:
@@ -244,7 +240,7 @@ def test_recomputation_never_sends_a_token_elsewhere(monkeypatch, saved):
     assert (worst < 1e-3) if saved else (worst > 0.3), worst
 
 
-# --- torch.compile: in a process of its own, as its caches and counters are global ---
+# --- torch.compile, in a separate process because its caches and counters are global ---
 
 COMPILE_SCRIPT = """
 import json, sys, torch
@@ -257,7 +253,7 @@ for checkpointing in (False, True):
     eager.gradient_checkpointing = compiled.gradient_checkpointing = checkpointing
     compiled.compile_blocks()
     worst = 0.0
-    for seed in range(3):  # other tokens, so other routing; the last batch sends all to few experts
+    for seed in range(3):  # each batch is routed differently; the last has one distinct token
         ids = token_ids(2, 32, seed=seed, vocab_size=256 if seed < 2 else 1)
         (a, ga), (b, gb) = loss_and_gradients(eager, ids), loss_and_gradients(compiled, ids)
         worst = max([worst, abs(a - b).item()] + [((x - y).norm() / x.norm()).item() for x, y in zip(ga, gb)])
@@ -269,28 +265,21 @@ print(json.dumps(result))
 """
 
 
-def test_compile_has_one_graph_for_all_blocks_and_routings():
+def test_compile_makes_one_graph_for_all_blocks_and_batches():
     script = COMPILE_SCRIPT.format(tests=str(Path(__file__).parent))
     process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout.splitlines()[-1])
-    assert result["graphs"] == [
-        1,
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]  # one without checkpointing and one with, for two blocks, three batches
+    assert result["graphs"] == [1] * 3 + [2] * 3  # one graph without checkpointing and one with, for three batches each
     assert result["breaks"] == 0
     assert result["names"]
     assert max(result["worst"]) < 1e-4
 
 
-def test_the_routed_experts_begin_with_the_contribution_of_the_dense_twins_same_widths():
-    """With two equal weights the sum of two independent experts is as large as one MLP of their joint width."""
+def test_initial_routed_output_has_the_scale_of_the_dense_baselines():
+    """Two independent experts with equal scores have the output scale of one MLP of their total width."""
     config = ModelConfig.preset("nano", vocab_size=256)
     moe, dense = Acceleron(config).blocks[0].moe, Acceleron(replace(config, dense=True)).blocks[0].mlp
     x, width = torch.randn(512, config.d_model), 2 * config.d_ff

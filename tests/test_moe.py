@@ -1,4 +1,4 @@
-"""The MoE layer against a per-token float64 loop written from the formulas of the model's definition."""
+"""The MoE layer against a float64 loop over tokens."""
 
 import dataclasses
 
@@ -15,30 +15,30 @@ def swiglu_expert(x, w13, w2):
     return w2 @ (gate * torch.sigmoid(gate) * up)
 
 
-def loop_moe(x_TD, weights, in_turn=False):
-    """y, z_loss, balance_loss, token by token; `in_turn`: with the experts that a forced balance gives."""
+def loop_moe(x_TD, weights, forced_balance=False):
+    """y, z_loss and balance_loss."""
     T, E = len(x_TD), len(weights["router"])
-    ys, counts = [], torch.zeros(E, dtype=torch.float64)
+    ys, tokens_per_expert = [], torch.zeros(E, dtype=torch.float64)
     z_loss, mean_probability = 0.0, torch.zeros(E, dtype=torch.float64)
     for t, x in enumerate(x_TD):
         logits = weights["router"] @ x
-        chosen = sorted(range(E), key=lambda e: (-logits[e].item(), e))[:2]
-        if in_turn:
-            chosen = [t % E, (t + 1) % E]
-        share = torch.softmax(logits[chosen], dim=0)
+        ids = sorted(range(E), key=lambda e: (-logits[e].item(), e))[:2]
+        if forced_balance:
+            ids = [t % E, (t + 1) % E]
+        scores = torch.softmax(logits[ids], dim=0)
         y = swiglu_expert(x, weights["shared.w13"], weights["shared.w2"])
-        for k, e in enumerate(chosen):
-            y = y + share[k] * swiglu_expert(x, weights["w13_E2FD"][e], weights["w2_EDF"][e])
-            counts[e] += 1
+        for k, e in enumerate(ids):
+            y = y + scores[k] * swiglu_expert(x, weights["w13_E2FD"][e], weights["w2_EDF"][e])
+            tokens_per_expert[e] += 1
         ys.append(y)
         z_loss = z_loss + logits.exp().sum().log() ** 2 / T
         mean_probability = mean_probability + torch.softmax(logits, dim=0) / T
-    balance_loss = E * ((counts / (2 * T)) * mean_probability).sum()
+    balance_loss = E * ((tokens_per_expert / (2 * T)) * mean_probability).sum()
     return torch.stack(ys), z_loss, balance_loss
 
 
 def unit_scale_moe(config):
-    """Weights of scale 1/sqrt(fan-in), so that outputs and logits are at unit scale."""
+    """Weights of scale 1 / sqrt(fan-in) keep outputs and logits at unit scale."""
     torch.manual_seed(0)
     moe = MoE(config).double()
     with torch.no_grad():
@@ -47,11 +47,11 @@ def unit_scale_moe(config):
     return moe
 
 
-# The objective decides which path the router's gradient takes: through the weights, or through either loss alone.
+# The objective selects the path of the router's gradient: through the scores, or through one of the losses.
 @pytest.mark.parametrize("objective", ["output", "z_loss", "balance_loss", "all"])
-@pytest.mark.parametrize(("num_experts", "in_turn"), [(2, False), (5, False), (5, True)])
-def test_moe_matches_the_loop(num_experts, in_turn, objective):
-    config = dataclasses.replace(CONFIG, num_experts=num_experts, debug_force_load_balance=in_turn)
+@pytest.mark.parametrize(("num_experts", "forced_balance"), [(2, False), (5, False), (5, True)])
+def test_moe_matches_the_loop(num_experts, forced_balance, objective):
+    config = dataclasses.replace(CONFIG, num_experts=num_experts, debug_force_load_balance=forced_balance)
     moe = unit_scale_moe(config)
     x = torch.randn(23, 16, dtype=torch.float64).requires_grad_()
     grad = torch.randn(23, 16, dtype=torch.float64)
@@ -63,32 +63,28 @@ def test_moe_matches_the_loop(num_experts, in_turn, objective):
 
     weights = dict(moe.named_parameters())
     y, stats = moe(x)
-    expected = loop_moe(x, weights, in_turn)
-    for ours, theirs in zip((y, stats.z_loss, stats.balance_loss), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    leaves = [x, *weights.values()]
-    ours = gradients(y, stats.z_loss, stats.balance_loss, leaves)
-    theirs = gradients(*expected, leaves)
-    for name, a, b in zip(("x", *weights), ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
-    router = ours[1 + list(weights).index("router")]
-    # Each path by itself reaches the router; but two experts are always balanced.
-    assert router.abs().max() > 1e-4 or (num_experts, objective) == (2, "balance_loss")
+    expected = loop_moe(x, weights, forced_balance)
+    torch.testing.assert_close((y, stats.z_loss, stats.balance_loss), expected, rtol=1e-10, atol=1e-10)
+    names, leaves = ("x", *weights), (x, *weights.values())
+    grads = dict(zip(names, gradients(y, stats.z_loss, stats.balance_loss, leaves), strict=True))
+    expected_grads = dict(zip(names, gradients(*expected, leaves), strict=True))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-10)
+    # Every objective reaches the router, except that two experts are always balanced.
+    assert grads["router"].abs().max() > 1e-4 or (num_experts, objective) == (2, "balance_loss")
 
 
-def test_forced_balance_is_for_training_alone():
+def test_forced_balance_applies_only_in_training_mode():
     torch.manual_seed(0)
     x = torch.randn(30, 16)
-    learned = MoE(CONFIG)
+    routed = MoE(CONFIG)
     forced = MoE(dataclasses.replace(CONFIG, debug_force_load_balance=True))
-    forced.load_state_dict(learned.state_dict())
+    forced.load_state_dict(routed.state_dict())
     assert forced(x)[1].tokens_per_expert_E.tolist() == [12] * 5
-    assert learned(x)[1].tokens_per_expert_E.tolist() != [12] * 5
-    assert torch.equal(forced.eval()(x)[0], learned(x)[0])
+    assert routed(x)[1].tokens_per_expert_E.tolist() != [12] * 5
+    assert torch.equal(forced.eval()(x)[0], routed(x)[0])
 
 
-def test_moe_stands_alone_in_another_model():
-    """Any leading shape, any compute dtype with fp32 weights, and it trains with somebody else's optimizer."""
+def test_moe_trains_as_a_layer_of_another_model():
     moe = MoE(CONFIG)
     y, stats = moe(torch.randn(2, 3, 4, 16, dtype=torch.bfloat16))
     assert y.shape == (2, 3, 4, 16)
@@ -109,8 +105,8 @@ def test_moe_stands_alone_in_another_model():
     assert all(weight.grad.abs().max() > 0 for weight in moe.parameters())
 
 
-def test_router_computes_in_fp32_whatever_the_activations():
-    """In bf16, logits 1 and 1 + 2**-9 would tie and go to the lower expert."""
+def test_router_computes_in_fp32_for_bf16_activations():
+    """In bf16 the logits 1 and 1 + 2**-9 tie, and the lower id would win."""
     moe = MoE(CONFIG)
     with torch.no_grad():
         moe.router.zero_()

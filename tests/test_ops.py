@@ -1,4 +1,4 @@
-"""The choice of the kernel backend: what `set_backend` returns and does, and what works without Triton."""
+"""Selection of the kernel backend, and use without Triton."""
 
 import subprocess
 import sys
@@ -14,30 +14,30 @@ from acceleron.kernels import launch, torch_ops, triton_ops
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
-interpreted = pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+interpreted = pytest.mark.skipif(GPU, reason="the tests use the interpreter only without a GPU")
 
 
 @pytest.fixture(autouse=True)
-def selection_restored(monkeypatch):
+def restore_backend(monkeypatch):
     monkeypatch.setattr(ops, "_backend", "auto")
     monkeypatch.setattr(ops, "_reference_ops", ())
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the custom ops that run."""
-    names = []
+    """The namespaces of the torch ops that run, in order."""
+    namespaces = []
 
     class Ops(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(function.namespace)
+            namespaces.append(function.namespace)
             return function(*args, **(kwargs or {}))
 
     with Ops():
-        yield names
+        yield namespaces
 
 
-def test_the_reference_can_be_asked_for(calls):
+def test_reference_runs_no_triton_op(calls):
     assert ops.set_backend("reference", CPU) == "reference (as requested)"
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
     ops.swiglu(x)
@@ -47,7 +47,7 @@ def test_the_reference_can_be_asked_for(calls):
 
 
 @interpreted
-def test_triton_under_the_interpreter(calls):
+def test_triton_runs_under_the_interpreter(calls):
     line = ops.set_backend("triton", CPU)
     assert line.startswith("Triton 3.")
     assert line.endswith(", interpreted")
@@ -58,10 +58,9 @@ def test_triton_under_the_interpreter(calls):
 
 
 @interpreted
-def test_after_triton_was_asked_for_what_it_lacks_is_refused():
+def test_triton_rejects_float64():
     ops.set_backend("triton", CPU)
-    experts = torch.zeros(3, 2, dtype=torch.int32)
-    plan = ops.dispatch_plan(experts, 2)
+    plan = ops.dispatch_plan(torch.zeros(3, 2, dtype=torch.int32), 2)
     x, w = torch.ones(3, 4, dtype=torch.float64), torch.ones(2, 4, 4, dtype=torch.float64)
     cases = {
         "gate_up_N2F": lambda: ops.swiglu(x),
@@ -77,7 +76,7 @@ def test_after_triton_was_asked_for_what_it_lacks_is_refused():
 
 
 @interpreted
-def test_auto_leaves_a_cpus_tensors_to_the_reference_even_under_the_interpreter(calls):
+def test_auto_selects_the_reference_for_cpu_tensors_under_the_interpreter(calls):
     assert ops.set_backend("auto", CPU) == "reference (the interpreter needs --kernels triton)"
     for dtype in (torch.float32, torch.float64):
         x = torch.ones(3, 4, dtype=dtype)
@@ -86,7 +85,7 @@ def test_auto_leaves_a_cpus_tensors_to_the_reference_even_under_the_interpreter(
     assert "acceleron_triton" not in calls
 
 
-def test_who_never_selects_has_auto(calls):
+def test_default_backend_is_auto(calls):
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
     ops.route_top2(x)
     ops.route_top2(x.double())
@@ -94,18 +93,20 @@ def test_who_never_selects_has_auto(calls):
     assert calls.count("acceleron") == 2 - GPU
 
 
-def test_a_cpu_without_the_interpreter(monkeypatch, calls):
+def test_cpu_without_the_interpreter_has_only_the_reference(monkeypatch, calls):
     monkeypatch.setattr(launch, "cpu_device", None)
-    with pytest.raises(ValueError, match=r"^--kernels triton: Triton needs a GPU, and this is a cpu; TRITON_INTERPRET"):
+    with pytest.raises(
+        ValueError, match=r"^--kernels triton: Triton needs a GPU, but the device is a cpu; TRITON_INTERPRET"
+    ):
         ops.set_backend("triton", CPU)
     line = ops.set_backend("auto", CPU)
-    assert line.startswith("reference (Triton needs a GPU, and this is a cpu")
+    assert line.startswith("reference (Triton needs a GPU, but the device is a cpu")
     ops.route_top2(torch.ones(3, 4))
     assert "acceleron" in calls
     assert "acceleron_triton" not in calls
 
 
-def test_an_old_gpu(monkeypatch):
+def test_old_gpu_has_only_the_reference(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -114,10 +115,10 @@ def test_an_old_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"triton: Tesla T4 is older than compute capability 8\.0"):
         ops.set_backend("triton", device)
     assert ops.set_backend("auto", device) == "reference (Tesla T4 is older than compute capability 8.0)"
-    assert ops._backend == "reference"  # for the tensors on that GPU, too
+    assert ops._backend == "reference"
 
 
-def test_an_amd_gpu_takes_an_explicit_choice(monkeypatch):
+def test_amd_gpu_uses_triton_only_on_request(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", "7.1")
     device = torch.device("cuda")
@@ -129,8 +130,8 @@ def test_an_amd_gpu_takes_an_explicit_choice(monkeypatch):
 
 
 @interpreted
-def test_single_ops_of_the_reference(monkeypatch, calls):
-    """A layer that contains such an op is the reference's too."""
+def test_single_ops_can_run_on_the_reference(monkeypatch, calls):
+    """An op that contains one of them also runs on the reference."""
     monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope, swiglu")
     line = ops.set_backend("triton", CPU)
     assert line.endswith(", interpreted, but the reference for moe, rope, split_rope, swiglu")
@@ -146,25 +147,24 @@ def test_single_ops_of_the_reference(monkeypatch, calls):
     assert "acceleron_triton" in calls
 
 
-def test_an_unknown_op_of_the_reference(monkeypatch):
+def test_unknown_reference_op_is_rejected(monkeypatch):
     ops.set_backend("reference", CPU)
     monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope,gelu")
-    for choice in ("auto", "reference"):
-        with pytest.raises(
-            ValueError, match=r"^ACCELERON_REFERENCE_OPS=rope,gelu: expected names among dispatch_plan, "
-        ):
-            ops.set_backend(choice, CPU)
+    message = r"^ACCELERON_REFERENCE_OPS=rope,gelu: expected names among dispatch_plan, "
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match=message):
+            ops.set_backend(backend, CPU)
     assert ops._backend == "reference"
 
 
 @interpreted
-def test_the_line_says_where_tma_is_off(monkeypatch):
+def test_log_line_lists_the_ops_without_tma(monkeypatch):
     monkeypatch.setenv("ACCELERON_NO_TMA", "up,rows")
     assert ops.set_backend("triton", CPU).endswith(", interpreted, without TMA for up,rows")
 
 
 @interpreted
-def test_a_selection_for_a_while():
+def test_using_backend_restores_the_backend_after_an_error():
     ops.set_backend("triton", CPU)
 
     def fail():
@@ -177,40 +177,39 @@ def test_a_selection_for_a_while():
     assert ops.uses_triton(CPU, torch.float32)
 
 
-def test_triton_missing(monkeypatch):
+def test_auto_selects_the_reference_if_triton_cannot_be_imported(monkeypatch):
     monkeypatch.setattr(ops, "_import_error", "Triton 3.6 or later can't be imported (why)")
-    for device in ("cpu", "cuda"):
-        with pytest.raises(
-            ValueError, match=r"^--kernels triton: Triton 3\.6 or later can't be imported \(why\); or use"
-        ):
-            ops.set_backend("triton", torch.device(device))
-        assert ops.set_backend("auto", torch.device(device)).startswith("reference (Triton 3.6 or later can't")
+    message = r"^--kernels triton: Triton 3\.6 or later can't be imported \(why\); or use"
+    for device in (CPU, torch.device("cuda")):
+        with pytest.raises(ValueError, match=message):
+            ops.set_backend("triton", device)
+        assert ops.set_backend("auto", device).startswith("reference (Triton 3.6 or later can't")
 
 
-@pytest.mark.parametrize("choice", ["cuda", "", "Triton"])
-def test_an_unknown_name(choice):
-    with pytest.raises(ValueError, match=f"^--kernels {choice}: expected auto, triton or reference"):
-        ops.set_backend(choice, CPU)
+@pytest.mark.parametrize("backend", ["cuda", "", "Triton"])
+def test_unknown_backend_is_rejected(backend):
+    with pytest.raises(ValueError, match=f"^--kernels {backend}: expected auto, triton or reference"):
+        ops.set_backend(backend, CPU)
 
 
-def test_a_refusal_changes_nothing(monkeypatch):
+def test_rejected_backend_leaves_the_current_one(monkeypatch):
     monkeypatch.setattr(launch, "cpu_device", None)
     ops.set_backend("reference", CPU)
-    for choice in ("triton", "nonsense"):
+    for backend in ("triton", "nonsense"):
         with pytest.raises(ValueError, match=r"^--kernels"):
-            ops.set_backend(choice, CPU)
+            ops.set_backend(backend, CPU)
     assert ops._backend == "reference"
 
 
 @pytest.mark.parametrize("name", torch_ops.__all__)
-def test_both_backends_have_the_signature_of_the_op(name):
+def test_op_has_the_same_signature_in_both_backends(name):
     expected = signature(getattr(ops, name))
     assert signature(getattr(torch_ops, name)) == signature(getattr(triton_ops, name)) == expected
 
 
 WITHOUT = """
 import sys
-sys.modules[{module!r}] = None  # as if it were not installed
+sys.modules[{module!r}] = None  # makes its import fail
 import torch
 from acceleron import ModelConfig, MoE, ops
 
@@ -231,22 +230,16 @@ assert x.grad.isfinite().all() and y.shape == x.shape
 """
 
 
-def test_without_triton_or_with_an_older_one():
-    """None at all; and one that lacks a module of 3.6, where the import fails after the first kernels."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WITHOUT.format(module=module)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for module in ("triton", "triton.tools.ragged_tma")
-    ]
-    for process in started:
-        stderr = process.communicate()[1]
-        assert process.returncode == 0, stderr[-2000:]
+@pytest.mark.parametrize("module", ["triton", "triton.tools.ragged_tma"])
+def test_moe_works_without_triton_or_with_an_older_one(module):
+    """Triton before 3.6 lacks ragged_tma, so the import fails after the first kernels."""
+    command = [sys.executable, "-c", WITHOUT.format(module=module)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
 
 
 @interpreted
-def test_the_interpreter_never_serves_a_gpu(monkeypatch):
-    """Unasked, and slowly: on a machine with a GPU TRITON_INTERPRET=1 leaves auto to the reference."""
+def test_interpreter_is_not_used_for_gpu_tensors():
     assert "TRITON_INTERPRET=1 is set" in launch.unavailable(torch.device("cuda"))
     with pytest.raises(ValueError, match="unset it"):
         ops.set_backend("triton", torch.device("cuda"))
@@ -254,7 +247,7 @@ def test_the_interpreter_never_serves_a_gpu(monkeypatch):
     assert not ops.uses_triton(torch.device("cuda"), torch.float32)
 
 
-def test_an_interpreter_chosen_too_late_is_said_so():
+def test_setting_triton_interpret_after_the_import_is_reported():
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None); import triton; os.environ['TRITON_INTERPRET'] = '1'\n"
         "import torch; from acceleron import ops\n"
@@ -266,8 +259,7 @@ def test_an_interpreter_chosen_too_late_is_said_so():
 
 
 @interpreted
-def test_what_the_reference_takes_a_layer_takes_with_triton_too():
-    """No tokens, bf16 parameters, and a view: what a user of the layer may pass."""
+def test_moe_layer_accepts_views_zero_tokens_and_bf16_parameters_on_triton():
     torch.manual_seed(0)
     config = ModelConfig(
         d_model=32, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=24, d_ff_shared=16, vocab_size=128

@@ -1,9 +1,8 @@
-"""`acceleron.kernels` from a bare checkout, an editable install and a wheel; beside a package named `kernels`."""
+"""Imports from a bare checkout, an editable install, a wheel, and beside PyPI's `kernels` package."""
 
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def python(code: str, *paths, cwd) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the tracked source, so that building leaves nothing in the checkout."""
+    """A copy of the source, so that builds do not write into the checkout."""
     copy = tmp_path_factory.mktemp("source") / "acceleron-checkout"
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("acceleron", "kernels"):
@@ -53,7 +52,7 @@ def pip_install(source: Path, target: Path, *flags):
     assert process.returncode == 0, process.stderr[-2000:]
 
 
-def test_bare_checkout(source):
+def test_bare_checkout_imports(source):
     assert python(PROBE, cwd=source) == str(source / "acceleron" / "kernels" / "torch_ops.py")
     help_text = subprocess.run(
         [sys.executable, "train.py", "--help"], cwd=source, capture_output=True, text=True, check=False
@@ -61,21 +60,21 @@ def test_bare_checkout(source):
     assert "--model_size" in help_text.stdout
 
 
-def test_wheel(source, tmp_path):
+def test_wheel_imports(source, tmp_path):
     site = tmp_path / "site"
     pip_install(source, tmp_path, "--target", str(site))
     assert python(PROBE, site, cwd=tmp_path) == str(site / "acceleron" / "kernels" / "torch_ops.py")
     assert not (site / "kernels").exists()
 
 
-def test_editable_install(source, tmp_path):
-    """In an environment of its own, which sees this one's packages."""
+def test_editable_install_imports(source, tmp_path):
+    """In a new environment that also sees the packages of this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     interpreter = tmp_path / "env" / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    # A name that sorts last: the editable install's own .pth comes first.
-    (site / "zz.pth").write_text(sysconfig.get_path("purelib"))
+    # The name sorts last, after the .pth of the editable install.
+    (site / "zz.pth").write_text(str(Path(pytest.__file__).parents[1]))
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet"]
     flags = ["--no-deps", "--no-build-isolation", "--no-index", "--editable", str(source)]
     process = subprocess.run(pip + flags, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -87,14 +86,14 @@ def test_editable_install(source, tmp_path):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_pypis_kernels_package_is_not_shadowed(source, tmp_path, ours_first):
-    """From a checkout's root, where a regular package must win over our kernels/ folder."""
+    """In the root of a checkout, a regular package must take precedence over our kernels/ folder."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(OTHER_KERNELS)
     first, second = ("from acceleron.kernels import triton_ops", "import kernels")[:: 1 if ours_first else -1]
     python(PROBE_OTHER.format(first=first, second=second), tmp_path, cwd=source)
 
 
-def test_source_distribution_contains_the_kernels(source, tmp_path):
+def test_sdist_contains_the_kernels(source, tmp_path):
     python(f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})", cwd=source)
     (archive,) = tmp_path.glob("acceleron-*.tar.gz")
     with tarfile.open(archive) as contents:

@@ -1,4 +1,4 @@
-"""The check of a kernel backend: what passes it, what fails it, and what train() does then."""
+"""The self-check of the kernels, alone and at the start of train()."""
 
 from dataclasses import replace
 
@@ -15,14 +15,14 @@ from acceleron.self_check import check_gradients
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Widths that no block of 32 divides, and four experts that 24 tokens fill evenly.
+# Widths that are not multiples of 32, and four experts for 24 tokens.
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=24, d_ff_shared=20
 )
 
 
 @pytest.fixture(autouse=True)
-def selection_restored(monkeypatch):
+def restore_backend(monkeypatch):
     monkeypatch.setattr(ops, "_backend", ops._backend)
 
 
@@ -31,24 +31,23 @@ def check(backend="triton", dtype=torch.float32, config=CONFIG, **how):
 
 
 def scale_w2_gradient(monkeypatch, factor):
-    right = moe.expert_grads
+    expert_grads = moe.expert_grads
 
-    def wrong(*args):
-        rows, dweights, dw13, dw2 = right(*args)
-        return rows, dweights, dw13, dw2 * factor
+    def scaled(*args):
+        *others, dw2 = expert_grads(*args)
+        return *others, dw2 * factor
 
-    monkeypatch.setattr(moe, "expert_grads", wrong)
+    monkeypatch.setattr(moe, "expert_grads", scaled)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["moe", "dense"])
-def test_right_kernels_pass(dense):
+def test_correct_kernels_pass(dense):
     result = check(config=replace(CONFIG, dense=dense))
     assert result.passed
-    assert 0 < result.error < 1e-5  # so it was not the reference that ran
+    assert 0 < result.error < 1e-5  # the reference would have an error of 0
 
 
-def test_sixteen_bits_are_held_to_the_reference_in_16_bits():
-    """Against itself, the reference has half of what is allowed, up to the floor."""
+def test_allowed_error_in_bf16_is_twice_the_references():
     result = check("reference", torch.bfloat16)
     assert result.passed
     assert result.error > 1e-3
@@ -56,11 +55,11 @@ def test_sixteen_bits_are_held_to_the_reference_in_16_bits():
 
 
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
-def test_compiled_and_checkpointed():
+def test_compiled_and_checkpointed_kernels_pass():
     assert check(compiled=True, checkpointing=True).passed
 
 
-def test_a_wrong_gradient_is_named(monkeypatch):
+def test_wrong_gradient_fails_and_is_named(monkeypatch):
     scale_w2_gradient(monkeypatch, 1.02)
     result = check()
     assert not result.passed
@@ -68,14 +67,14 @@ def test_a_wrong_gradient_is_named(monkeypatch):
     assert result.error == pytest.approx(0.02, rel=1e-3)
 
 
-def test_nan_fails(monkeypatch):
+def test_nan_gradient_fails_and_is_named(monkeypatch):
     scale_w2_gradient(monkeypatch, float("nan"))
     result = check()
     assert not result.passed
     assert result.name == "blocks.0.moe.w2_EDF"
 
 
-def test_a_check_leaves_no_trace():
+def test_check_restores_the_backend_and_the_rng_state():
     ops.set_backend("triton", DEVICE)
     before = torch.get_rng_state()
     check("reference")
@@ -88,10 +87,10 @@ def test_a_check_leaves_no_trace():
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
-    """Of a run of one step in which "auto" selects Triton, as on a GPU."""
+    """Makes the options of a run of one step. "auto" selects Triton, as on a GPU."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=2, max_seq_len=32))
-    select = ops.set_backend
-    monkeypatch.setattr(ops, "set_backend", lambda choice, device: select(choice.replace("auto", "triton"), device))
+    set_backend = ops.set_backend
+    monkeypatch.setattr(ops, "set_backend", lambda name, device: set_backend(name.replace("auto", "triton"), device))
     data = tmp_path / "data"
     data.mkdir()
     np.save(data / "shard_00000.npy", np.random.default_rng(0).integers(64, size=(8, 24)).astype(np.int32))
@@ -104,18 +103,18 @@ def options(monkeypatch, tmp_path):
     return make
 
 
-def test_a_checked_run_is_bitwise_that_without_a_check(options, tmp_path, capsys):
-    saved = {}
-    for choice in ("auto", "triton"):
-        train(options(choice, kernels=choice))
-        saved[choice] = torch.load(tmp_path / choice / "checkpoint_1.pt", weights_only=True)
-        assert ("checked the kernels in" in capsys.readouterr().err) == (choice == "auto")
-    checked, unchecked = saved.values()
+def test_check_does_not_change_the_run(options, tmp_path, capsys):
+    checkpoints = []
+    for kernels in ("auto", "triton"):  # only "auto" runs the check
+        train(options(kernels, kernels=kernels))
+        checkpoints.append(torch.load(tmp_path / kernels / "checkpoint_1.pt", weights_only=True))
+        assert ("checked the kernels in" in capsys.readouterr().err) == (kernels == "auto")
+    checked, unchecked = checkpoints
     torch.testing.assert_close(checked["model"], unchecked["model"], rtol=0, atol=0)
     assert torch.equal(checked["rng"]["torch"], unchecked["rng"]["torch"])
 
 
-def test_a_run_on_wrong_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
+def test_run_with_wrong_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
     scale_w2_gradient(monkeypatch, 1.02)
     message = (
         r"^the Triton kernels fail their check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an error of "
@@ -127,11 +126,13 @@ def test_a_run_on_wrong_kernels_stops_before_it_writes(options, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_failing_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
+def test_run_with_crashing_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
     monkeypatch.setattr(moe, "expert_grads", fail)
-    with pytest.raises(InputError, match=r"device: RuntimeError: CUDA error: an illegal memory access; pass --kernels"):
+    with pytest.raises(
+        InputError, match=r"device: RuntimeError: CUDA error: an illegal memory access; use --kernels reference"
+    ):
         train(options("run"))
     assert not (tmp_path / "run").exists()

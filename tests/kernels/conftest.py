@@ -3,8 +3,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory holds NaN, and an op without a deterministic implementation raises."""
+def poison_uninitialized_memory():
+    """Fills uninitialized memory with NaN. Ops without a deterministic implementation raise."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

@@ -1,4 +1,4 @@
-"""Offline compilation for GPUs that need not be there: a representative part; `make test-all` does the whole."""
+"""Offline compilation for several GPU targets. `make test-all` covers more."""
 
 import os
 import re
@@ -23,14 +23,14 @@ OTHERS = {
 
 
 def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess:
-    # A process of its own: kernels that were decorated under the interpreter can't be compiled.
+    # A separate process, because kernels decorated under the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["ACCELERON_NO_TMA"] = without_tma
     command = [sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-# One token: Triton makes a constant of an argument that is 1.
+# One token, because Triton compiles an argument of 1 as a constant.
 @pytest.mark.parametrize(
     ("arch", "size", "tokens", "without_tma"),
     [
@@ -55,14 +55,14 @@ def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
         for row in (row for row in rows if row["kernel"] in GEMMS):
             assert row["wgmma"] > 0
             if size != "odd":
-                named = row["kernel"].strip("_").removesuffix("_kernel") in without_tma
-                assert (row["tma"] > 0) == (row["aligned"] and not named), row
+                disabled = row["kernel"].strip("_").removesuffix("_kernel") in without_tma
+                assert (row["tma"] > 0) == (row["aligned"] and not disabled), row
     if arch == "sm_90" and not tokens:
         variants = {(row["tokens"], row["aligned"]) for row in rows}
         assert variants == {(256, True), (64 * 2048, True), (64 * 2048, False)}
 
 
-def test_instructions_are_those_of_the_disassembler(tmp_path):
+def test_opcode_counts_match_the_disassembler(tmp_path):
     source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     source.write_text(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { bar.sync 0; bar.sync 0; ret; }")
     subprocess.run([NVIDIA_TOOLS / "ptxas", "--gpu-name=sm_90", "-o", cubin, source], check=True)
@@ -79,7 +79,7 @@ GOOD = dict(
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "problem"),
     [
         (dict(spilled_bytes=8), "8 bytes spilled"),
         (dict(shared_bytes=232449), "232449 bytes of shared memory"),
@@ -88,14 +88,14 @@ GOOD = dict(
         (dict(serialized=True), "serialized"),
     ],
 )
-def test_what_is_not_fit_to_ship_is_complained_of(change, complaint):
+def test_bad_compilation_results_are_reported(change, problem):
     assert problems(GOOD) == []
     assert problems(GOOD | dict(tma=0, aligned=False)) == []
     (text,) = problems(GOOD | change)
-    assert complaint in text
+    assert problem in text
 
 
-def test_compiling_under_the_interpreter_says_so():
+def test_compile_rejects_the_interpreter():
     command = [sys.executable, "-m", "bench", "compile"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

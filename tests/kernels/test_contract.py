@@ -1,4 +1,4 @@
-"""What holds of every op and both kernel backends: second derivatives, autocast, and ignored labels."""
+"""Properties of every op in both kernel backends: second derivatives, autocast, dtypes, labels and argument checks."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def backend(request):
 
 
 def calls(dtype=torch.float32) -> dict:
-    """For each op a function of x that returns a floating tensor, and x; other operands are constants of the dtype."""
+    """For each op, a function of x that returns a floating-point tensor, and x. Other operands are constants."""
     routing = torch_ops.route_top2(randn(T, E, seed=1))
     plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     w13, w2 = (randn(E, 2 * WIDTH, D, seed=2) / D**0.5).to(dtype), (randn(E, D, WIDTH, seed=3) / WIDTH**0.5).to(dtype)
@@ -46,7 +46,7 @@ def calls(dtype=torch.float32) -> dict:
     }
 
 
-OPS = sorted(set(torch_ops.__all__) - {"dispatch_plan"})  # which has no gradient
+OPS = sorted(set(torch_ops.__all__) - {"dispatch_plan"})  # dispatch_plan has no gradient
 
 
 def test_every_op_is_covered():
@@ -54,14 +54,14 @@ def test_every_op_is_covered():
 
 
 def second_derivative(op, x):
-    """Of sum(op(tanh(x)).square()) by x: the gradient of the gradient's squared norm."""
+    """Gradient of the squared norm of the gradient of sum(op(tanh(x)).square())."""
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(op(x.tanh()).square().sum(), x, create_graph=True)
     return torch.autograd.grad(grad.square().sum(), x)[0]
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_second_derivatives_are_right_or_refused(name, backend):
+def test_second_derivatives_are_correct_or_raise(name, backend):
     if backend == "reference" and name in ("rms_norm", "rope", "route_top2", "router_logits", "split_rope"):
         op, x = calls(torch.float64)[name]
         step = 1e-5 * randn(*x.shape, seed=7, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_second_derivatives_are_right_or_refused(name, backend):
 
 
 def gradient(op, x, inside):
-    """y and x's gradient under bf16 autocast, the backward pass in its context or after it."""
+    """y and the gradient of x under bf16 autocast. inside: whether backward also runs under it."""
     x = x.detach().requires_grad_()
     with torch.autocast(DEVICE_TYPE, torch.bfloat16):
         y = op(x)
@@ -92,10 +92,10 @@ def gradient(op, x, inside):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", OPS)
 def test_autocast(name, backend, inside):
-    """Ops whose work is GEMMs of activations compute in autocast's dtype; the others in fp32, the router among them."""
+    """GEMMs compute in autocast's dtype; the router and the other ops compute in fp32."""
     op, x = calls()[name]
     leaf = x.detach().requires_grad_()
-    if name == "grouped_gemm":  # whose weight must be of x's dtype
+    if name == "grouped_gemm":  # its weight must have x's dtype
         y = calls(torch.bfloat16)[name][0](leaf.bfloat16())
     elif name in ("expert_mlp", "linear_cross_entropy", "moe"):
         y = op(leaf.bfloat16())
@@ -104,7 +104,7 @@ def test_autocast(name, backend, inside):
     y.float().square().sum().backward()
     ours, grad = gradient(op, x, inside)
     assert ours.dtype == y.dtype
-    if name == "moe":  # the parts of one op round in other places
+    if name == "moe":  # autocast runs it as separate ops, which round at other points
         assert error(ours, y.detach().double()) < 0.01
         assert error(grad, leaf.grad.double()) < 0.02
     else:
@@ -112,12 +112,14 @@ def test_autocast(name, backend, inside):
         assert torch.equal(grad, leaf.grad)
 
 
-def test_autocast_changes_no_tokens_experts(backend):
-    """Not even of those near a tie: the router reads x before it is rounded."""
+def test_autocast_does_not_change_the_routing(backend):
+    """Even near a tie, because the router reads x before it is rounded."""
     layer = MoE(ModelConfig.preset("nano", vocab_size=64)).to(DEVICE)
     x = 1 + 1e-3 * randn(48, 128, seed=8)  # all but a few are 1 in bf16
     with torch.no_grad():
-        layer.router.copy_(torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()])  # 64 of each in a row
+        layer.router.copy_(
+            torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()]
+        )  # each row has 64 of each
         _, expected = layer(x)
         with torch.autocast(DEVICE_TYPE, torch.bfloat16):
             y, stats = layer(x)
@@ -127,7 +129,7 @@ def test_autocast_changes_no_tokens_experts(backend):
     assert not torch.equal(rounded.tokens_per_expert_E, expected.tokens_per_expert_E)
 
 
-def test_autocast_keeps_a_moes_other_arguments(backend):
+def test_moe_options_work_under_autocast(backend):
     x, residual = randn(T, D, seed=6), randn(T, D, seed=7)
     router, w13, w2 = randn(E, D, seed=4), randn(E, 2 * WIDTH, D, seed=2) / 8, randn(E, D, WIDTH, seed=3) / 8
     weights = (router, w13, w2, w13[0], w2[0])
@@ -135,7 +137,7 @@ def test_autocast_keeps_a_moes_other_arguments(backend):
         plain = ops.moe(x, *weights)
         forced = ops.moe(x, *weights, force_load_balance=True)
         added = ops.moe(x, *weights, residual_TD=residual)
-        narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # of a Linear, with an fp32 residual
+        narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # bf16 from a Linear, plus an fp32 residual
     assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
     assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
     assert narrow.y_TD.dtype == torch.bfloat16
@@ -144,7 +146,7 @@ def test_autocast_keeps_a_moes_other_arguments(backend):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_under_autocast_is_one_of_that_compute_dtype(dense, compiled, backend):
+def test_model_under_autocast_equals_a_bf16_compute_model(dense, compiled, backend):
     config = ModelConfig(64, 32, 2, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=16, dense=dense)
     ids, results = torch.arange(24, device=DEVICE).view(2, 12), []
     for dtype in (torch.float32, torch.bfloat16):
@@ -155,7 +157,7 @@ def test_a_model_under_autocast_is_one_of_that_compute_dtype(dense, compiled, ba
                 block.compile(fullgraph=True, backend="aot_eager")
         with torch.autocast(DEVICE_TYPE, torch.bfloat16, enabled=dtype == torch.float32):
             loss = model(ids, labels=ids).loss
-            if not compiled:  # a graph of aten ops would be cast here
+            if not compiled:  # autocast would also cast the aten ops of a compiled backward
                 loss.backward()
         if compiled:
             loss.backward()
@@ -174,15 +176,15 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("wild", [None, torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [None, torch.inf, torch.nan])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
-    """Also where an ignored row is not finite, which changes nothing. (torch has gradients of NaN there.)"""
+def test_ignored_labels_match_torch(pattern, value, backend):
+    """A nonfinite ignored row has no effect. torch would return NaN gradients for it, so its rows stay finite."""
     x, weight, labels = randn(11, 16), randn(20, 16, seed=1), torch.arange(11, device=DEVICE)
     labels[PATTERNS[pattern]] = -100
     ours_x = x.clone()
-    if wild is not None and PATTERNS[pattern]:
-        ours_x[PATTERNS[pattern][0]] = wild
+    if value is not None and PATTERNS[pattern]:
+        ours_x[PATTERNS[pattern][0]] = value
     results = []
     for function, rows in (
         (lambda x, w: ops.linear_cross_entropy(x, w, labels), ours_x),
@@ -191,12 +193,10 @@ def test_ignored_labels_are_those_of_torch(pattern, wild, backend):
         leaves = [v.detach().requires_grad_() for v in (rows, weight)]
         loss = function(*leaves)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
-    """As in torch. Uninitialised memory is NaN in these tests."""
+def test_loss_of_zero_tokens_is_nan_with_zero_gradients(backend):
     x, weight = randn(0, 16).requires_grad_(), randn(20, 16, seed=1).requires_grad_()
     loss = ops.linear_cross_entropy(x, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE))
     loss.backward()
@@ -207,7 +207,7 @@ def test_no_tokens_have_a_loss_of_nan_and_gradients_of_zero(backend):
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_fp16_gradients_under_a_loss_scale(scale, backend):
-    """GradScaler's first scale is above fp16's range; a probability over the number of tokens may be below it."""
+    """GradScaler's initial scale is above fp16's range. A probability divided by the token count can be below it."""
     T, V = (8192, 2048) if backend == "reference" or DEVICE == "cuda" else (96, 64)  # the interpreter is slow
     x, weight, labels = randn(T, 16), randn(V, 16, seed=1), torch.arange(T, device=DEVICE) % V
     leaves = [x.half().requires_grad_(), weight.requires_grad_()]
@@ -218,14 +218,14 @@ def test_fp16_gradients_under_a_loss_scale(scale, backend):
         assert error(gradient, expected) < 1e-3
 
 
-def test_labels_of_another_shape_are_refused(backend):
+def test_labels_of_another_shape_are_rejected(backend):
     x, weight = randn(6, 16), randn(20, 16, seed=1)
     for shape in ((5,), (7,), (6, 1), (2, 3)):
         with pytest.raises(ValueError, match=r"labels_T: expected shape \(6,?\), but got"):
             ops.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
 
 
-def test_a_models_wrong_shapes_are_refused(backend):
+def test_model_rejects_wrong_shapes(backend):
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
     for labels in (ids[:, 1:], ids[:1], ids.flatten(), ids[..., None]):
@@ -243,20 +243,20 @@ def test_a_models_wrong_shapes_are_refused(backend):
         assert model(empty, labels=empty).cross_entropy.isnan()
 
 
-def plan(tokens, experts=E):
+def plan_of(tokens, experts=E):
     return torch_ops.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
 
 
 X, W13, W2, SCORES, QK = (T, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (T, 2), (2, 5, 2, 4)
-REFUSED = {
-    "expert_mlp: topk_scores_TK": lambda: ops.expert_mlp(randn(*X), randn(1, 2), plan(T), randn(*W13), randn(*W2)),
+REJECTED = {
+    "expert_mlp: topk_scores_TK": lambda: ops.expert_mlp(randn(*X), randn(1, 2), plan_of(T), randn(*W13), randn(*W2)),
     "expert_mlp: plan.gather_idx": lambda: ops.expert_mlp(
-        randn(*X), randn(*SCORES), plan(T - 1), randn(*W13), randn(*W2)
+        randn(*X), randn(*SCORES), plan_of(T - 1), randn(*W13), randn(*W2)
     ),
     "expert_mlp: plan.offsets": lambda: ops.expert_mlp(
-        randn(*X), randn(*SCORES), plan(T, E - 1), randn(*W13), randn(*W2)
+        randn(*X), randn(*SCORES), plan_of(T, E - 1), randn(*W13), randn(*W2)
     ),
-    "grouped_gemm: x_ND": lambda: ops.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan(T)),
+    "grouped_gemm: x_ND": lambda: ops.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan_of(T)),
     "linear_cross_entropy: x_TD": lambda: ops.linear_cross_entropy(
         randn(D), randn(V, D), torch.zeros(D, dtype=torch.int64, device=DEVICE)
     ),
@@ -269,20 +269,20 @@ REFUSED = {
     "rope: cos_SC": lambda: ops.rope(randn(*QK), randn(2, 5, 1, 4), randn(1, 4), randn(1, 4)),
     "route_top2: logits_TE": lambda: ops.route_top2(randn(T, 1)),
     "dispatch_plan: topk_ids_TK": lambda: ops.dispatch_plan(torch.zeros(T, 3, dtype=torch.int32, device=DEVICE), E),
-    "dispatch_plan: num_experts": lambda: plan(T, 0),
+    "dispatch_plan: num_experts": lambda: plan_of(T, 0),
     "router_logits: weight_ED": lambda: ops.router_logits(randn(*X), randn(E, 1)),
     "swiglu: gate_up_N2F": lambda: ops.swiglu(randn(T, 3)),
 }
 
 
-@pytest.mark.parametrize("argument", REFUSED)
-def test_shapes_that_torch_would_broadcast_are_refused(argument, backend):
+@pytest.mark.parametrize("argument", REJECTED)
+def test_wrong_shapes_are_rejected_and_not_broadcast(argument, backend):
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
-        REFUSED[argument]()
+        REJECTED[argument]()
 
 
-def test_16_bit_weights_of_fp32_activations(backend):
-    """They are cast to fp32, and their gradients to their own dtype."""
+def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
+    """Their gradients stay bf16."""
     x = randn(T, D)
     narrow = [
         randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate([(E, D), W13, W2, (8, D), (D, 4)])
@@ -301,7 +301,7 @@ def test_16_bit_weights_of_fp32_activations(backend):
         torch.testing.assert_close(grad.float(), wide, rtol=2**-8, atol=1e-3)
 
 
-def test_the_router_of_a_16_bit_model_computes_in_fp32(backend):
+def test_router_computes_in_fp32_for_16_bit_operands(backend):
     x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
     logits = ops.router_logits(x, weight)
     assert logits.dtype == torch.float32
@@ -309,13 +309,13 @@ def test_the_router_of_a_16_bit_model_computes_in_fp32(backend):
 
 
 def test_sequences_of_one_token_have_no_loss(backend):
-    """Each token's target is the next one."""
+    """A token's target is the next token, so there is no target."""
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
     assert model(ids, labels=ids).cross_entropy.isnan()
 
 
-def test_operands_of_another_dtype_are_refused(backend):
+def test_operands_of_another_dtype_are_rejected(backend):
     x, weights = randn(T, D), (randn(E, D), randn(E, 2 * WIDTH, D), randn(E, D, WIDTH), randn(8, D), randn(D, 4))
     with pytest.raises(ValueError, match="moe: residual_TD: expected float32, but got bfloat16"):
         ops.moe(x, *weights, residual_TD=x.bfloat16())
@@ -326,8 +326,8 @@ def test_operands_of_another_dtype_are_refused(backend):
         ops.rope(q, q[:, :, :1].bfloat16().contiguous(), angles, angles)
 
 
-def test_norm_whose_results_have_no_gradient():
-    """A later Function may return none."""
+def test_rms_norm_backward_accepts_missing_gradients():
+    """A custom Function can return None as the gradient of its input."""
 
     class Stop(torch.autograd.Function):
         @staticmethod
@@ -345,7 +345,7 @@ def test_norm_whose_results_have_no_gradient():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_generation_under_autocast_is_generation_in_the_compute_dtype():
+def test_autocast_does_not_change_generation():
     torch.manual_seed(0)
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=32)).to(DEVICE)
     greedy = Sampling(temperature=0.0)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a training step in a CUDA graph, and no host sync in any op. Not collected without one."""
+"""Tests that need a GPU: no op syncs with the host, and a training step runs in a CUDA graph."""
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ def build(batch: int = 4, seq_len: int = 256):
     return model, ids
 
 
-def test_no_op_waits_for_the_device():
+def test_no_op_syncs_with_the_host():
     model, ids = build()
-    model(ids, ids).loss.backward()  # compiles, which may sync
+    model(ids, ids).loss.backward()  # the first run compiles the kernels, which may sync
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(ids, ids).loss.backward()
@@ -26,8 +26,8 @@ def test_no_op_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_step_in_a_cuda_graph_follows_the_data():
-    """Captured once, replayed on other tokens: the losses and gradients are those of a step without a graph."""
+def test_cuda_graph_replay_matches_an_eager_step():
+    """The graph is captured once and replayed on other tokens."""
     torch.use_deterministic_algorithms(False)  # SDPA's backward has no deterministic kernel for every head_dim
     model, ids = build()
     stream = torch.cuda.Stream()
@@ -55,6 +55,6 @@ def test_a_training_step_in_a_cuda_graph_follows_the_data():
         assert F.mse_loss(replayed[1], router_grad).sqrt() < 1e-2 * router_grad.square().mean().sqrt()
 
 
-def test_auto_and_triton_are_triton_on_a_gpu():
-    for choice in ("triton", "auto"):
-        assert ops.set_backend(choice, DEVICE).startswith("Triton 3")
+def test_auto_selects_triton_on_a_gpu():
+    for backend in ("triton", "auto"):
+        assert ops.set_backend(backend, DEVICE).startswith("Triton 3")

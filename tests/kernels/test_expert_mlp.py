@@ -1,4 +1,4 @@
-"""The experts' kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
+"""The expert MLP kernels."""
 
 import gc
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, FACTOR, error, randn
+from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, opcheck, randn, saved_tensors, sum_floor
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
@@ -20,19 +20,11 @@ from acceleron.kernels.routing import route_top2
 
 expert_mlp = module.expert_mlp
 ROOT = Path(__file__).parents[2]
-NAMES = ("x", "weights", "w13", "w2")
-
-
-def floor(length: int) -> float:
-    """The relative error of a sum of `length` fp32 products, added one after another, where torch's order is better.
-
-    A partial sum of i unit products is sqrt(i) and each rounding's error eps / sqrt(12) of it: sqrt(length / 24) eps.
-    """
-    return max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
+NAMES = ("x", "topk_scores", "w13", "w2")
 
 
 def inputs(T, D, width, E, used=None, dtype=torch.float32):
-    """The op's arguments, routed by the logits of a random router, of which some experts may be out of use."""
+    """[x, topk_scores, w13, w2] and the plan, from random logits. used: the experts that get tokens, all by default."""
     logits = randn(T, E, seed=1)
     if used:
         logits[:, [e for e in range(E) if e not in used]] -= 100
@@ -55,18 +47,14 @@ def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert
     formula, *backends = functions
     truths = run(formula, [t.double() for t in tensors], plan, grad)
     plains, results = (run(function, tensors, plan, grad) for function in backends)
-    dtypes = [x.dtype, *(t.dtype for t in tensors)]
-    allowed = floor(max(*x.shape, *tensors[2].shape))
-    for name, dtype, ours, plain, truth in zip(("y", *NAMES), dtypes, results, plains, truths, strict=True):
-        assert (ours.dtype, ours.shape) == (dtype, truth.shape)
-        # Of a few values the reference's may be right by luck: then half a rounding of what they are computed from.
-        few = torch.finfo(x.dtype).eps / 2 if ours.numel() < 10 else 0
-        assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + allowed + few, name
+    assert results[0].dtype == x.dtype
+    floor, luck = sum_floor(max(*x.shape, *tensors[2].shape)), torch.finfo(x.dtype).eps / 2
+    assert_accurate(("y", *NAMES), results, plains, truths, FACTOR[x.dtype], floor, luck)
     return results
 
 
-# T, D, F, E and which experts are in use; the interpreter's blocks are 32 x 32 x 32, and its programs three. First each
-# model's experts and about its ratio of D to F; only tiny's have two tiles of rows each.
+# T, D, F, E and the experts that get tokens. The interpreter runs three programs with blocks of 32 x 32 x 32. The named
+# sizes come first, with their expert count and roughly their ratio of D to F. Only tiny has two row tiles per expert.
 SIZES = {
     "nano": (20, 64, 64, 8, None),
     "tiny": (60, 16, 44, 4, None),
@@ -76,19 +64,19 @@ SIZES = {
 }
 CASES = SIZES | {
     "one token": (1, 32, 64, 4, None),
-    "empty experts": (37, 32, 40, 6, (1, 3, 4)),  # the first and the last among them
-    "hot experts": (40, 64, 32, 5, (4, 2)),  # all tokens on the same two, whose rows are two tiles each
+    "empty experts": (37, 32, 40, 6, (1, 3, 4)),  # the first and the last are empty
+    "hot experts": (40, 64, 32, 5, (4, 2)),  # two tiles of rows each
     "two experts": (33, 32, 32, 2, None),
     "many experts": (16, 8, 8, 64, None),
-    "odd widths": (33, 33, 17, 5, None),  # pointers instead of descriptors, and partial tiles of everything
-    "wide rows": (9, 264, 8, 3, None),  # two programs a token in the kernels that sum its two rows
+    "odd widths": (33, 33, 17, 5, None),  # pointers instead of TMA, and partial tiles on every axis
+    "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its two rows
 }
 if DEVICE == "cuda":
     for size in PRESETS:
         config = ModelConfig.preset(size)
-        CASES[f"{size} itself"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
+        CASES[f"{size}, full size"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
-else:  # in fp16, which takes bf16's path, and some in fp32, as the interpreter is slow; more sizes in test_moe_layer.py
+else:  # the interpreter is slow: fp16, which takes the same path as bf16, and some fp32; test_moe_layer.py has more
     RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium")]
     RUNS += [(case, torch.float32) for case in ("one token", "empty experts", "hot experts", "odd widths")]
 
@@ -98,17 +86,17 @@ def test_output_and_every_gradient(case, dtype):
     _, _, _, E, used = CASES[case]
     _, _, _, grad_w13, grad_w2 = check_errors(*inputs(*CASES[case], dtype=dtype))
     for expert in set(range(E)) - set(used or range(E)):
-        assert not grad_w13[expert].any()  # exactly 0, though memory is poisoned
+        assert not grad_w13[expert].any()  # exactly 0, although uninitialized memory holds NaN
         assert not grad_w2[expert].any()
 
 
 def test_fp32_weights_get_fp32_gradients():
-    """As the model has them: cast for the GEMMs, and their gradients never rounded to 16 bits."""
-    (x, weights, w13, w2), plan = inputs(*CASES["odd widths"], dtype=torch.float16)
+    """The weights are cast for the GEMMs. Their gradients are never rounded to 16 bits."""
+    (x, scores, w13, w2), plan = inputs(*CASES["odd widths"], dtype=torch.float16)
     grad = randn(*x.shape, seed=5, dtype=x.dtype)
-    narrow = run(expert_mlp, (x, weights, w13, w2), plan, grad)
-    wide = run(expert_mlp, (x, weights, w13.float(), w2.float()), plan, grad)
-    assert all(torch.equal(a, b) for a, b in zip(narrow[:3], wide[:3], strict=True))
+    narrow = run(expert_mlp, (x, scores, w13, w2), plan, grad)
+    wide = run(expert_mlp, (x, scores, w13.float(), w2.float()), plan, grad)
+    assert_equal(narrow[:3], wide[:3])
     for a, b in zip(narrow[3:], wide[3:], strict=True):
         assert b.dtype == torch.float32
         assert torch.equal(b.half(), a)
@@ -116,7 +104,7 @@ def test_fp32_weights_get_fp32_gradients():
 
 
 def test_bfloat16():
-    """With a residual: of four roundings in a row, which the interpreter all cuts off, the errors have one sign."""
+    """Adds x to dilute the error, because the interpreter truncates four times in a row, always toward zero."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
     functions = (formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)
     check_errors(tensors, plan, [lambda x, *rest, f=f: f(x, *rest) + x for f in functions])
@@ -131,16 +119,16 @@ def test_bfloat16():
     ],
     ids=str,
 )
-def test_other_configurations(config, dtype, monkeypatch):
+def test_other_tile_configs(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(30, 48, 72, 2, dtype=dtype))
 
 
-def test_the_cases_take_both_paths(monkeypatch):
-    """Tensor descriptors for 16-bit rows of 16 bytes and whole inner blocks, pointers for the rest."""
+def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
+    """TMA needs rows of a multiple of 16 bytes and full inner blocks. Other operands are loaded by pointers."""
     used = []
-    for user in (module, gemms):
-        monkeypatch.setattr(user, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
+    for caller in (module, gemms):
+        monkeypatch.setattr(caller, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
 
     def paths(D, width, dtype):
         used.clear()
@@ -149,14 +137,14 @@ def test_the_cases_take_both_paths(monkeypatch):
         return [tma for _, tma in used]
 
     descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    # Up, down; w2.T dy, dW2, dW13, dX's rows.
+    # Up and down; w2.T dy, dW2, dW13 and the rows of dX.
     assert paths(64, 32, torch.float16) == [descriptors] * 6
     assert paths(64, 32, torch.float32) == [False] * 6
     assert paths(33, 17, torch.float16) == [False] * 6
 
 
 @pytest.mark.parametrize("names", ["up", "rows", "weight_grad", "rows, up", "all"])
-def test_results_without_tma_are_those_with_it(names, monkeypatch):
+def test_disabling_tma_does_not_change_the_results(names, monkeypatch):
     tensors, plan = inputs(50, 64, 96, 3, dtype=torch.float16)
     expected, used = run(expert_mlp, tensors, plan, tensors[0]), {}
 
@@ -164,8 +152,8 @@ def test_results_without_tma_are_those_with_it(names, monkeypatch):
         config, used[op] = configs.choose(op, *args)
         return config, used[op]
 
-    for user in (module, gemms):
-        monkeypatch.setattr(user, "choose", recorded)
+    for caller in (module, gemms):
+        monkeypatch.setattr(caller, "choose", recorded)
     monkeypatch.setenv("ACCELERON_NO_TMA", names)
     for without, with_tma in zip(run(expert_mlp, tensors, plan, tensors[0]), expected, strict=True):
         assert with_tma.any()
@@ -174,8 +162,7 @@ def test_results_without_tma_are_those_with_it(names, monkeypatch):
         assert used == {op: names != "all" and op not in names for op in configs.OPS}
 
 
-def test_configurations_are_looked_up_by_the_documented_sizes(monkeypatch):
-    """Those of the table in configs.py."""
+def test_config_lookup_uses_the_documented_sizes(monkeypatch):
     calls = []
 
     def recorded(op, device, dtype, sizes, tma):
@@ -197,7 +184,7 @@ import ctypes, mmap
 import torch
 
 def guarded(x):
-    # The tensor's last byte is the last that may be read: a page without permissions follows.
+    # A copy of x that ends at a page boundary. Reading past the end faults, because the next page has no permissions.
     page, size = mmap.PAGESIZE, x.numel() * x.element_size()
     pages = -(-size // page) + 1
     memory = mmap.mmap(-1, pages * page)
@@ -212,15 +199,15 @@ from acceleron.kernels import dispatch, expert_mlp as mlp, grouped_gemm as gemms
 for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, torch.float16)):
     E, T = 3, 5
     logits = guarded(torch.randn(T, E))
-    weights, experts, _, _, counts = map(guarded, routing.route(logits))
-    routing.route_backward(logits, experts, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
-    gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(experts, E))
+    scores, ids, _, _, counts = map(guarded, routing.route(logits))
+    routing.route_backward(logits, ids, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
+    gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(ids, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
     dy_rows = guarded(gemms.gather_rows(dy, gather_idx))
     h, act = map(guarded, mlp.expert_up(x, w13, gather_idx, offsets, True))
-    mlp.expert_down(act, w2, weights, scatter_idx, offsets, shared, dy)
-    dh, act, dots = map(guarded, mlp.hidden_grad(dy_rows, w2, h, weights, gather_idx, offsets))
+    mlp.expert_down(act, w2, scores, scatter_idx, offsets, shared, dy)
+    dh, act, dots = map(guarded, mlp.hidden_grad(dy_rows, w2, h, scores, gather_idx, offsets))
     rows = guarded(gemms.grouped_rows(dh, w13, offsets, False))
     mlp.token_grad(rows, scatter_idx, shared, logits, guarded(torch.randn(E, D)))
     gemms.grouped_weight_grad(dy_rows, act, offsets, None, dtype)
@@ -229,15 +216,14 @@ print("done")
 """
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="guard pages are a Linux CPU's")
-def test_nothing_is_read_past_an_arguments_end():
-    """A mask that lacks shows in no result, as what it lets in is never stored; on a GPU it may be a fault."""
+@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="guard pages need CPU tensors on Linux")
+def test_kernels_do_not_read_past_the_end_of_a_tensor():
+    """A missing load mask changes no result, because the extra values are not stored. On a GPU it can fault."""
     process = subprocess.run([sys.executable, "-c", GUARDED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr[-2000:]
 
 
-def test_each_gradient_alone():
-    """As each is asked for alone, the others' absence changes no bit."""
+def test_gradients_computed_alone_match_joint_gradients():
     tensors, plan = inputs(9, 17, 5, 3)
     grad = randn(*tensors[0].shape, seed=5)
     _, *together = run(expert_mlp, tensors, plan, grad)
@@ -247,8 +233,8 @@ def test_each_gradient_alone():
         assert torch.equal(torch.autograd.grad(y, leaves[index], grad)[0], expected), name
 
 
-def test_nothing_is_computed_for_backward_that_it_does_not_need(monkeypatch):
-    """Frozen experts cost no GEMM, an evaluation no pre-activation; and what remains is the same."""
+def test_unneeded_gradients_and_pre_activations_are_not_computed(monkeypatch):
+    """Frozen experts need no weight gradient GEMM. Without grad, the pre-activation is not stored."""
     tensors, plan = inputs(9, 17, 5, 3)
     grad = randn(*tensors[0].shape, seed=5)
     y, dx, *_ = run(expert_mlp, tensors, plan, grad)
@@ -261,55 +247,61 @@ def test_nothing_is_computed_for_backward_that_it_does_not_need(monkeypatch):
     assert torch.equal(frozen, y)
     assert torch.equal(x.grad, dx)
     assert not calls
-    heights = []
+    pre_activations = []
     up = module.expert_up
-    monkeypatch.setattr(module, "expert_up", lambda *arguments: heights.append(up(*arguments)[0]) or up(*arguments))
+
+    def recorded(*arguments):
+        h, act = up(*arguments)
+        pre_activations.append(h)
+        return h, act
+
+    monkeypatch.setattr(module, "expert_up", recorded)
     with torch.no_grad():
         assert torch.equal(expert_mlp(*tensors[:2], plan, *tensors[2:]), y)
-    assert heights[0].numel() == 0
+    assert pre_activations[0].numel() == 0
 
 
-def test_expanded_gradient():
+def test_backward_accepts_an_expanded_gradient():
     tensors, plan = inputs(9, 17, 5, 3)
     leaves = [x.detach().requires_grad_() for x in tensors]
-    expert_mlp(*leaves[:2], plan, *leaves[2:]).sum().backward()  # its gradient has strides of 0
+    expert_mlp(*leaves[:2], plan, *leaves[2:]).sum().backward()  # the gradient of a sum has strides of 0
     _, *expected = run(expert_mlp, tensors, plan, torch.ones_like(tensors[0]))
-    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
+    assert_equal([leaf.grad for leaf in leaves], expected)
 
 
-def test_no_tokens():
-    experts = torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
+def test_zero_tokens():
+    ids = torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
     tensors, _ = inputs(5, 16, 8, 3)
     tensors = [x[:0] if i < 2 else x for i, x in enumerate(tensors)]
-    y, *grads = run(expert_mlp, tensors, dispatch_plan(experts, 3), tensors[0])
+    y, *grads = run(expert_mlp, tensors, dispatch_plan(ids, 3), tensors[0])
     assert y.shape == (0, 16)
     assert [grad.shape for grad in grads] == [x.shape for x in tensors]
     assert not grads[2].any()
     assert not grads[3].any()
 
 
-def test_same_bits_every_time_and_without_gradients():
-    # Where programs run at once, of a size at which the order of their ends can differ.
-    tensors, plan = inputs(*(CASES["tiny itself"] if DEVICE == "cuda" else (20, 32, 40, 2)), dtype=torch.float16)
-    first, second = (run(expert_mlp, tensors, plan, tensors[0]) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_results_are_deterministic_with_and_without_grad():
+    # On a GPU, large enough that programs can finish in different orders.
+    tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 2)), dtype=torch.float16)
+    first = run(expert_mlp, tensors, plan, tensors[0])
+    assert_equal(run(expert_mlp, tensors, plan, tensors[0]), first)
     with torch.no_grad():
         assert torch.equal(expert_mlp(*tensors[:2], plan, *tensors[2:]), first[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_tokens_output_does_not_depend_on_its_batch(dtype):
-    """Neither on who else is in its tile, nor on its row there: a row's sums run over the inner width alone."""
-    (x, weights, w13, w2), plan = inputs(*CASES["tiny"], dtype=dtype)
-    whole = expert_mlp(x, weights, plan, w13, w2)
-    experts = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK, right=True).to(torch.int32)
+def test_output_of_a_token_does_not_depend_on_the_batch(dtype):
+    """Neither the other rows of its tile nor its position there matter: sums run over the inner width only."""
+    (x, scores, w13, w2), plan = inputs(*CASES["tiny"], dtype=dtype)
+    full = expert_mlp(x, scores, plan, w13, w2)
+    ids = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK, right=True).to(torch.int32)
     some = slice(17, 40)
-    part = expert_mlp(x[some], weights[some], dispatch_plan(experts[some].contiguous(), 4), w13, w2)
-    assert torch.equal(part, whole[some])
+    part = expert_mlp(x[some], scores[some], dispatch_plan(ids[some].contiguous(), 4), w13, w2)
+    assert torch.equal(part, full[some])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nan_stays_with_its_token_and_its_experts(dtype):
+def test_nan_does_not_reach_other_tokens_or_experts(dtype):
     tensors, plan = inputs(12, 32, 32, 4, dtype=dtype)
     grad = randn(12, 32, seed=5)
     good = run(expert_mlp, tensors, plan, grad)
@@ -317,27 +309,26 @@ def test_nan_stays_with_its_token_and_its_experts(dtype):
     x[7] = torch.nan
     bad = run(expert_mlp, [x, *tensors[1:]], plan, grad)
     others = torch.arange(12, device=DEVICE) != 7
-    for name, ours, expected in zip(("y", "x", "weights"), bad, good, strict=False):
+    for name, ours, expected in zip(("y", "x", "topk_scores"), bad, good, strict=False):
         assert torch.equal(ours[others], expected[others]), name
         assert ours[7].isnan().all(), name
-    its = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK[7], right=True).tolist()
+    nan_experts = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK[7], right=True).tolist()
     for ours, expected in zip(bad[3:5], good[3:5], strict=True):
         for expert in range(4):
-            assert ours[expert].isnan().any() if expert in its else torch.equal(ours[expert], expected[expert])
+            assert ours[expert].isnan().any() if expert in nan_experts else torch.equal(ours[expert], expected[expert])
 
 
-def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
-    """2 D + 8 F bytes a token in 16 bits, and 24 of weights and plan: see SonicMoE's "minimal activation memory"."""
-    T, D, width, E = 43, 40, 48, 8  # shapes of no other test
+def test_backward_saves_only_x_the_pre_activation_and_the_plan():
+    """2 D + 8 F bytes per token in 16 bits, and 24 bytes of scores and plan: SonicMoE's "minimal activation memory"."""
+    T, D, width, E = 43, 40, 48, 8  # shapes that no other test uses
     (x, _, w13, w2), _ = inputs(T, D, width, E, dtype=torch.float16)
     leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2)]
     x, logits, w13, w2 = leaves
-    saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+    with saved_tensors() as saved:
         routing = route_top2(logits)
         plan = dispatch_plan(routing.topk_ids_TK, E)
         y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
-    # By no other way either: of all that is alive with y, nothing has the activation's or the rows' shape.
+    # Nothing else is kept: no live tensor has the shape of the activation or of the expert-sorted rows.
     alive = {t.shape for t in gc.get_objects() if type(t) is torch.Tensor}
     assert y.requires_grad
     assert (2 * T, 2 * width) in alive
@@ -358,9 +349,9 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
         ("x_TD", lambda x: x.double(), "expected bfloat16 or float16 or float32, but got float64"),
         ("x_TD", lambda x: x[None], "expected shape"),
         ("x_TD", lambda x: x.t().contiguous().t(), r"call .contiguous\(\)"),
-        ("topk_scores_TK", lambda weights: weights.half(), "expected float32, but got float16"),
-        ("topk_scores_TK", lambda weights: weights[1:], "expected shape"),
-        ("topk_scores_TK", lambda weights: weights.t().contiguous().t(), r"call .contiguous\(\)"),
+        ("topk_scores_TK", lambda scores: scores.half(), "expected float32, but got float16"),
+        ("topk_scores_TK", lambda scores: scores[1:], "expected shape"),
+        ("topk_scores_TK", lambda scores: scores.t().contiguous().t(), r"call .contiguous\(\)"),
         ("w13_E2FD", lambda w13: w13.int(), "expected bfloat16 or .*, but got int32"),
         ("w13_E2FD", lambda w13: w13.double(), "expected bfloat16 or float16 or float32, but got float64"),
         ("w13_E2FD", lambda w13: w13[:, 1:].contiguous(), r"expected shape \(5, 34, 33\)"),  # not w2's F
@@ -375,7 +366,7 @@ def test_backward_keeps_x_the_pre_activation_and_the_plan_alone():
         ("x_TD", lambda x: x[:, :0], "a last axis that is not empty"),
     ],
 )
-def test_refusals_name_the_argument(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     tensors, plan = inputs(*CASES["odd widths"])
     names = ("x_TD", "topk_scores_TK", "w13_E2FD", "w2_EDF")
     arguments = dict(zip(names, tensors, strict=True)) | dict(plan=plan)
@@ -385,23 +376,21 @@ def test_refusals_name_the_argument(name, change, message):
 
 
 def test_custom_ops_pass_opcheck():
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     ops = torch.ops.acceleron_triton
-    (x, weights, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 2)
+    (x, scores, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 2)
     dy, dy_rows = randn(3, 8, seed=5), randn(6, 8, seed=6)
     h, act = module.expert_up(x, w13, gather_idx, offsets, True)
     for with_h in (True, False):
-        torch.library.opcheck(ops.expert_up.default, (x, w13, gather_idx, offsets, with_h))
+        opcheck(ops.expert_up.default, (x, w13, gather_idx, offsets, with_h))
     for added in ((dy, x), (None, None)):
-        torch.library.opcheck(ops.expert_down.default, (act, w2, weights, scatter_idx_TK, offsets, *added))
-    torch.library.opcheck(ops.hidden_grad.default, (dy_rows, w2, h, weights, gather_idx, offsets))
+        opcheck(ops.expert_down.default, (act, w2, scores, scatter_idx_TK, offsets, *added))
+    opcheck(ops.hidden_grad.default, (dy_rows, w2, h, scores, gather_idx, offsets))
     for added in ((dy, randn(3, 2), randn(2, 8)), (None, None, None)):
-        torch.library.opcheck(ops.token_grad.default, (randn(6, 8), scatter_idx_TK, *added))
+        opcheck(ops.token_grad.default, (randn(6, 8), scatter_idx_TK, *added))
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_graph_breaks():
     tensors, plan = inputs(9, 17, 5, 3)
     grad = randn(9, 17, seed=5)
     compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, tensors, plan, grad), run(expert_mlp, tensors, plan, grad), strict=True):
-        assert torch.equal(ours, eager)
+    assert_equal(run(compiled, tensors, plan, grad), run(expert_mlp, tensors, plan, grad))

@@ -1,8 +1,8 @@
-"""The whole layer as one op. Its error against float64 may be FACTOR times that of the reference's steps."""
+"""The whole MoE layer as one op."""
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, FACTOR, error, randn
+from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, randn, saved_tensors, sum_floor
 
 from acceleron import ModelConfig
 from acceleron.config import PRESETS
@@ -15,11 +15,14 @@ OUTPUTS = ("y", "z_loss", "balance_loss")
 
 
 def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None, residual=True):
-    """Weights of scale 1 / sqrt(fan-in), so that every tensor is at unit scale; `used` are the experts that are."""
+    """The op's arguments. Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+
+    used: the experts that get tokens, all by default. weights: the dtype of the expert weights.
+    """
     router = randn(E, D, seed=1) / D**0.5
     x = randn(T, D, dtype=dtype)
     if used:
-        # One feature that is 1 in every token keeps the others' logits down.
+        # A feature that is 1 in every token lowers the logits of the unused experts.
         x[:, 0], router[:, 0] = 1, 0
         router[[e for e in range(E) if e not in used], 0] = -100
     shapes = [(E, 2 * width, D), (E, D, width), (2 * shared, D), (D, shared)]
@@ -28,37 +31,29 @@ def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None,
 
 
 def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
-    """y and both losses, and the gradients of the inputs for the weighted sum of all three; then the counts."""
+    """y, both losses and the input gradients of their weighted sum, in a list; and the tokens per expert."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
-    y, z_loss, balance_loss, counts = function(*leaves, **options)
+    y, z_loss, balance_loss, tokens_per_expert_E = function(*leaves, **options)
     grad = randn(*y.shape, seed=7, dtype=y.dtype)
     losses = zip(coefficients, ((y * grad).sum(), z_loss, balance_loss), strict=True)
     total = sum(c * value * (1 if i == 0 else len(y)) for i, (c, value) in enumerate(losses))
     wanted = [leaf for leaf in leaves if leaf is not None]
-    return [y, z_loss, balance_loss, *torch.autograd.grad(total, wanted)], counts
+    return [y, z_loss, balance_loss, *torch.autograd.grad(total, wanted)], tokens_per_expert_E
 
 
 def check_errors(tensors, **how):
-    x, used = tensors[0], [t for t in tensors if t is not None]
-    truths, counts = run(formulas.moe, [t if t is None else t.double() for t in tensors], **how)
+    dtype, lengths = tensors[0].dtype, [max(t.shape) for t in tensors if t is not None]
+    truths, tokens_per_expert_E = run(formulas.moe, [t if t is None else t.double() for t in tensors], **how)
     plains, _ = run(torch_ops.moe, tensors, **how)
-    results, ours_counts = run(moe, tensors, **how)
-    assert torch.equal(ours_counts, counts)
-    dtypes = [x.dtype, torch.float32, torch.float32, *(t.dtype for t in used)]
-    # As in test_expert_mlp.py: sums of fp32 products, one after another.
-    length = max(max(t.shape) for t in used)
-    floor = max(4, (length / 24) ** 0.5) * torch.finfo(torch.float32).eps
-    for name, dtype, ours, plain, truth in zip((*OUTPUTS, *NAMES), dtypes, results, plains, truths, strict=False):
-        assert (ours.dtype, ours.shape) == (dtype, truth.shape), name
-        if not truth.any():
-            assert not ours.any(), name
-            continue
-        few = torch.finfo(x.dtype).eps / 2 if ours.numel() < 40 else 0
-        assert error(ours, truth) <= FACTOR[x.dtype] * error(plain, truth) + floor + few, name
+    results, ours_per_expert_E = run(moe, tensors, **how)
+    assert torch.equal(ours_per_expert_E, tokens_per_expert_E)
+    assert [t.dtype for t in results[:3]] == [dtype, torch.float32, torch.float32]
+    names = (*OUTPUTS, *NAMES)[: len(truths)]
+    assert_accurate(names, results, plains, truths, FACTOR[dtype], sum_floor(max(lengths)), torch.finfo(dtype).eps / 2)
     return results
 
 
-# T, D, F, E, S, and which experts are in use; the interpreter's blocks are 32 x 32 x 32.
+# T, D, F, E, W and the experts that get tokens. The interpreter's blocks are 32 x 32 x 32.
 CASES = {
     "tiny": (60, 16, 44, 4, 22),
     "medium": (20, 32, 52, 8, 48),
@@ -74,17 +69,16 @@ RUNS = [(case, torch.float16) for case in CASES] + [("odd widths", torch.float32
 if DEVICE == "cuda":
     for size in PRESETS:
         config = ModelConfig.preset(size)
-        CASES[f"{size} itself"] = (8192, config.d_model, config.d_ff, config.num_experts, config.d_ff_shared)
+        CASES[f"{size}, full size"] = (8192, config.d_model, config.d_ff, config.num_experts, config.d_ff_shared)
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 def test_outputs_and_every_gradient(case, dtype):
-    """Of fp32 weights, as the model has them."""
     check_errors(inputs(*CASES[case], dtype=dtype, weights=torch.float32))
 
 
-def test_weights_of_16_bits_and_no_residual():
+def test_16_bit_weights_without_a_residual():
     check_errors(inputs(*CASES["two experts"], dtype=torch.float16, residual=False))
 
 
@@ -93,16 +87,15 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize("only", range(3), ids=OUTPUTS)
-def test_each_outputs_gradient_alone(only):
-    """The output's reaches the router by the weights alone, and the losses' by the logits alone."""
+def test_gradient_of_one_output(only):
+    """The gradient of y reaches the router through the scores, that of a loss through the logits."""
     results = check_errors(inputs(*CASES["tiny"]), coefficients=[float(i == only) for i in range(3)])
     _, router, *experts, residual = results[3:]
     assert router.abs().max() > 1e-3
     assert bool(residual.any()) == all(bool(grad.any()) for grad in experts) == (only == 0)
 
 
-def test_each_gradient_alone():
-    """As each is asked for alone, the others' absence changes no bit."""
+def test_gradients_computed_alone_match_joint_gradients():
     tensors = inputs(*CASES["odd widths"], dtype=torch.float16, weights=torch.float32)
     together = run(moe, tensors)[0][3:]
     for index, (name, expected) in enumerate(zip(NAMES, together, strict=True)):
@@ -114,8 +107,8 @@ def test_each_gradient_alone():
 
 
 @pytest.mark.parametrize("case", ["odd widths", "two experts", "many experts"])
-def test_forced_balance(case):
-    """Of 33, 33 and 16 tokens, which the experts' numbers do not divide, and with many, some get none."""
+def test_forced_load_balance(case):
+    """The expert count does not divide the token count. With 64 experts, some get none."""
     tensors = inputs(*CASES[case])
     T, E = len(tensors[0]), len(tensors[1])
     check_errors(tensors, force_load_balance=True)
@@ -124,37 +117,34 @@ def test_forced_balance(case):
     assert moe(*tensors).tokens_per_expert_E.tolist() != expected.tolist() or E == 2
 
 
-def test_no_tokens_and_no_gradients():
-    tensors = inputs(*CASES["odd widths"], dtype=torch.float16)
-    with torch.no_grad():
-        y, *_ = moe(*tensors)
-    assert torch.equal(y, run(moe, tensors)[0][0])
-    x, *weights, residual = tensors
-    results, counts = run(moe, [x[:0], *weights, residual[:0]], coefficients=(1.0, 0.0, 0.0))
+def test_zero_tokens():
+    x, *weights, residual = inputs(*CASES["odd widths"], dtype=torch.float16)
+    results, tokens_per_expert_E = run(moe, [x[:0], *weights, residual[:0]], coefficients=(1.0, 0.0, 0.0))
     assert results[0].shape == (0, 33)
-    assert not counts.any()
+    assert not tokens_per_expert_E.any()
     assert not any(grad.any() for grad in results[5:9])
 
 
-def test_same_bits_every_time():
+def test_results_are_deterministic_with_and_without_grad():
     tensors = inputs(*CASES["tiny"], dtype=torch.float16)
-    first, second = (run(moe, tensors)[0] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, _ = run(moe, tensors)
+    assert_equal(run(moe, tensors)[0], first)
+    with torch.no_grad():
+        assert torch.equal(moe(*tensors).y_TD, first[0])
 
 
-def test_what_backward_keeps():
-    """2 D + 8 F + 6 W bytes a token in 16 bits, and 4 E and 32 of logits, routing and plan; and the weights."""
-    T, D, width, E, S = 51, 40, 48, 8, 24
-    tensors = inputs(T, D, width, E, S, dtype=torch.float16, weights=torch.float32)
+def test_memory_saved_for_backward():
+    """2 D + 8 F + 6 W bytes per token in 16 bits, 4 E + 32 of logits, routing and plan, and the 16-bit weights."""
+    T, D, width, E, W = 51, 40, 48, 8, 24
+    tensors = inputs(T, D, width, E, W, dtype=torch.float16, weights=torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors]
-    saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+    with saved_tensors() as saved:
         moe(*leaves)
     known = {leaf.data_ptr() for leaf in leaves[1:]}
     kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
-    weights = 2 * (3 * E * D * width + 3 * D * S)
-    small = 4 * (E + 1) + 8 * E  # offsets, and int64 counts
-    assert kept == T * (2 * D + 8 * width + 6 * S + 4 * E + 32) + weights + small
+    weights = 2 * (3 * E * D * width + 3 * D * W)
+    small = 4 * (E + 1) + 8 * E  # offsets and the int64 tokens per expert
+    assert kept == T * (2 * D + 8 * width + 6 * W + 4 * E + 32) + weights + small
 
 
 @pytest.mark.parametrize(
@@ -172,7 +162,7 @@ def test_what_backward_keeps():
         ("residual_TD", lambda residual: residual.half(), "expected float32, but got float16"),
     ],
 )
-def test_refusals_name_the_argument(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     names = ("x_TD", "router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW", "residual_TD")
     arguments = dict(zip(names, inputs(*CASES["odd widths"]), strict=True))
     arguments[name] = change(arguments[name])
@@ -180,10 +170,8 @@ def test_refusals_name_the_argument(name, change, message):
         moe(**arguments)
 
 
-def test_compiles_without_a_graph_break():
-    """Of any number of tokens, too."""
+def test_compiles_without_graph_breaks_for_any_token_count():
     compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (33, 20):
         tensors = inputs(tokens, *CASES["two experts"][1:], dtype=torch.float16, weights=torch.float32)
-        for ours, eager in zip(run(compiled, tensors)[0], run(moe, tensors)[0], strict=True):
-            assert torch.equal(ours, eager)
+        assert_equal(run(compiled, tensors), run(moe, tensors))

@@ -1,15 +1,14 @@
-"""The RoPE kernel. Its error against float64 may be FACTOR times that of the reference in the same dtype."""
+"""The RoPE kernel, for separate q and k and for the fused qkv tensor."""
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, FACTOR, error, randn
+from compare import DEVICE, DTYPES, EPS, FACTOR, assert_accurate, assert_equal, opcheck, randn, record_launches
 
 from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rope as module
 from acceleron.kernels.rope import rope, split_rope
 
-# The kernel may fuse a multiplication and an addition where torch rounds in between, or the other way round.
-FLOOR = torch.finfo(torch.float32).eps
+FLOOR = EPS  # either the kernel or torch can fuse a multiply and an add
 
 
 def angles(S, C):
@@ -19,7 +18,7 @@ def angles(S, C):
 
 
 def split(qkv, H):
-    """q and k as the model makes them: strided views of the one tensor."""
+    """q and k as in the model: strided views of one tensor."""
     G = (qkv.shape[2] - H) // 2
     return qkv.split([H, G, G], dim=2)[:2]
 
@@ -38,7 +37,7 @@ def inputs(B, S, H, G, C, dtype=torch.float32):
 
 
 def run_split(function, qkv, H, cos, sin, grads):
-    """q, k, v and the gradient of qkv, for gradients of q, k and v."""
+    """q, k, v and the gradient of qkv."""
     leaf = qkv.detach().requires_grad_()
     if qkv.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
@@ -51,8 +50,8 @@ def split_inputs(B, S, H, G, C, dtype=torch.float32):
     return *arguments, (*grads, randn(B, S, G, C, seed=3, dtype=dtype))
 
 
-# B, S, H, G, C: the named sizes' head_dims (48 and 96 are no powers of two), and positions that no tile divides, in
-# several tiles; one position; heads that are no powers of two; a half of odd width; a single pair.
+# B, S, H, G, C: the head_dims of the named sizes (48 and 96 are not powers of two), with partial tiles of positions;
+# one position; head counts that are not powers of two, with an odd head_dim / 2; a single pair.
 CASES = [(2, 19, 16, 4, 32), (1, 9, 16, 4, 48), (2, 5, 16, 4, 64), (1, 5, 16, 4, 96)]
 CASES += [(3, 1, 4, 4, 32), (1, 70, 6, 3, 10), (1, 3, 1, 1, 2)]
 
@@ -63,10 +62,7 @@ def test_output_and_gradient(case, dtype):
     arguments = inputs(*case, dtype)
     truths = run(formulas.rope, arguments[0].double(), *arguments[1:])
     plains = run(torch_ops.rope, *arguments)
-    names = ("q", "k", "grad")
-    for name, ours, plain, truth in zip(names, run(rope, *arguments), plains, truths, strict=True):
-        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
-        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+    assert_accurate(("q", "k", "grad"), run(rope, *arguments), plains, truths, FACTOR[dtype], FLOOR)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -76,20 +72,18 @@ def test_split_outputs_and_gradient(case, dtype):
     (qkv, H, *_, (_, _, grad_v)), G = arguments, case[3]
     truths = run_split(formulas.split_rope, qkv.double(), *arguments[1:])
     plains = run_split(torch_ops.split_rope, *arguments)
-    *turned, v, grad = run_split(split_rope, *arguments)
-    for name, ours, plain, truth in zip(("q", "k"), turned, plains, truths, strict=False):
-        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
-        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+    q, k, v, grad = run_split(split_rope, *arguments)
     assert torch.equal(v, qkv[:, :, H + G :])
-    assert (grad.dtype, grad.shape, grad.is_contiguous()) == (dtype, qkv.shape, True)
-    assert torch.equal(grad[:, :, H + G :], grad_v)
-    for part in (slice(H), slice(H, H + G)):
-        ours, plain, truth = (x[:, :, part] for x in (grad, plains[-1], truths[-1]))
-        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR
+    assert grad.is_contiguous()
+    grad_q, grad_k, ours_grad_v = grad.split([H, G, G], dim=2)
+    assert torch.equal(ours_grad_v, grad_v)
+    results = q, k, grad_q.contiguous(), grad_k.contiguous()
+    plains, truths = ((q, k, *grad.split([H, G, G], dim=2)[:2]) for q, k, _, grad in (plains, truths))
+    assert_accurate(("q", "k", "grad of q", "grad of k"), results, plains, truths, FACTOR[dtype], FLOOR)
 
 
-def test_split_gradients_of_any_strides():
-    """As attention returns them, in (B, H, S, C) order; and of a stride of 0 along each axis."""
+def test_split_backward_accepts_any_strides():
+    """Gradients in attention's (B, H, S, C) order, and expanded along each axis."""
     qkv, H, cos, sin, grads = split_inputs(2, 9, 4, 2, 16)
     orders = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads]
     wanted = run_split(split_rope, qkv, H, cos, sin, grads)[-1]
@@ -101,7 +95,7 @@ def test_split_gradients_of_any_strides():
 
 
 @pytest.mark.parametrize("unused", [0, 1, 2], ids=["q", "k", "v"])
-def test_split_with_an_output_that_is_not_used(unused):
+def test_split_backward_with_an_unused_output(unused):
     qkv, H, cos, sin, grads = split_inputs(2, 9, 4, 2, 16)
 
     def gradient(function):
@@ -115,8 +109,8 @@ def test_split_with_an_output_that_is_not_used(unused):
     torch.testing.assert_close(ours, gradient(torch_ops.split_rope), rtol=1e-6, atol=1e-6)
 
 
-def test_any_strides_but_the_last():
-    """q and k of (B, H, S, C) tensors, and gradients that attention returns in that order."""
+def test_accepts_any_strides_except_on_the_last_axis():
+    """q, k and their gradients are views of (B, H, S, C) tensors, as attention uses them."""
     q, k = randn(2, 4, 9, 16), randn(2, 2, 9, 16, seed=1)
     grads = randn(2, 4, 9, 16, seed=2), randn(2, 2, 9, 16, seed=3)
     cos_sin = angles(9, 16)
@@ -126,11 +120,10 @@ def test_any_strides_but_the_last():
         out = rope(*leaves, *cos_sin)
         return *out, *torch.autograd.grad(out, leaves, [order(grad.transpose(1, 2)) for grad in grads])
 
-    for strided, contiguous in zip(both(lambda x: x), both(torch.Tensor.contiguous), strict=True):
-        assert torch.equal(strided, contiguous)
+    assert_equal(both(lambda x: x), both(torch.Tensor.contiguous))
 
 
-def test_expanded_gradient():
+def test_backward_accepts_expanded_gradients():
     q, k = randn(2, 9, 4, 16).requires_grad_(), randn(2, 9, 2, 16, seed=1).requires_grad_()
     cos, sin = angles(9, 16)
     sum(x.sum() for x in rope(q, k, cos, sin)).backward()  # gradients with strides of 0
@@ -140,7 +133,7 @@ def test_expanded_gradient():
     torch.testing.assert_close(k.grad, expected.expand_as(k), rtol=1e-6, atol=1e-6)
 
 
-def test_inputs_stay_and_outputs_are_new_but_v():
+def test_q_and_k_are_new_tensors_and_v_is_a_view():
     qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
     before = qkv.clone()
     with torch.no_grad():
@@ -154,30 +147,21 @@ def test_inputs_stay_and_outputs_are_new_but_v():
 @pytest.mark.parametrize(
     "passes", [lambda: run(rope, *inputs(1, 9, 4, 2, 16)), lambda: run_split(split_rope, *split_inputs(1, 9, 4, 2, 16))]
 )
-def test_one_launch_each_way(monkeypatch, passes):
-    launches = []
-    kernel = module._rope_kernel
-
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, "_rope_kernel", Counted())
+def test_forward_and_backward_launch_one_kernel_each(monkeypatch, passes):
+    launches = record_launches(monkeypatch, module, "_rope_kernel")
     passes()
     assert len(launches) == 2
 
 
-def test_no_positions():
+def test_zero_positions():
     qkv, H, cos, sin, grads = inputs(2, 0, 4, 2, 16)
     assert [x.shape[1] for x in run(rope, qkv, H, cos, sin, grads)] == [0, 0, 0]
     assert [x.shape[1] for x in run_split(split_rope, *split_inputs(2, 0, 4, 2, 16))] == [0, 0, 0, 0]
 
 
-def test_same_bits_every_time():
+def test_results_are_deterministic():
     arguments = inputs(2, 19, 16, 4, 32)
-    first, second = (run(rope, *arguments) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_equal(run(rope, *arguments), run(rope, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +180,7 @@ def test_same_bits_every_time():
         ("k_BSGC", lambda k: k.to("meta"), "expected a tensor on"),
     ],
 )
-def test_refusals_name_the_argument(name, change, message):
+def test_errors_name_the_bad_argument(name, change, message):
     cos, sin = angles(9, 16)
     arguments = dict(q_BSHC=randn(2, 9, 4, 16), k_BSGC=randn(2, 9, 2, 16), cos_SC=cos, sin_SC=sin)
     arguments[name] = change(arguments[name])
@@ -215,7 +199,7 @@ def test_refusals_name_the_argument(name, change, message):
         ("sin_SC", dict(sin_SC=torch.zeros(9, 16).half()), "expected float32"),
     ],
 )
-def test_split_refusals_name_the_argument(name, change, message):
+def test_split_errors_name_the_bad_argument(name, change, message):
     cos, sin = angles(9, 16)
     arguments = dict(qkv_BSAC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
     arguments |= {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
@@ -224,22 +208,19 @@ def test_split_refusals_name_the_argument(name, change, message):
 
 
 def test_custom_ops_pass_opcheck():
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
     qkv, H, cos, sin, _ = inputs(1, 9, 4, 2, 16)
     for inverse in (False, True):
-        torch.library.opcheck(torch.ops.acceleron_triton.rope, (*split(qkv, H), cos, sin, inverse))
+        opcheck(torch.ops.acceleron_triton.rope, (*split(qkv, H), cos, sin, inverse))
     *_, grads = split_inputs(1, 9, 4, 2, 16)
-    torch.library.opcheck(torch.ops.acceleron_triton.split_rope_backward, (*grads, cos, sin))
+    opcheck(torch.ops.acceleron_triton.split_rope_backward, (*grads, cos, sin))
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_graph_breaks():
     arguments = inputs(2, 9, 4, 2, 16)
     compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, *arguments), run(rope, *arguments), strict=True):
-        assert torch.equal(ours, eager)
+    assert_equal(run(compiled, *arguments), run(rope, *arguments))
     for dynamic in (False, True):
         compiled = torch.compile(split_rope, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for positions in (9, 11):
             arguments = split_inputs(2, positions, 4, 2, 16)
-            for ours, eager in zip(run_split(compiled, *arguments), run_split(split_rope, *arguments), strict=True):
-                assert torch.equal(ours, eager)
+            assert_equal(run_split(compiled, *arguments), run_split(split_rope, *arguments))

@@ -1,4 +1,4 @@
-"""The SwiGLU kernels. Their error against float64 may be FACTOR times that of the reference in the same dtype."""
+"""The SwiGLU kernels."""
 
 import math
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compare import DEVICE, DTYPES, FACTOR, error, randn
+from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, opcheck, randn, saved_tensors
 
 from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels.swiglu import sigmoid, swiglu
-
-# A GPU's exp and division are approximate: some roundings of the fp32 that every dtype is computed in.
-FLOOR = 4 * torch.finfo(torch.float32).eps
 
 
 def run(function, gate_up, grad):
@@ -27,7 +24,7 @@ def _sigmoid_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + i, sigmoid(tl.load(x_ptr + i)))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # expected: the interpreter overflows to inf
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter warns where exp gives inf
 def test_sigmoid():
     x = torch.linspace(-10, 10, 1024, device=DEVICE)
     x[:7] = torch.tensor([-math.inf, -1e30, -100, 100, 1e30, math.inf, math.nan])
@@ -39,52 +36,50 @@ def test_sigmoid():
     assert ((y[7:].double() - truth).abs() / truth).max() < 1e-6
 
 
-# One row; rows and columns that no tile of 8 x 256 divides, in several tiles of each; an odd width, whose rows are not
-# aligned; leading axes; a single pair.
+# One row; several tiles of 8 x 256 with partial ones on both axes; an odd width, whose rows are not aligned; leading
+# axes; a single pair.
 @pytest.mark.parametrize("shape", [(1, 512), (67, 2 * 600), (9, 2 * 257), (2, 5, 2 * 7), (2,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_and_gradient(shape, dtype):
     gate_up = randn(*shape, dtype=dtype)
     grad = randn(*shape[:-1], shape[-1] // 2, seed=1, dtype=dtype)
     truths = run(formulas.swiglu, gate_up.double(), grad)
-    plains = run(torch_ops.swiglu, gate_up, grad)
-    for name, ours, plain, truth in zip(("out", "grad"), run(swiglu, gate_up, grad), plains, truths, strict=True):
-        assert (ours.dtype, ours.shape, ours.is_contiguous()) == (dtype, truth.shape, True)
-        assert error(ours, truth) <= FACTOR[dtype] * error(plain, truth) + FLOOR, name
+    plains, results = (run(f, gate_up, grad) for f in (torch_ops.swiglu, swiglu))
+    assert_accurate(("out", "grad"), results, plains, truths, FACTOR[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # expected: the interpreter overflows to inf
-def test_large_gates_neither_overflow_nor_vanish():
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter warns where exp gives inf
+def test_large_gates_do_not_overflow():
     gate_up = torch.tensor([[-200.0, -90.0, 90.0, 200.0, 1.0, 2.0, 3.0, 4.0]], device=DEVICE)
     out, grad = run(swiglu, gate_up, torch.ones(1, 4))
     assert out.tolist() == [[0, 0, 270, 800]]
     assert grad.tolist() == [[0, 0, 3, 4, 0, 0, 90, 200]]
 
 
-def test_expanded_gradient():
+def test_backward_accepts_an_expanded_gradient():
     gate_up = randn(5, 14).requires_grad_()
-    swiglu(gate_up).sum().backward()  # its gradient has strides of 0
+    swiglu(gate_up).sum().backward()  # the gradient of a sum has strides of 0
     assert torch.equal(gate_up.grad, run(swiglu, gate_up, torch.ones(5, 7, device=DEVICE))[1])
 
 
-def test_no_rows():
+def test_zero_rows():
     out, grad = run(swiglu, randn(0, 14), randn(0, 7))
     assert (out.shape, grad.shape) == ((0, 7), (0, 14))
 
 
-def test_same_bits_every_time_and_without_gradients():
+def test_results_are_deterministic_with_and_without_grad():
     gate_up, grad = randn(19, 600), randn(19, 300, seed=1)
-    first, second = (run(swiglu, gate_up, grad) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first = run(swiglu, gate_up, grad)
+    assert_equal(run(swiglu, gate_up, grad), first)
     with torch.no_grad():
         assert torch.equal(swiglu(gate_up), first[0])
 
 
-def test_backward_keeps_the_pre_activation_alone():
-    gate_up, saved = randn(19, 600).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+def test_backward_saves_only_the_pre_activation():
+    gate_up = randn(19, 600).requires_grad_()
+    with saved_tensors() as saved:
         swiglu(gate_up)
-    assert [x.data_ptr() for x in saved] == [gate_up.data_ptr()]
+    assert list(saved) == [gate_up.data_ptr()]
 
 
 @pytest.mark.parametrize(
@@ -97,19 +92,17 @@ def test_backward_keeps_the_pre_activation_alone():
     ],
     ids=["float64", "odd", "scalar", "strides"],
 )
-def test_refusals_name_the_argument(gate_up, message):
+def test_errors_name_the_bad_argument(gate_up, message):
     with pytest.raises(ValueError, match=rf"gate_up_N2F: .*{message}"):
         swiglu(gate_up.to(DEVICE))
 
 
 def test_custom_ops_pass_opcheck():
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs on memory it does not own
-    torch.library.opcheck(torch.ops.acceleron_triton.swiglu, (randn(3, 14),))
-    torch.library.opcheck(torch.ops.acceleron_triton.swiglu_backward, (randn(3, 7), randn(3, 14)))
+    opcheck(torch.ops.acceleron_triton.swiglu, (randn(3, 14),))
+    opcheck(torch.ops.acceleron_triton.swiglu_backward, (randn(3, 7), randn(3, 14)))
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_graph_breaks():
     gate_up, grad = randn(9, 14), randn(9, 7, seed=1)
     compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, gate_up, grad), run(swiglu, gate_up, grad), strict=True):
-        assert torch.equal(ours, eager)
+    assert_equal(run(compiled, gate_up, grad), run(swiglu, gate_up, grad))

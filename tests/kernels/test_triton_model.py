@@ -1,4 +1,4 @@
-"""A whole model on the Triton kernels: its gradients, its training, and its compiled and checkpointed blocks."""
+"""A model on the Triton kernels: gradients, training, compiled and checkpointed blocks."""
 
 import json
 from dataclasses import replace
@@ -14,8 +14,8 @@ from acceleron.device import missing_compiler
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Two layers, so that one's error reaches the other's gradients; four experts, one of which a batch of 24 tokens leaves
-# with few rows; widths that no block of 32 divides; a vocabulary of one and a half blocks of the others.
+# Two layers, so that errors in one reach the gradients of the other; four experts, one of which gets few of the 24
+# tokens; widths with partial blocks of 32; a vocabulary of one and a half blocks.
 CONFIG = ModelConfig(
     vocab_size=48,
     d_model=32,
@@ -26,13 +26,13 @@ CONFIG = ModelConfig(
     d_ff=24,
     d_ff_shared=20,
     max_seq_len=32,
-    z_loss_coef=0.1,  # 100 and 10 times the defaults: the router's losses count in every gradient
+    z_loss_coef=0.1,  # 100 and 10 times the defaults, so the router losses matter in every gradient
     balance_loss_coef=0.1,
 )
 
 
 @pytest.fixture(autouse=True)
-def selection_restored(monkeypatch):
+def restore_backend(monkeypatch):
     monkeypatch.setattr(ops, "_backend", ops._backend)
 
 
@@ -40,12 +40,12 @@ def build(dtype=torch.float32):
     torch.manual_seed(0)
     model = Acceleron(CONFIG, compute_dtype=dtype).to(DEVICE)
     for weight in model.parameters():
-        weight.data *= 5 if weight.dim() > 1 else 1  # of 0.1: 0.02 leaves the router all but uniform
+        weight.data *= 5 if weight.dim() > 1 else 1  # std 0.1, because 0.02 leaves the router nearly uniform
     return model.double() if dtype == torch.float64 else model
 
 
-def losses_and_gradients(model, choice):
-    ops.set_backend(choice, DEVICE)
+def losses_and_gradients(model, backend):
+    ops.set_backend(backend, DEVICE)
     ids = torch.randint(CONFIG.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     output = model(ids, labels=ids)
     output.loss.backward()
@@ -55,14 +55,14 @@ def losses_and_gradients(model, choice):
 
 @pytest.fixture(scope="module")
 def expected():
-    """From float64, and from the reference in fp32."""
+    """Results of the reference in float64 and in fp32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_backend", ops._backend)
         return [losses_and_gradients(build(dtype), "reference") for dtype in (torch.float64, torch.float32)]
 
 
 def check(results, expected):
-    """Twice the reference's error: through two layers both are sums of some hundred roundings, alike in size only."""
+    """Allows twice the reference's error, because rounding differs in each of the two layers."""
     truths, plains = expected
     assert results.keys() == truths.keys()
     for name, truth in truths.items():
@@ -73,8 +73,7 @@ def test_losses_and_gradients_of_every_parameter(expected):
     check(losses_and_gradients(build(), "triton"), expected)
 
 
-def test_every_op_is_tritons(monkeypatch):
-    """Or the comparisons in this file would be of the reference with itself."""
+def test_model_calls_triton_ops_only_on_the_triton_backend(monkeypatch):
     called = set()
     for name in ops.torch_ops.__all__:
         function = getattr(ops.triton_ops, name)
@@ -85,7 +84,7 @@ def test_every_op_is_tritons(monkeypatch):
 
         monkeypatch.setattr(ops.triton_ops, name, recorded)
     losses_and_gradients(build(), "triton")
-    # The others are building blocks, or the dense baseline's.
+    # Other ops are parts of these, or belong to the dense baseline.
     assert called == {"linear_cross_entropy", "moe", "rms_norm", "split_rope"}
     called.clear()
     losses_and_gradients(build(), "reference")
@@ -94,15 +93,14 @@ def test_every_op_is_tritons(monkeypatch):
 
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
 def test_compiled_and_checkpointed_blocks(expected):
-    """compile_blocks sets fullgraph, so a graph break would raise."""
+    """A graph break would raise, because compile_blocks sets fullgraph."""
     model = build()
     model.gradient_checkpointing = True
     model.compile_blocks()
     check(losses_and_gradients(model, "triton"), expected)
 
 
-def test_checkpointing_routes_once(monkeypatch):
-    """A recomputation takes the saved experts and plan: each op of the routing runs once a layer."""
+def test_checkpointing_does_not_recompute_the_routing():
     runs = []
 
     class Ops(torch.utils._python_dispatch.TorchDispatchMode):
@@ -116,26 +114,26 @@ def test_checkpointing_routes_once(monkeypatch):
         losses_and_gradients(model, "triton")
     ops = torch.ops.acceleron_triton
     assert runs.count(ops.route_top2.default) == runs.count(ops.dispatch_plan.default) == CONFIG.num_layers
-    assert runs.count(ops.expert_up.default) == 2 * CONFIG.num_layers  # which is recomputed
+    assert runs.count(ops.expert_up.default) == 2 * CONFIG.num_layers  # forward and recomputation
 
 
-def test_training_follows_the_reference(monkeypatch, tmp_path):
-    """Eight steps of train(). Roundings differ, which the steps amplify to 5e-7 of the losses; 1e-5 is allowed."""
+def test_training_losses_match_the_reference(monkeypatch, tmp_path):
+    """Eight steps of train(). Rounding differences grow to 5e-7 of the losses; 1e-5 is allowed."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=1))
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
-    # A random walk among eight tokens: there is something to learn in eight steps.
+    # A random walk over eight tokens, so the loss falls within eight steps.
     ids = rng.integers(-1, 2, size=(30, 24)).cumsum(axis=1) % 8
     np.save(data / "shard_00000.npy", ids.astype(np.int32))
     losses = {}
-    for choice in ("reference", "triton"):
+    for backend in ("reference", "triton"):
         settings = dict(model_size="nano", vocab_size=48, seq_len=12, batch_size=1, max_steps=8, lr=1e-2)
         settings |= dict(num_workers=1, no_compile=True, no_gradient_checkpointing=True, log_interval=1)
-        settings |= dict(eval_interval=8, save_interval=8, device=str(DEVICE), dtype="fp32", kernels=choice)
-        train(TrainOptions(data_dir=str(data), save_dir=str(tmp_path / choice), **settings))
-        records = [json.loads(line) for line in (tmp_path / choice / "metrics.jsonl").read_text().splitlines()]
-        losses[choice] = np.array([[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records])
+        settings |= dict(eval_interval=8, save_interval=8, device=str(DEVICE), dtype="fp32", kernels=backend)
+        train(TrainOptions(data_dir=str(data), save_dir=str(tmp_path / backend), **settings))
+        records = [json.loads(line) for line in (tmp_path / backend / "metrics.jsonl").read_text().splitlines()]
+        losses[backend] = np.array([[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records])
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-5)
-    assert not np.array_equal(losses["triton"], losses["reference"])  # so it was not the reference that ran
+    assert not np.array_equal(losses["triton"], losses["reference"])  # two different backends ran
     assert losses["triton"][-1, 0] < losses["triton"][0, 0] - 0.5
