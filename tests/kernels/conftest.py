@@ -1,5 +1,8 @@
 import pytest
 import torch
+from compare import DEVICE
+
+from acceleron import ops
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +13,9 @@ def poison_uninitialized_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def triton_backend():
+    with ops.using_backend("triton", torch.device(DEVICE)):
+        yield
