@@ -58,24 +58,6 @@ def test_triton_runs_under_the_interpreter(calls):
 
 
 @interpreted
-def test_triton_rejects_float64():
-    ops.set_backend("triton", CPU)
-    plan = ops.dispatch_plan(torch.zeros(3, 2, dtype=torch.int32), 2)
-    x, w = torch.ones(3, 4, dtype=torch.float64), torch.ones(2, 4, 4, dtype=torch.float64)
-    cases = {
-        "gate_up_N2F": lambda: ops.swiglu(x),
-        "logits_TE": lambda: ops.route_top2(x),
-        "x_TD": lambda: ops.expert_mlp(x, x[:, :2], plan, w, w[:, :, :2]),
-        "x_ND": lambda: ops.grouped_gemm(x.repeat(2, 1), w, plan),
-        "x": lambda: ops.rms_norm(x, x[0], 1e-6),
-        "qkv_BSAC": lambda: ops.split_rope(x.view(1, 3, 1, 4).repeat(1, 1, 4, 1), x, x, 2, 1),
-    }
-    for name, call in cases.items():
-        with pytest.raises(ValueError, match=rf"\b{name}: expected bfloat16 or float16 or float32, but got float64"):
-            call()
-
-
-@interpreted
 def test_auto_selects_the_reference_for_cpu_tensors_under_the_interpreter(calls):
     assert ops.set_backend("auto", CPU) == "reference (the interpreter needs --kernels triton)"
     for dtype in (torch.float32, torch.float64):

@@ -15,7 +15,7 @@ def poison_uninitialized_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def triton_backend():
-    with ops.using_backend("triton", torch.device(DEVICE)):
-        yield
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    with ops.using_backend(request.param, torch.device(DEVICE)):
+        yield request.param

@@ -1,4 +1,4 @@
-"""Properties of every op in both kernel backends: second derivatives, autocast, dtypes, labels and argument checks."""
+"""Properties of every op in both kernel backends: second derivatives, autocast, dtypes and ignored labels."""
 
 import pytest
 import torch
@@ -10,15 +10,8 @@ from acceleron.generation import Sampling, generate
 from acceleron.kernels import torch_ops
 from acceleron.moe import MoE
 
-T, D, E, WIDTH, V = 12, 32, 4, 16, 40
+T, D, E, WIDTH = 12, 32, 4, 16
 DEVICE_TYPE = torch.device(DEVICE).type
-BACKENDS = ("reference", "triton")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with ops.using_backend(request.param, torch.device(DEVICE)):
-        yield request.param
 
 
 def calls(dtype=torch.float32) -> dict:
@@ -218,13 +211,6 @@ def test_fp16_gradients_under_a_loss_scale(scale, backend):
         assert error(gradient, expected) < 1e-3
 
 
-def test_labels_of_another_shape_are_rejected(backend):
-    x, weight = randn(6, 16), randn(20, 16, seed=1)
-    for shape in ((5,), (7,), (6, 1), (2, 3)):
-        with pytest.raises(ValueError, match=r"labels_T: expected shape \(6,?\), but got"):
-            ops.linear_cross_entropy(x, weight, torch.zeros(shape, dtype=torch.int64, device=DEVICE))
-
-
 def test_model_rejects_wrong_shapes(backend):
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
@@ -243,50 +229,11 @@ def test_model_rejects_wrong_shapes(backend):
         assert model(empty, labels=empty).cross_entropy.isnan()
 
 
-def plan_of(tokens, experts=E):
-    return torch_ops.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
-
-
-X, W13, W2, SCORES, QK = (T, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (T, 2), (2, 5, 2, 4)
-REJECTED = {
-    "expert_mlp: topk_scores_TK": lambda: ops.expert_mlp(randn(*X), randn(1, 2), plan_of(T), randn(*W13), randn(*W2)),
-    "expert_mlp: plan.gather_idx": lambda: ops.expert_mlp(
-        randn(*X), randn(*SCORES), plan_of(T - 1), randn(*W13), randn(*W2)
-    ),
-    "expert_mlp: plan.offsets": lambda: ops.expert_mlp(
-        randn(*X), randn(*SCORES), plan_of(T, E - 1), randn(*W13), randn(*W2)
-    ),
-    "grouped_gemm: x_ND": lambda: ops.grouped_gemm(randn(2 * T + 3, D), randn(*W13), plan_of(T)),
-    "linear_cross_entropy: x_TD": lambda: ops.linear_cross_entropy(
-        randn(D), randn(V, D), torch.zeros(D, dtype=torch.int64, device=DEVICE)
-    ),
-    "moe: router_ED": lambda: ops.moe(randn(*X), randn(E - 1, D), randn(*W13), randn(*W2), randn(8, D), randn(D, 4)),
-    "moe: w2_EDF": lambda: ops.moe(randn(*X), randn(E, D), randn(*W13), randn(E, 1, WIDTH), randn(8, D), randn(D, 4)),
-    "moe: shared_w2_DW": lambda: ops.moe(randn(*X), randn(E, D), randn(*W13), randn(*W2), randn(8, D), randn(1, 4)),
-    "rms_norm: weight": lambda: ops.rms_norm(randn(*X), randn(1), 1e-6),
-    "rope: k_BSGC": lambda: ops.rope(randn(*QK), randn(1, 5, 1, 4), randn(5, 4), randn(5, 4)),
-    "rope: q_BSHC": lambda: ops.rope(randn(2, 5, 2, 3), randn(2, 5, 1, 3), randn(5, 3), randn(5, 3)),
-    "rope: cos_SC": lambda: ops.rope(randn(*QK), randn(2, 5, 1, 4), randn(1, 4), randn(1, 4)),
-    "route_top2: logits_TE": lambda: ops.route_top2(randn(T, 1)),
-    "dispatch_plan: topk_ids_TK": lambda: ops.dispatch_plan(torch.zeros(T, 3, dtype=torch.int32, device=DEVICE), E),
-    "dispatch_plan: num_experts": lambda: plan_of(T, 0),
-    "router_logits: weight_ED": lambda: ops.router_logits(randn(*X), randn(E, 1)),
-    "swiglu: gate_up_N2F": lambda: ops.swiglu(randn(T, 3)),
-}
-
-
-@pytest.mark.parametrize("argument", REJECTED)
-def test_wrong_shapes_are_rejected_and_not_broadcast(argument, backend):
-    with pytest.raises(ValueError, match=f"^{argument}: expected"):
-        REJECTED[argument]()
-
-
 def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
     """Their gradients stay bf16."""
     x = randn(T, D)
-    narrow = [
-        randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate([(E, D), W13, W2, (8, D), (D, 4)])
-    ]
+    shapes = [(E, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (8, D), (D, 4)]
+    narrow = [randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate(shapes)]
     results = []
     for weights in (narrow, [w.float() for w in narrow]):
         leaves = [w.requires_grad_() for w in weights]
@@ -313,17 +260,6 @@ def test_sequences_of_one_token_have_no_loss(backend):
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
     assert model(ids, labels=ids).cross_entropy.isnan()
-
-
-def test_operands_of_another_dtype_are_rejected(backend):
-    x, weights = randn(T, D), (randn(E, D), randn(E, 2 * WIDTH, D), randn(E, D, WIDTH), randn(8, D), randn(D, 4))
-    with pytest.raises(ValueError, match="moe: residual_TD: expected float32, but got bfloat16"):
-        ops.moe(x, *weights, residual_TD=x.bfloat16())
-    with pytest.raises(ValueError, match="rms_norm: residual: expected float32, but got bfloat16"):
-        ops.rms_norm(x, weights[0][0], 1e-6, residual=x.bfloat16())
-    q, angles = randn(2, 5, 2, 4), randn(5, 4)
-    with pytest.raises(ValueError, match="rope: k_BSGC: expected float32, but got bfloat16"):
-        ops.rope(q, q[:, :, :1].bfloat16().contiguous(), angles, angles)
 
 
 def test_rms_norm_backward_accepts_missing_gradients():

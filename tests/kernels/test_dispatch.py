@@ -6,7 +6,6 @@ from compare import DEVICE, assert_equal, opcheck, record_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acceleron import ops
 from acceleron.kernels import dispatch, torch_ops
 from acceleron.kernels.dispatch import dispatch_plan
 
@@ -75,24 +74,6 @@ def test_all_assignments_on_one_expert(expert):
 def test_results_are_deterministic():
     ids = random_ids(300, 5)
     assert_equal(dispatch_plan(ids, 5), dispatch_plan(ids, 5))
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize(
-    ("ids", "num_experts", "message"),
-    [
-        (torch.zeros(4, 3, dtype=torch.int32), 4, r"topk_ids_TK: expected shape \(any, 2\)"),
-        (torch.zeros(8, dtype=torch.int32), 4, "topk_ids_TK: expected shape"),
-        (torch.zeros(4, 2), 4, "topk_ids_TK: expected int32 or int64, but got float32"),
-        (torch.zeros(2, 4, dtype=torch.int32).t(), 4, r"topk_ids_TK: .*call .contiguous\(\)"),
-        (torch.zeros(4, 2, dtype=torch.int32), 1, "num_experts: expected 2 to 256 experts, but got 1"),
-        (torch.zeros(4, 2, dtype=torch.int32), 257, "num_experts: expected 2 to 256 experts, but got 257"),
-    ],
-    ids=["K=3", "1d", "float", "strides", "E=1", "E=257"],
-)
-def test_errors_name_the_bad_argument(ids, num_experts, message):
-    with pytest.raises(ValueError, match=f"dispatch_plan: {message}"):
-        ops.dispatch_plan(ids.to(DEVICE), num_experts)
 
 
 def test_custom_op_passes_opcheck():

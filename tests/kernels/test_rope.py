@@ -4,7 +4,6 @@ import pytest
 import torch
 from compare import DEVICE, DTYPES, EPS, FACTOR, assert_accurate, assert_equal, opcheck, randn, record_launches
 
-from acceleron import ops
 from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rope as module
 from acceleron.kernels.rope import rope, split_rope
@@ -163,49 +162,6 @@ def test_zero_positions():
 def test_results_are_deterministic():
     arguments = inputs(2, 19, 16, 4, 32)
     assert_equal(run(rope, *arguments), run(rope, *arguments))
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("q_BSHC", lambda q: q[..., :15], "an even head_dim"),
-        ("q_BSHC", lambda q: q[0], "expected shape"),
-        ("q_BSHC", lambda q: q.transpose(2, 3).contiguous().transpose(2, 3), "a last axis of stride 1"),
-        ("k_BSGC", lambda k: k.half(), "expected float32"),
-        ("k_BSGC", lambda k: k[:, 1:], "expected shape"),
-        ("sin_SC", lambda sin: sin.half(), "expected float32"),
-        ("sin_SC", lambda sin: sin[:8], "expected shape"),
-        ("sin_SC", lambda sin: sin.t().contiguous().t(), "a contiguous tensor"),
-        ("k_BSGC", lambda k: k.to("meta"), "expected a tensor on"),
-    ],
-)
-def test_errors_name_the_bad_argument(name, change, message):
-    cos, sin = angles(9, 16)
-    arguments = dict(q_BSHC=randn(2, 9, 4, 16), k_BSGC=randn(2, 9, 2, 16), cos_SC=cos, sin_SC=sin)
-    arguments[name] = change(arguments[name])
-    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-        ops.rope(**arguments)
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("qkv_BSAC", dict(qkv_BSAC=torch.zeros(2, 9, 8, 16).double()), "expected bfloat16 or float16 or float32"),
-        ("qkv_BSAC", dict(qkv_BSAC=torch.zeros(2, 9, 8, 15)), "an even head_dim"),
-        ("qkv_BSAC", dict(num_heads=5), r"expected shape \(any, any, 9, any\)"),
-        ("num_heads and num_kv_heads", dict(num_heads=8, num_kv_heads=0), "at least 1"),
-        ("cos_SC", dict(cos_SC=torch.zeros(9, 8)), "expected shape"),
-        ("sin_SC", dict(sin_SC=torch.zeros(9, 16).half()), "expected float32"),
-    ],
-)
-def test_split_errors_name_the_bad_argument(name, change, message):
-    cos, sin = angles(9, 16)
-    arguments = dict(qkv_BSAC=randn(2, 9, 8, 16), cos_SC=cos, sin_SC=sin, num_heads=4, num_kv_heads=2)
-    arguments |= {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
-    with pytest.raises(ValueError, match=f"^split_rope: {name}: .*{message}"):
-        ops.split_rope(**arguments)
 
 
 def test_custom_ops_pass_opcheck():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, error, opcheck, randn
 
-from acceleron import ops
 from acceleron.kernels import formulas, router, torch_ops
 from acceleron.kernels.router import router_logits
 
@@ -71,25 +70,9 @@ def test_backward_accepts_an_expanded_gradient():
     torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(9, 16))
 
 
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize(
-    ("x", "weight", "message"),
-    [
-        (randn(4, 8).double(), randn(2, 8), "x_TD: expected bfloat16 or float16 or float32, but got float64"),
-        (randn(4, 8), randn(2, 8).double(), "weight_ED: expected bfloat16 or float16 or float32, but got float64"),
-        (randn(4, 8), randn(2, 9), r"weight_ED: expected shape \(any, 8\), but got \(2, 9\)"),
-        (randn(2, 4, 8), randn(2, 8), "x_TD: expected shape"),
-        (randn(8, 4).t(), randn(2, 8), "x_TD: expected a contiguous tensor"),
-    ],
-)
-def test_errors_name_the_bad_argument(x, weight, message):
-    with pytest.raises(ValueError, match=f"router_logits: {message}"):
-        ops.router_logits(x, weight)
-
-
 def test_custom_ops_pass_opcheck():
-    custom_ops = torch.ops.acceleron_triton
+    ops = torch.ops.acceleron_triton
     x, weight, grad = randn(5, 8), randn(3, 8, seed=1), randn(5, 3, seed=2)
-    opcheck(custom_ops.router_logits, (x, weight))
-    opcheck(custom_ops.router_input_grad, (grad, x, weight))
-    opcheck(custom_ops.router_weight_grad, (grad, x))
+    opcheck(ops.router_logits, (x, weight))
+    opcheck(ops.router_input_grad, (grad, x, weight))
+    opcheck(ops.router_weight_grad, (grad, x))
