@@ -103,10 +103,10 @@ def test_exit_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeyp
     report_of(other, row("MoE", MOE, about={"device": "Another GPU"}))
     monkeypatch.chdir(tmp_path)
     for words, status, message in (
-        (["x"], 2, "DIR x does not exist: the current directory holds new, old, other"),
+        (["x"], 2, "DIR x does not exist: the current directory contains new, old, other"),
         (["."], 2, "DIR . has no results.jsonl: name the --output directory of a benchmark"),
         (["old", "--compare="], 2, "--compare: expected a value"),
-        (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old? The current directory holds"),
+        (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old?"),
         (["old", "--compare", "other"], 2, "--compare: no row"),
         (["new", "--compare", "old"], 1, ""),
     ):
