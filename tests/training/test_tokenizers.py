@@ -105,7 +105,7 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(data_dir, tmp_path):
 def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     (data_dir / METADATA).unlink()
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
-    note = f"note: {data_dir} has no shards.json to check {data_dir / 'tokenizer.json'} against"
+    note = f"note: {data_dir} has no shards.json, so {data_dir / 'tokenizer.json'} cannot be checked"
     assert capsys.readouterr().err.count(note) == 1
 
 
@@ -126,5 +126,5 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
 )
 def test_damaged_metadata_is_refused(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data"):
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from a different version \(.*\); prepare the data"):
         train(options(data_dir, tmp_path / "run", **ONE_STEP))
