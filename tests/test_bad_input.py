@@ -1,4 +1,4 @@
-"""Bad input exits with status 2, prints one line that names the culprit, and leaves the disk unchanged.
+"""Bad input exits with status 2, prints one line that names the cause, and leaves the disk unchanged.
 
 Most cases run in this process; the last ones run the commands in subprocesses.
 """
@@ -84,7 +84,7 @@ def snapshot(directory: Path) -> dict:
 
 
 def assert_error(lines: list[str], *culprits: str, after_log: bool = False):
-    """The last line is the error. With `after_log`, the run's log lines precede it; otherwise it is the only line."""
+    """Assert that the last line is the error. With `after_log`, log lines precede it; otherwise it is the only line."""
     *before, line = lines
     assert bool(before) == after_log
     assert not any("error" in text or "Traceback" in text for text in before)
@@ -94,7 +94,7 @@ def assert_error(lines: list[str], *culprits: str, after_log: bool = False):
 
 
 class Trap:
-    """Unpickling it creates a file."""
+    """Unpickling this object creates a file."""
 
     def __init__(self, path):
         self.path = str(path)

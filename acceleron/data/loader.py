@@ -151,7 +151,7 @@ class Loader:
 
     Each step consumes the next batch_size * world_size chunks of the stream, in rank order. Every chunk appears exactly
     once per epoch, for any number of ranks and reader threads (`num_workers`). The readers start when the first
-    batch is requested. `state_dict()` saves the consumed position, not the prefetched one; `load_state_dict` continues there.
+    batch is requested. `state_dict()` saves the consumed position, not the prefetched one.
 
     Attributes:
         position: chunks consumed by all ranks.

@@ -158,7 +158,7 @@ class _Corpus:
                 self._raise_or_skip(path, InputError(f"{path}: cannot be read ({error.strerror})"))
 
     def _raise_or_skip(self, path: Path, error: InputError):
-        """Raise for a file given by name or JSON Lines. Skip other files: directories can contain images, for example."""
+        """Raise for JSON Lines and files given by name. Skip other files: directories can contain images."""
         if path in self.named or path.suffix.lower() in JSON_LINES:
             raise error
         self._skip(path, str(error).removeprefix(f"{path}: "))
@@ -210,7 +210,7 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
 
 def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Group pieces into batches of about BATCH_CHARACTERS. The tokenizer needs about 80 bytes of memory per character."""
+    """Group pieces into batches of BATCH_CHARACTERS or more. The tokenizer needs about 80 bytes per character."""
     batch, size = [], 0
     for piece in stream:
         batch.append(piece)

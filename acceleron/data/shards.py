@@ -98,12 +98,12 @@ class _ShardFile:
         os.close(self.fd)
 
     def _state(self) -> tuple[int, int, int]:
-        """Return a state that changes when the file is replaced, removed or written to. Timestamps alone are too coarse."""
+        """Changes when the file is replaced, removed or written to. A timestamp alone can be too coarse to show it."""
         status = os.fstat(self.fd)
         return status.st_ctime_ns, status.st_size, status.st_nlink
 
     def read(self, row: int, column: int, count: int) -> np.ndarray:
-        """Read `count` tokens in the file's dtype. Raises OSError, or InputError if the file changed since it was opened."""
+        """Read `count` tokens in the file's dtype. Raises OSError, or InputError if the file has since changed."""
         tokens = np.empty(count, dtype=self.dtype)
         position = self.offset + (row * self.shape[1] + column) * self.dtype.itemsize
         received = os.preadv(self.fd, [tokens], position)
@@ -182,7 +182,7 @@ class Shards:
             self.num_validation_rows[-1] = 1
 
     def _check_metadata(self):
-        """Raise InputError for a shard that differs from shards.json. Shards can be missing after a partial download."""
+        """Raise InputError for a shard that differs from shards.json. A partial download can have missing shards."""
         if self._metadata is None:
             return
         for index, (name, rows, *_) in enumerate(self._fingerprint):
@@ -268,7 +268,7 @@ class Shards:
 
 
 def metadata(tokenizer: bytes, vocab_size: int, shards: dict[str, int]) -> bytes:
-    """Return the content of shards.json. `tokenizer` is the content of tokenizer.json; `shards` maps names to row counts."""
+    """Return the content of shards.json from the content of tokenizer.json and a map of shard names to row counts."""
     digest = hashlib.sha256(tokenizer).hexdigest()
     fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size, "shards": shards}
     return json.dumps(fields, indent=2).encode() + b"\n"
@@ -292,7 +292,7 @@ def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged or from a different version ({error!s:.200}); prepare the data again") from error
+        raise InputError(f"{path}: damaged or from a different version ({error!s:.200}); rerun `prepare`") from error
 
 
 def _reason(error: OSError | InputError) -> str:

@@ -183,10 +183,10 @@ class ByteCounter:
     """Counts the UTF-8 bytes of the text that a sequence of tokens encodes.
 
     Attributes:
-        table: int64 [2, vocab_size]. Row 0 has each id's bytes inside a document. Row 1 has its bytes at the start of one,
+        table: int64 [2, vocab_size]. Row 0 has each id's bytes inside a document. Row 1 has them at the start of one,
             where some tokenizers insert a space that is not in the text. Special tokens and missing ids count as 0.
         exact: whether the counts of SAMPLES are correct. If False, do not use the counts: the tokenizer drops,
-            inserts or replaces characters. A tokenizer that normalizes to NFC is exact: it counts the bytes of the NFC text.
+            inserts or replaces characters. An NFC tokenizer is exact: it counts the bytes of the NFC text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):

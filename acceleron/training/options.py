@@ -50,7 +50,7 @@ class TrainOptions:
     tokenizer: str | None = option(
         None, "tokenizer.json (default: the one in data_dir, or else pile_tokenizer.json next to train.py)"
     )
-    vocab_size: int | None = option(None, "embedding rows (default: the preset's; for nano, the tokenizer's)", minimum=1)
+    vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
     dtype: str = option(
         "auto",

@@ -1,4 +1,4 @@
-"""Hostile tokenizer files raise an error that names the culprit, or load safely."""
+"""Hostile tokenizer files either raise an error that names the cause or load safely."""
 
 import base64
 import json
