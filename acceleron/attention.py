@@ -52,7 +52,7 @@ SDPA_BACKENDS = [
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Callable] | None:
-    """Name and function of the flash-attn package that supports this device, dtype and head_dim; None if none does.
+    """Return name and function of the flash-attn package that supports this device, dtype and head_dim, or None.
 
     The function takes q (B, S, H, C), k and v (B, S, G, C), `causal` (aligned to the last position), and
     `deterministic` for its backward pass.
@@ -66,7 +66,7 @@ def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The name of the attention implementation, for the log."""
+    """Return the name of the attention implementation for the log."""
     flash = flash_attention(device, dtype, head_dim)
     return flash[0] if flash else "SDPA"
 
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.out = Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, layer: int = 0):
-        """x (B, S, D) -> (B, S, D). cos and sin are those of x's S positions."""
+        """x (B, S, D) -> (B, S, D). cos and sin are for the S positions of x."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = ops.split_rope(qkv, cos_SC, sin_SC, *self.splits[:2])
         if cache is not None:

@@ -185,7 +185,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: st
             raise damaged
         if not all(is_cpu_tensor(entry[name], shapes[name], torch.float32) for name in shapes):
             raise damaged
-        # Copy: the loaded tensors are memory-mapped from the file.
+        # Copy the tensors, because they are memory-mapped from the file.
         copied[index] = {name: value.clone() for name, value in entry.items()}
     optimizer.load_state_dict({"state": copied, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -142,7 +142,7 @@ def stream_text(
 ) -> Iterator[tuple[int | None, str]]:
     """Yield (token id, text) per token. The text is "" while a character is incomplete.
 
-    If a character is incomplete at the end, a final (None, text) follows; the texts concatenate to the decoded
+    If a character is incomplete at the end, a final (None, text) follows. Concatenated, the texts are the decoded
     continuation. An empty prompt starts a new document. Stops at the end-of-text token.
     """
     end_id = tokenizer.token_to_id(END_OF_TEXT)

@@ -52,7 +52,7 @@ def check_gradients(
 ) -> GradientCheck:
     """Compare loss and gradients of a random model and batch on `backend` with the fp32 reference.
 
-    backend: as in `ops.set_backend`. compiled, checkpointing: apply only to the backend's pass. Tokens are routed
+    backend: as in `ops.set_backend`. `compiled` and `checkpointing` apply only to `backend`. Tokens are routed
     round-robin: in 16 bits, tokens near a tie would choose different experts, and that difference would hide a wrong
     kernel. Uses no global random generator and restores the backend. Needs memory for a second model with gradients,
     and for a set of gradients on the CPU. Kernel errors propagate.

@@ -316,7 +316,7 @@ def _staged(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging)
             os.close(lock)
-            with suppress(OSError):  # rmdir keeps directories with content
+            with suppress(OSError):  # rmdir fails for directories that are not empty
                 for directory in created:
                     directory.rmdir()
     except BrokenPipeError:  # from the progress bar

@@ -252,7 +252,7 @@ MAX_SPLITS_TRIED = 64
 
 
 def split_document(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """Yield pieces of about `size` characters whose tokens, concatenated, equal the tokens of the whole document.
+    """Yield pieces of about `size` characters. Their concatenated tokens equal the tokens of the whole document.
 
     If there is no safe split, the rest is one piece. Without `tokenizer`, a tokenizer from train_tokenizer is assumed.
     """

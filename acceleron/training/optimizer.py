@@ -23,7 +23,7 @@ def update(optimizer: torch.optim.AdamW, grad_norm: Tensor, grad_clip: float, sk
     which saves one pass over them. For a skipped step, it leaves weights and state unchanged. grad_norm and skipped
     are scalars on the device. This never synchronizes.
     """
-    # The same formula as clip_grad_norm_.
+    # This is the formula of clip_grad_norm_.
     optimizer.grad_scale = ((grad_norm + 1e-6) / grad_clip).clamp(min=1.0) if grad_clip else None
     optimizer.found_inf = skipped.float()
     optimizer.step()

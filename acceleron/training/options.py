@@ -42,7 +42,7 @@ class TrainOptions:
     bad_data: str = option("fail", "on an unreadable row: fail, or skip it", ("fail", "skip"))
     max_bad_steps: int = option(
         10,
-        "stop after this many skipped steps in a row; also how often this is checked, which syncs the GPU",
+        "stop after this many skipped steps in a row; also the number of steps between checks, which sync the GPU",
         minimum=1,
     )
     skip_spikes: bool = option(False, "skip the update if the loss is 6 sigma above its running mean")
@@ -99,7 +99,7 @@ class TrainOptions:
 
 
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
-    """TrainOptions from a command line. Raises InputError for an unknown flag or a bad value."""
+    """Parse a command line into TrainOptions. Raises InputError for an unknown flag or a bad value."""
     parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
     for f in fields(TrainOptions):
         flag, about = f"--{f.name}", f.metadata["help"]

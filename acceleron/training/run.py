@@ -32,7 +32,7 @@ MAX_ROW_WARNINGS = 20  # skipped rows that are logged individually
 
 
 class Run:
-    """A training run in progress. Its statistics stay on the device until `read_statistics`.
+    """A training run in progress. Its statistics stay on the device until `read_statistics` is called.
 
     Run the steps inside `context()`. `steps` and `tokens` count completed work. Raises InputError for a seq_len that
     does not divide the shards' row length.
@@ -218,7 +218,7 @@ class Run:
         saved, ours = checkpoint["statistics"], self.state_dict()["statistics"]
         if saved.keys() != ours.keys() or not all(_is_like(saved[name], ours[name]) for name in ours):
             raise InputError(f"{path}: damaged: its statistics do not fit the model")
-        # Copies, because the loaded tensors are memory-mapped from the file.
+        # Copy the tensors, because they are memory-mapped from the file.
         copies = {name: value.to(self.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)}
         self._losses, self._tokens_per_expert_LE = copies["losses"], copies["counts"]
         self._micro_batches, self._grad_norm = copies["micro_batches"], copies["grad_norm"]

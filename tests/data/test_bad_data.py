@@ -193,7 +193,7 @@ def test_bad_data_fail_raises_only_when_the_batch_is_requested(tmp_path, case, n
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_bad_data_skip_replaces_rows_from_the_moment_of_damage(shards, case):
+def test_bad_data_skip_replaces_rows_once_they_are_damaged(shards, case):
     intact = list(islice(make_loader(shards), 30))
     loader = make_loader(shards, bad_data="skip")
     for batch in intact[:10]:
