@@ -32,7 +32,7 @@ def find_flash_packages() -> list[tuple[str, Callable, tuple[int, ...]]]:
 
 
 def _forward_only() -> bool:
-    """Whether this FlashAttention-3 is an inference-only build. Its backward pass raises."""
+    """Return whether FlashAttention-3 is an inference-only build. Its backward pass would raise."""
     try:
         flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except (ImportError, AttributeError, KeyError):

@@ -41,7 +41,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively. If not, a bf16 GEMM is 10 to 100 times slower than an fp32 GEMM."""
+    """Return whether this CPU multiplies bf16 natively. If not, bf16 GEMMs are 10 to 100 times slower than fp32 GEMMs."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu._is_avx512_bf16_supported()
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -53,7 +53,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """The compiler that torch.compile needs for this device, if it is missing. None if it is installed."""
+    """Return the compiler that torch.compile needs for this device if it is missing, or None if it is installed."""
     usual = "gcc" if device.type == "cuda" else "clang++" if sys.platform == "darwin" else "g++"
     command = os.environ.get("CC" if device.type == "cuda" else "CXX", "").split() or [usual]
     return None if shutil.which(command[0]) else command[0]

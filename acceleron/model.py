@@ -149,7 +149,7 @@ class Acceleron(nn.Module):
         return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, tokens_per_expert_LE)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
-        """The final norm's output (B, S, D) and each layer's router statistics.
+        """Return the final norm's output (B, S, D) and each layer's router statistics.
 
         With a cache, input_ids are the positions that follow the cached ones, and are added to the cache.
         """

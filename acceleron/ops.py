@@ -41,12 +41,12 @@ _backend, _reference_ops = "auto", ()
 
 
 def triton_unavailable(device: torch.device) -> str | None:
-    """The reason the Triton kernels cannot run on this device's tensors, or None if they can."""
+    """Return the reason the Triton kernels cannot run on this device's tensors, or None if they can."""
     return _import_error or launch.unavailable(device)
 
 
 def uses_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
-    """Whether an op runs on Triton kernels for tensors of this device and dtype."""
+    """Return whether an op runs on Triton kernels for tensors with this device and dtype."""
     if _backend != "auto":
         return _backend == "triton" and op not in _reference_ops
     # Interpreted kernels are slow, and no kernel has run on an AMD GPU yet: both need --kernels triton.

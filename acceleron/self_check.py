@@ -25,7 +25,7 @@ MAX_TOKENS = 16384
 
 
 class GradientCheck(NamedTuple):
-    """The tensor with the largest error relative to its tolerance: "loss", or the parameter of a gradient.
+    """The tensor with the largest error relative to its tolerance: "loss", or a parameter name for its gradient.
 
     error: relative root mean square error; NaN if the tensor contains NaN.
     """

@@ -56,7 +56,7 @@ def _list_files(repo: str) -> list[str]:
 
 
 def _has_metadata(repo: str, names: list[str], path: Path) -> bool:
-    """Whether the repository's shards.json equals the one at `path`."""
+    """Return whether the repository's shards.json equals the one at `path`."""
     if METADATA not in names:
         return False
     with TemporaryDirectory() as directory:

@@ -8,7 +8,7 @@ DECAY_SHARE = 0.2  # fraction of all steps, for warmup-stable-decay (Hägele et 
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """The learning rate of optimizer step 0, 1, …: linear warmup to lr, then a cosine or wsd decay to min_lr.
+    """The learning rate at optimizer step 0, 1, …: linear warmup to lr, then a cosine or wsd decay to min_lr.
 
     The last warmup step uses lr. The last step, max_steps - 1, uses min_lr, unless it is also the first to use lr.
     """

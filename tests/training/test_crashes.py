@@ -97,7 +97,7 @@ def test_run_survives_many_kills(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_memory_and_open_files_do_not_grow(tmp_path):
-    """A nano run with checkpoints and evaluations uses no more of them in its second half than in its first."""
+    """A nano run with checkpoints and evaluations uses no more of either in its second half than in its first."""
     steps = int(os.environ.get("SOAK_STEPS", 2000))
     data_dir = write_shard(tmp_path / "data", rows=2000)
     intervals = dict(log_interval=10, eval_interval=50, save_interval=50, keep_last=2)
