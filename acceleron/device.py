@@ -41,7 +41,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 natively. If not, bf16 GEMMs are 10 to 100 times slower than fp32 GEMMs."""
+    """Return whether this CPU multiplies bf16 natively. If not, bf16 GEMMs are 10 to 100 times slower than in fp32."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu._is_avx512_bf16_supported()
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))

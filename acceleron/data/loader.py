@@ -107,7 +107,7 @@ class Chunks:
         raise ShardError(f"no readable data: {MAX_SUBSTITUTES} random rows are all bad; last error: {last}")
 
 
-@lru_cache(maxsize=3)  # a batch can span two epochs; validation uses a third one
+@lru_cache(maxsize=3)  # two epochs if a batch spans both, and validation
 def _cached_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
