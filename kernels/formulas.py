@@ -1,7 +1,7 @@
-"""What every op computes: plain formulas with autograd, written to be read. The tests compare both backends with them.
+"""Every op as a plain, readable formula with autograd. The tests compare both backends with these formulas.
 
-Arguments and shapes are those of acceleron/ops.py, whose docstrings have the sources. All is computed in the dtype of
-the arguments; the tests pass float64. Nothing here is fast: the experts are a loop, and the logits of all tokens exist.
+Arguments and shapes match acceleron/ops.py, and its docstrings cite the sources. Everything is computed in the dtype of
+the arguments; the tests pass float64. Nothing here is fast: the experts run in a loop, and all logits are materialized.
 """
 
 import torch
