@@ -169,7 +169,7 @@ def test_logits_match_transformers():
     logits = model(ids).logits
     assert logits.std() > 0.5
     assert (to_transformers(model)(ids).logits - logits).abs().max() < 1e-3
-    # The comparison must detect a wrong config field. 1.0 is the default of transformers.
+    # The comparison must detect a wrong config field. 1.0 is the default in transformers.
     assert (to_transformers(model, attention_multiplier=1.0)(ids).logits - logits).abs().max() > 1e-2
     assert (to_transformers(model, rms_norm_eps=1e-1)(ids).logits - logits).abs().max() > 1e-2
 

@@ -110,13 +110,13 @@ def test_valid_arguments_are_accepted(op, backend):
         ("swiglu", "gate_up_N2F", lambda gate_up: gate_up[0, 0], "shape"),
     ],
 )
-def test_wrong_shape_or_dtype(op, name, change, message, backend):
+def test_error_names_the_argument_of_wrong_shape_or_dtype(op, name, change, message, backend):
     with pytest.raises(ValueError, match=rf"^{op}: .*\b{name}\b.*: expected {message}"):
         call(op, **{name: change(VALID[op][name])})
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in TENSORS if name != next(iter(VALID[op]))])
-def test_wrong_device(op, name, backend):
+def test_error_names_the_argument_on_another_device(op, name, backend):
     with pytest.raises(ValueError, match=f"^{op}: {name}: expected a tensor on {DEVICE}"):
         call(op, **{name: VALID[op][name].to("meta")})
 

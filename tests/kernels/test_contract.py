@@ -84,7 +84,7 @@ def gradient(op, x, inside):
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", OPS)
-def test_autocast(name, backend, inside):
+def test_autocast_casts_only_gemms(name, backend, inside):
     """GEMMs compute in autocast's dtype; the router and the other ops compute in fp32."""
     op, x = calls()[name]
     leaf = x.detach().requires_grad_()

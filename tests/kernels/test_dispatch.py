@@ -45,8 +45,8 @@ def random_ids(T, E, dtype=torch.int32):
     return torch.randint(E, (T, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
 
 
-# T and E. A block has 512 assignments up to 8 experts and 16 at 256. No token; one; three programs with a short last
-# one; exactly one block; 17 programs, whose counts take two blocks.
+# T and E: no tokens; one token; three programs with a short last one; exactly one block; 17 programs, whose counts take
+# two blocks. A block has 512 assignments for up to 8 experts, and 16 for 256.
 @pytest.mark.parametrize(
     ("T", "E"), [(0, 5), (1, 2), (600, 5), (256, 8), (130, 256), *([(300_000, 8)] if DEVICE == "cuda" else [])]
 )
@@ -54,7 +54,7 @@ def test_plan_matches_the_reference(T, E):
     check_plan(random_ids(T, E), E)
 
 
-@pytest.mark.parametrize(("T", "E"), [(1500, 5), (100, 256)])  # three programs of two and of four or more blocks
+@pytest.mark.parametrize(("T", "E"), [(1500, 5), (100, 256)])  # three programs, with two blocks each or at least four
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_programs_loop_over_several_blocks(T, E, dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "MAX_PROGRAMS", 3)

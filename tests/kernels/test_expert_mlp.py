@@ -103,7 +103,7 @@ def test_fp32_weights_get_fp32_gradients():
         assert not torch.equal(b.half().float(), b)
 
 
-def test_bfloat16():
+def test_bfloat16_is_accurate():
     """Adds x to dilute the error, because the interpreter truncates four times in a row, always toward zero."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
     functions = (formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)
@@ -119,7 +119,7 @@ def test_bfloat16():
     ],
     ids=str,
 )
-def test_other_tile_configs(config, dtype, monkeypatch):
+def test_other_tile_configs_are_accurate(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(30, 48, 72, 2, dtype=dtype))
 
@@ -269,7 +269,7 @@ def test_backward_accepts_an_expanded_gradient():
     assert_equal([leaf.grad for leaf in leaves], expected)
 
 
-def test_zero_tokens():
+def test_zero_tokens_are_accepted():
     ids = torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
     tensors, _ = inputs(5, 16, 8, 3)
     tensors = [x[:0] if i < 2 else x for i, x in enumerate(tensors)]

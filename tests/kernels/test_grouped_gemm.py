@@ -74,7 +74,7 @@ def test_output_and_gradients(case, dtype):
         assert not grad_w[expert].any()  # exactly 0, although uninitialized memory holds NaN
 
 
-def test_bfloat16():
+def test_bfloat16_is_accurate():
     check_errors(*inputs(*CASES["two experts"], torch.bfloat16))
 
 
@@ -107,7 +107,7 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
     ],
     ids=str,
 )
-def test_other_tile_configs(config, dtype, monkeypatch):
+def test_other_tile_configs_are_accurate(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(40, 64, 96, 5, (0, 2, 4), dtype))
 
@@ -173,7 +173,7 @@ def test_backward_accepts_an_expanded_gradient():
     assert torch.equal(leaf.grad, run(grouped_gemm, x, w, plan, y_like)[1])
 
 
-def test_zero_rows():
+def test_zero_rows_are_accepted():
     y, grad_x, grad_w = run(grouped_gemm, *inputs(0, 16, 24, 3, None, torch.float32))
     assert (y.shape, grad_x.shape, grad_w.shape) == ((0, 24), (0, 16), (3, 24, 16))
     assert not grad_w.any()

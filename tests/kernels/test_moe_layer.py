@@ -82,7 +82,7 @@ def test_16_bit_weights_without_a_residual():
     check_errors(inputs(*CASES["two experts"], dtype=torch.float16, residual=False))
 
 
-def test_bfloat16():
+def test_bfloat16_is_accurate():
     check_errors(inputs(*CASES["two experts"], dtype=torch.bfloat16, weights=torch.float32))
 
 
@@ -117,7 +117,7 @@ def test_forced_load_balance(case):
     assert moe(*tensors).tokens_per_expert_E.tolist() != expected.tolist() or E == 2
 
 
-def test_zero_tokens():
+def test_zero_tokens_are_accepted():
     x, *weights, residual = inputs(*CASES["odd widths"], dtype=torch.float16)
     results, tokens_per_expert_E = run(moe, [x[:0], *weights, residual[:0]], coefficients=(1.0, 0.0, 0.0))
     assert results[0].shape == (0, 33)

@@ -100,7 +100,7 @@ def test_backward_skips_an_unused_output(monkeypatch, used, with_residual):
     assert_equal(ours, run(rms_norm, x, weight, residual, grads)[2:])
 
 
-def test_zero_rows():
+def test_zero_rows_are_accepted():
     x, weight, residual, grads = inputs((0, 24), torch.float32, torch.float32, True)
     norm, _, grad_x, grad_weight, _ = run(rms_norm, x, weight, residual, grads)
     assert norm.shape == grad_x.shape == (0, 24)

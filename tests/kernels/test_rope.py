@@ -153,7 +153,7 @@ def test_forward_and_backward_launch_one_kernel_each(monkeypatch, passes):
     assert len(launches) == 2
 
 
-def test_zero_positions():
+def test_zero_positions_are_accepted():
     qkv, H, cos, sin, grads = inputs(2, 0, 4, 2, 16)
     assert [x.shape[1] for x in run(rope, qkv, H, cos, sin, grads)] == [0, 0, 0]
     assert [x.shape[1] for x in run_split(split_rope, *split_inputs(2, 0, 4, 2, 16))] == [0, 0, 0, 0]

@@ -56,7 +56,7 @@ def test_results_are_deterministic():
     assert_equal(run(router_logits, *arguments), run(router_logits, *arguments))
 
 
-def test_zero_tokens():
+def test_zero_tokens_are_accepted():
     weight = randn(6, 48)
     logits, dx, dweight = run(router_logits, randn(0, 48), weight, randn(0, 6))
     assert logits.shape == (0, 6)

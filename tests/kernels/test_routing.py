@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-# T and E. A block has 256 tokens up to 8 experts, 32 at 64 and 8 at 256. One token; E = K; three programs with a
+# T and E. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256. One token; E = K; three programs with a
 # partial block and an odd E; half a block of many experts; 10 programs, whose sums take two blocks of the second
 # kernel, with the most experts; the same with 51 experts of padding; exactly one block.
 SHAPES = [(1, 8), (300, 2), (600, 5), (16, 64), (75, 256), (75, 205), (256, 8)]
