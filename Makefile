@@ -21,7 +21,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Packages of Python's standard library, which are text that every machine has.
+# Standard library packages, used as training text because every machine has them.
 PACKAGES := asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml
 
 demo: setup

@@ -65,7 +65,7 @@ def read_table() -> dict[tuple, Config]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; set another file, or unset it") from error
+        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; set a different file or unset it") from error
     entries = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -154,7 +154,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         if op == "up":
             return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4)
         return Config(128, 256 if wide else 128, 64, 8, 4)
-    # With two programs per SM, one's epilogue overlaps the other's GEMM. This helps if the inner width is small.
+    # Two programs per SM let the epilogue of one overlap the GEMM of the other. This helps if the inner width is small.
     if op == "rows" and min(sizes[1:3]) > 1024:
         return Config(128, 256, 64, 8, 4, flatten=True)
     return Config(128, 64 if op == "up" else 128, 64, 4, 3, programs=2, flatten=True)

@@ -94,7 +94,7 @@ def _linear_cross_entropy(
     mantissa, power = split_mean(count)
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
-    # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
+    # Sum in fp32, because a bf16 sum over 100k tokens loses small gradients.
     grad_weight = weight_VD.new_zeros(weight_VD.shape if need_weight else 0, dtype=torch.float32)
     # The chunks have about the same size, because a short last chunk would waste tiles of its GEMM. There are at least
     # two, so the full logits are never materialized.

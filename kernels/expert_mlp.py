@@ -36,7 +36,7 @@ def _up_kernel(
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate and the same BLOCK_N up columns.
+    """Compute h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate and BLOCK_N matching up columns.
 
     One accumulator holds both. With two, ptxas serializes the wgmmas of the flattened loop (warning C7515).
     """
@@ -151,7 +151,7 @@ def _token_grad_kernel(
 
 
 def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
-    """Return the grid and blocks of a kernel over [T, D]: 8 KiB of bf16 per program, with a row's tiles consecutive.
+    """Return the grid and blocks of a kernel over [T, D]. Each program handles 8 KiB of bf16. Tiles are in row order.
 
     There are more threads than columns. Only then does Triton load a router row in the layout of the sum. Otherwise the
     row goes through shared memory, with two barriers per expert.

@@ -136,7 +136,7 @@ def _weight_grad_kernel(
     E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows, one sum for each of their `split` shares.
+    """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows, with a separate sum for each row share.
 
     Ragged TMA descriptors read zeros past the expert's last row. Without TMA those rows are masked.
     """

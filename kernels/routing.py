@@ -104,7 +104,7 @@ def _route_backward_kernel(
 ):  # fmt: skip
     """Compute dlogits from the gradients of the scores, the z-loss and the balance loss.
 
-    Let p be the softmax over all experts, l the logsumexp, s the scores and f the shares of the assignments. The terms:
+    p is the softmax over all experts, l the logsumexp, s the scores, f the shares of the assignments. The terms are
     s0 s1 (ds0 - ds1) for the first choice and its negative for the second; 2 l p dz / T; E p (f - f.p) dbalance / T.
     """
     es = tl.arange(0, E_PAD)

@@ -29,8 +29,8 @@ __all__ = [
     "swiglu",
 ]
 
-# Logits per chunk of the cross-entropy: 2**24 fp32 values are 64 MiB. On a CPU, doubling this is no faster in fp32. In
-# 16 bits, four times as many are 1.3 times as fast, because the GEMMs are faster but the sum of dweight is not.
+# Logits per chunk of the cross-entropy: 2**24 fp32 values are 64 MiB. On a CPU, larger chunks are no faster in fp32. In
+# 16 bits, chunks four times as large are 1.3 times as fast: the GEMMs speed up, but the sum of dweight does not.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
 
@@ -179,7 +179,7 @@ class _Combine(torch.autograd.Function):
 # experts reads the offsets, which would break a compiled graph. On a CPU, the loop is as fast as grouped_mm.
 
 # On a CPU, oneDNN compiles a 16-bit GEMM for each new row count, which takes 1 to 2 ms. Row counts change with every
-# batch, so they are rounded up to a multiple of this. Weight gradients are exempt: there, it is the inner size.
+# batch, so they are rounded up to a multiple of this, except for weight gradients, which sum over the rows.
 ROWS_STEP = 64
 
 
@@ -342,7 +342,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The rows of ignored tokens are multiplied by 0.
         scale_T = torch.where(keep_T, 1 / mantissa, 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
-        # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
+        # Sum in fp32, because a bf16 sum over 100k tokens loses small gradients.
         grad_weight = None
         if need_weight:  # the first chunk fills it
             grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=sum_dtype)

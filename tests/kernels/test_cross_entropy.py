@@ -1,4 +1,4 @@
-"""The fused output head and cross-entropy loss."""
+"""Fused output head and cross-entropy loss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The expert MLP kernels."""
+"""Expert MLP kernels."""
 
 import gc
 import subprocess
@@ -125,7 +125,7 @@ def test_different_tile_configs_are_accurate(config, dtype, monkeypatch):
 
 
 def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
-    """TMA needs full inner blocks, and rows that are a multiple of 16 bytes. Pointers load all other operands."""
+    """TMA needs full inner blocks and rows that are a multiple of 16 bytes. Otherwise, the kernels use pointers."""
     used = []
     for caller in (module, gemms):
         monkeypatch.setattr(caller, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])

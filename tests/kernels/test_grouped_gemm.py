@@ -79,7 +79,7 @@ def test_bfloat16_is_accurate():
 
 
 def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
-    """TMA needs full inner blocks, and rows that are a multiple of 16 bytes. Pointers load all other operands."""
+    """TMA needs full inner blocks and rows that are a multiple of 16 bytes. Otherwise, the kernels use pointers."""
     used = []
     monkeypatch.setattr(module, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
 

@@ -1,4 +1,4 @@
-"""The RMSNorm kernels."""
+"""RMSNorm kernels."""
 
 import pytest
 import torch

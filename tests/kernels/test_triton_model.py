@@ -123,7 +123,7 @@ def test_training_losses_match_the_reference(monkeypatch, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
-    # The data are a random walk over eight tokens, so the loss falls within eight steps.
+    # The data is a random walk over eight tokens, so the loss falls within eight steps.
     ids = rng.integers(-1, 2, size=(30, 24)).cumsum(axis=1) % 8
     np.save(data / "shard_00000.npy", ids.astype(np.int32))
     losses = {}
@@ -135,5 +135,5 @@ def test_training_losses_match_the_reference(monkeypatch, tmp_path):
         records = [json.loads(line) for line in (tmp_path / backend / "metrics.jsonl").read_text().splitlines()]
         losses[backend] = np.array([[r["loss"], r["z_loss"], r["balance_loss"], r["grad_norm"]] for r in records])
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-5)
-    assert not np.array_equal(losses["triton"], losses["reference"])  # the two backends really differ
+    assert not np.array_equal(losses["triton"], losses["reference"])  # two different backends ran
     assert losses["triton"][-1, 0] < losses["triton"][0, 0] - 0.5
