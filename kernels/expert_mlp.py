@@ -142,7 +142,7 @@ def _token_grad_kernel(
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if ROUTER:
-        # fp32 without tensor cores. For up to about 32 experts, memory traffic hides the 2 E FLOPs per value.
+        # This fp32 sum uses no tensor cores. Up to about 32 experts, memory traffic hides its 2 E FLOPs per value.
         for e in range(E):
             dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=ts < T, other=0.0)
             weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)
