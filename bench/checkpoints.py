@@ -3,7 +3,7 @@
 A timed interval starts with a save, as in train.py, and ends once the checkpoint is on disk (in TMPDIR) and verified.
 The details are medians: interval_seconds (without a checkpoint), blocked_seconds (how long training waits) and
 write_seconds. The error is the number of checkpoints that differ from the saved state in any bit. The exit status is 1
-if it is not 0.
+unless it is 0.
 """
 
 import tempfile

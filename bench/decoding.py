@@ -2,7 +2,7 @@
 
 The check compares the last round's tokens with the fp32 reference: given the tokens before it, each token's logit must
 be close to the maximum. The error is the mean gap in standard deviations of the logits, about 4 for random tokens. The
-exit status is 1 if ours fails.
+exit status is 1 if our model fails.
 """
 
 import time

@@ -11,7 +11,7 @@ planned time of the parts after it. Parts that no longer fit are skipped. Later 
 that failed their check. DIR receives results.jsonl, log.txt, summary.txt (failures first, the headline table last),
 report.md with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part fails, 2 on bad input.
 
-The stages need torch, Triton and the project's dependencies, but no network and no installation. This module imports
+The stages need torch, Triton and the project's dependencies, but no network or installation. This module imports
 only the standard library, so a broken installation is reported like any other failure.
 """
 
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     environment: dict[str, str] | None = None
 
 
-# Arguments for a GPU, and for a CPU. The CPU avoids bf16: the interpreter truncates to bf16 where a GPU rounds.
+# Arguments for a GPU, and for a CPU. The CPU avoids bf16: the interpreter truncates to bf16, but a GPU rounds.
 GPU = {
     "one": "tiny",
     "two": "tiny small",
@@ -140,7 +140,7 @@ class Log:
 def run_part(part: Part, limit: float, log: Log) -> str:
     """Run a part. At the limit its process group gets SIGTERM, then SIGKILL after GRACE seconds.
 
-    Returns the reason of a failure, or an empty string.
+    Returns the reason for a failure, or an empty string.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Tokens/s of the data loader with one reader thread and cached files.
 
 The check reads the full batches of one epoch. The error is the number of sequences that repeat an earlier one or are
-not a chunk of a training row, sliced with numpy. The exit status is 1 if it is not 0.
+not a chunk of a training row, sliced with numpy. The exit status is 1 unless it is 0.
 """
 
 import tempfile

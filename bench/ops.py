@@ -7,9 +7,9 @@ the shapes that its peers publish. "forward" saves nothing for backward, as in e
 top-k ids, so every provider builds its own dispatch plan.
 
 Checks and timings run in a separate process: a crash, a hang or an out-of-memory error costs one provider at one shape.
---check_only times nothing and also checks each grouped GEMM alone. It retries a kernel that fails with TMA without TMA,
-and replaces an op that still fails with the reference. A `fallbacks` row records the values of ACCELERON_NO_TMA and
-ACCELERON_REFERENCE_OPS that do the same in training.
+--check_only times nothing and also checks each grouped GEMM alone. A kernel that fails with TMA is retried without it,
+and an op that still fails falls back to the reference. A `fallbacks` row records the values of ACCELERON_NO_TMA and
+ACCELERON_REFERENCE_OPS for these fallbacks in training.
 """
 
 import os
@@ -284,7 +284,7 @@ def fallbacks(rows: list[Row]) -> dict[str, str]:
 
 
 def run_cases(checker: Checker, selected: Sequence[str] | None, results: Results) -> list[Row]:
-    """Check all cases and, with rounds, time them. Writes each row immediately and returns all rows."""
+    """Check all cases and, if rounds > 0, time them. Writes each row immediately and returns all rows."""
     rows, absent, env = [], {}, None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
         found = [p for p in providers(case, checker.settings.device) if not selected or p.name in selected]

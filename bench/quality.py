@@ -3,9 +3,9 @@
 Tuning runs select each model's learning rate, with half of the steps and a separate seed. The final runs use it: for
 every seed, both models on the full token budget and the MoE on smaller ones, each with a complete schedule. Results:
   - the difference in validation loss at equal tokens, paired by seed, with a 95% confidence interval;
-  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. Per seed, the tokens come
+  - the MoE's time to the dense baseline's final loss / the dense baseline's training time. Per seed, the tokens come
     from the MoE runs' losses, interpolated over log(tokens), and the seconds per token from the longest MoE run.
-Wall clock is tokens / median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
+Time is tokens / median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
 """
 
 import math
@@ -109,7 +109,7 @@ def interval(values: pd.Series) -> tuple[float, float, float]:
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
-    """Interpolate the tokens to reach `loss` over log(tokens). losses: indexed by tokens. NaN far outside them."""
+    """Interpolate the tokens to reach `loss` over log(tokens). losses: by tokens. NaN far outside their range."""
     if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
     found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))

@@ -23,7 +23,7 @@ from .rows import FILE, Row, default_directory, number, ranged, ratio, read, spr
 KEYS = ["benchmark", "provider", "case", "device", "switches"]  # rows with equal keys measure the same thing
 UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2**20), "FLOP/s": ("TFLOP/s", 1e12), "bytes/s": ("GB/s", 1e9)}
 HIDDEN = {"flops", "bytes", "flops_per_token", "peak_flops", "ceiling_flops", "ceiling_bytes", "val_tokens", "loss"}
-RANGES = "Ranges: p20 .. p80, or 95% confidence over seeds. `relative`: to the row with 1 in the same rounds."
+RANGES = "Ranges: p20 .. p80, or 95% confidence over seeds. `relative`: ratio to the row with 1 in the same rounds."
 # Runs vary more than rounds within a run do, so smaller relative changes are ignored. Losses vary less.
 FLOOR, LOSS_FLOOR = 0.05, 0.005
 STYLE = {"svg.hashsalt": "0", "svg.fonttype": "none", "text.parse_math": False, "figure.constrained_layout.use": True}

@@ -5,7 +5,7 @@ bench/trace.py traces a step of the MoE and of its dense baseline. A table lists
   gap ms        the part of the bound above the FLOP time: memory traffic that no faster kernel avoids
   predicted ms  the time at rates measured in training steps on an H200, at least 3 us per launch
 The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
-limiting kernel is the MoE-only kernel with the largest predicted time above its bound. bench/LOG.md, 2026-11-26,
+limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/LOG.md, 2026-11-26,
 compares predictions with measurements.
 """
 
@@ -72,7 +72,7 @@ def by_kind(launches: list[Launch], size: str, gpu: str) -> pd.DataFrame:
 
 
 def limiting_kernel(moe: Step, dense: Step, size: str, gpu: str) -> tuple[str, float]:
-    """Return the MoE-only kernel with the largest predicted time above its bound, and that excess in seconds."""
+    """Return the MoE-only kernel with the largest gap between predicted time and bound, and the gap in seconds."""
     excess, common = Counter(), {launch.name for launch in dense.launches}
     for launch in moe.launches:
         if launch.name not in common:

@@ -8,7 +8,7 @@ from acceleron.errors import InputError
 NANO_VOCAB = 2048
 SEQ_LEN = 2048
 # Sequences per micro-batch on a GPU: 128, or as many as fit on an H100 (see `python -m bench roofline`). The limit is
-# 70 of 79 GiB, for one contender's peak and the idle contender's state (12 bytes per parameter, 22 GiB for large's MoE).
+# 70 of 79 GiB, for a contender's peak and the idle contender's state (12 bytes per parameter, 22 GiB for large's MoE).
 # The peaks are 63, 60, 47 and 66 GiB from tiny to large; 128 sequences of small would take 113, 32 of medium 77, 16 of
 # large 73.
 MICRO_BATCH = {"nano": 128, "tiny": 128, "small": 64, "medium": 16, "large": 12}

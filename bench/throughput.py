@@ -54,7 +54,7 @@ MODES = {
     "predecessor": dict(batch_size=32, grad_accum=4),
 }
 BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # the default of --kernels
-GPU_MODES = ("deterministic", "predecessor")  # skipped on a CPU unless --mode names them
+GPU_MODES = ("deterministic", "predecessor")  # skipped on a CPU unless selected with --mode
 CORPUS_CHARACTERS = 4_000_000
 NEVER = 1 << 30
 

@@ -1,4 +1,4 @@
-"""Tune the grouped GEMMs on this GPU: write configurations that beat the default rule's to DIR/tuned.jsonl.
+"""Tune the grouped GEMMs on this GPU: write configurations that beat the default rule to DIR/tuned.jsonl.
 
 python -m bench tune [--model_size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
 

@@ -19,13 +19,13 @@ START_SECONDS = 300  # limit for imports
 class Failure(Exception):
     """The reason an answer is missing: an exception, the exit status of the process, or its time limit."""
 
-    fatal = False  # True if the process has ended
+    fatal = False  # True if the process has exited
 
 
 class Worker:
     """Runs `serve(connection, *args)` in a spawned process. `serve` answers each message, possibly with a Failure.
 
-    If the process has ended, the next `ask` starts a new one. `close` raises EOFError in `serve`.
+    If the process has exited, the next `ask` starts a new one. `close` raises EOFError in `serve`.
     """
 
     def __init__(self, serve: Callable, *args):
@@ -82,7 +82,7 @@ def _run(serve: Callable, connection, args: tuple):
     try:
         connection.send("started")
         serve(connection, *args)
-    except (EOFError, ConnectionError):  # the parent closed the connection or ended
+    except (EOFError, ConnectionError):  # the parent closed the connection or exited
         return
     except Exception as error:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""bench throughput: contenders run train.py's own loop, and a failing process gives a failed row."""
+"""bench throughput: contenders run train.py's own loop, and a failing process produces a failed row."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def flags(**given) -> Namespace:
     return Namespace(**(names | dict(dtype=torch.float32, limit=1.0, device=torch.device("cpu")) | given))
 
 
-def test_modes_set_train_options(options, monkeypatch, tmp_path):
+def test_modes_set_the_options_of_train(options, monkeypatch, tmp_path):
     monkeypatch.setattr(throughput, "Worker", lambda serve, options: Namespace(close=None))
     made = {}
     for mode in throughput.MODES:
