@@ -50,7 +50,8 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
     tokens_per_expert_E = F.one_hot(topk_ids_TK, E).sum(dim=(0, 1))
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
-    balance_loss = E * (tokens_per_expert_E / (TOP_K * T) * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
+    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
+    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
     return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, balance_loss, tokens_per_expert_E)
 
 
