@@ -98,7 +98,7 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
     """List changes since `there` beyond the spread of both: regressions, including new failures, and improvements."""
     both = latest(there).query("why == ''").merge(latest(here), on=KEYS, suffixes=("_before", ""))
     if both.empty:
-        raise InputError("--compare: no row here matches a row there in benchmark, provider, case, device and switches")
+        raise InputError("--compare: no row has the same benchmark, provider, case, device and switches in both")
     lines = []
     for line in both.itertuples():
         mark, before, now = "regression" if line.why.startswith("FAILED") else "", "", line.why
