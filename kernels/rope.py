@@ -24,7 +24,7 @@ def _rotate(
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, OUT_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """TURN: 1 rotates, -1 rotates back, 0 copies. out_ptr points to the first of OUT_HEADS output heads per position."""
+    """TURN: 1 rotates, -1 rotates back, 0 copies. out_ptr points to the first of OUT_HEADS heads per position."""
     row = tl.arange(0, POSITIONS * HEADS_P2)[:, None]
     col = tl.arange(0, HALF_P2)[None, :]
     s = s_start + row // HEADS_P2

@@ -107,7 +107,7 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
     ],
     ids=str,
 )
-def test_other_tile_configs_are_accurate(config, dtype, monkeypatch):
+def test_different_tile_configs_are_accurate(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(40, 64, 96, 5, (0, 2, 4), dtype))
 
