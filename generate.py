@@ -21,14 +21,14 @@ from acceleron.generation import Sampling, load_model, open_tokenizer, stream_te
 def parse_arguments() -> Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=nonempty, required=True, help="checkpoint_<step>.pt from train.py")
-    parser.add_argument("--prompt", help="generate once from this prompt (default: read prompts interactively)")
+    parser.add_argument("--prompt", help="generate once from this prompt (default: interactive)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum tokens to generate (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature (default 0.8; 0: greedy)")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from the k likeliest tokens (default 50; 0: all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest that sum to p (default 1)")
-    parser.add_argument("--greedy", action="store_true", help="always pick the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the top k tokens (default 50; 0: all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from top tokens that sum to p (default 1)")
+    parser.add_argument("--greedy", action="store_true", help="always pick the most likely token")
     parser.add_argument("--seed", type=int, help="random seed for reproducible sampling")
-    parser.add_argument("--tokenizer", type=nonempty, help="default: beside the checkpoint or generate.py")
+    parser.add_argument("--tokenizer", type=nonempty, help="default: the one next to the checkpoint or generate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()
@@ -73,7 +73,7 @@ def main():
         except EOFError:
             print()
             return
-        except InputError as error:  # keep the session after a prompt that is too long
+        except InputError as error:  # a prompt that is too long must not end the session
             print(f"error: {error}", file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Importing torch takes a while, and there is nothing to save before and after training. 75 is errors.STOPPED.
+    # Importing torch takes a while, and there is nothing to save before or after training. 75 is errors.STOPPED.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(75))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str):
-        """Import on first use, so that reading a config imports no kernel and commands start fast."""
+        """Import on first use, so reading a config imports no kernels and commands start fast."""
         from importlib import import_module
 
         modules = {"Acceleron": ".model", "MoE": ".moe", "ModelConfig": ".config"}

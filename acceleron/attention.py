@@ -19,7 +19,7 @@ FLASH_PACKAGES = (
 
 
 def find_flash_packages() -> list[tuple[str, Callable, tuple[int, ...]]]:
-    """The installed flash-attn packages that have a backward pass, best first: name, function, compute capabilities."""
+    """List the installed flash-attn packages with a backward pass, best first: name, function, compute capabilities."""
     found = []
     for name, module, capabilities in FLASH_PACKAGES:
         try:
@@ -32,7 +32,7 @@ def find_flash_packages() -> list[tuple[str, Callable, tuple[int, ...]]]:
 
 
 def _forward_only() -> bool:
-    """Whether FlashAttention-3 is a build for inference, whose backward pass raises."""
+    """Whether this FlashAttention-3 is an inference-only build. Its backward pass raises."""
     try:
         flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except (ImportError, AttributeError, KeyError):
@@ -52,7 +52,7 @@ SDPA_BACKENDS = [
 
 
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Callable] | None:
-    """Name and function of the flash-attn package that supports this device, dtype and head_dim; None if none does.
+    """Return name and function of the flash-attn package that supports this device, dtype and head_dim, or None.
 
     The function takes q (B, S, H, C), k and v (B, S, G, C), `causal` (aligned to the last position), and
     `deterministic` for its backward pass.
@@ -66,13 +66,13 @@ def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The name of the attention implementation, for the log."""
+    """Return the name of the attention implementation for the log."""
     flash = flash_attention(device, dtype, head_dim)
     return flash[0] if flash else "SDPA"
 
 
 def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
-    """softmax(q k^T * C**-0.5) v. The S queries are the last of the L positions; each sees those up to its own."""
+    """softmax(q k^T * C**-0.5) v. The S queries are the last of the L positions; each attends up to its own."""
     flash = flash_attention(q_BSHC.device, q_BSHC.dtype, q_BSHC.shape[-1])
     if flash:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -80,7 +80,7 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
         return out[0] if isinstance(out, tuple) else out  # some releases return the logsumexp too
     (B, S, H, C), (L, G) = q_BSHC.shape, k_BLGC.shape[1:3]
     if S == 1:
-        # Decoding: the H / G query heads that share a key head become its queries, which all see all L positions.
+        # Decoding: the H / G query heads that share a key head become its queries. All of them attend to all L.
         q, k, v = q_BSHC.view(B, G, H // G, C), k_BLGC.transpose(1, 2), v_BLGC.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v).view(B, 1, H, C)
     mask = None
@@ -92,7 +92,7 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
 
 
 def best_sdpa():
-    """Context in which SDPA tries its fastest backend first.
+    """Context manager that makes SDPA try its fastest backend first.
 
     torch.use_deterministic_algorithms(True) excludes cuDNN and makes the other backends deterministic.
     """
@@ -100,7 +100,7 @@ def best_sdpa():
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in the dtype of its input."""
+    """A linear layer without bias. It computes in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -110,7 +110,7 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of the decoded positions: one pair of (B, max_len, G, C) buffers per layer."""
+    """Keys and values of the positions so far: one pair of (B, max_len, G, C) buffers per layer."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, 2, batch_size, max_len, config.num_kv_heads, config.head_dim)
@@ -118,7 +118,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k_BSGC: Tensor, v_BSGC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of a layer and return the keys and values of all. The model advances `length`."""
+        """Store a layer's new positions and return all its keys and values. The model advances `length`."""
         end = self.length + k_BSGC.shape[1]
         self.kv[layer, 0, :, self.length : end] = k_BSGC
         self.kv[layer, 1, :, self.length : end] = v_BSGC
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.out = Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, cache: KVCache | None = None, layer: int = 0):
-        """x (B, S, D) -> (B, S, D). cos and sin belong to the S positions of x."""
+        """x (B, S, D) -> (B, S, D). cos and sin are for the S positions of x."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = ops.split_rope(qkv, cos_SC, sin_SC, *self.splits[:2])
         if cache is not None:

@@ -1,4 +1,4 @@
-"""checkpoint_<step>.pt: tensors and plain values only, so loading runs no code. Every record has a checksum."""
+"""checkpoint_<step>.pt: tensors and plain values only, so loading it runs no code. Every record has a checksum."""
 
 import errno
 import pickletools
@@ -17,14 +17,14 @@ from .log import say
 FORMAT = 2
 FIELD_TYPES = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)
 FIELD_TYPES |= dict(statistics=dict, rng=dict, environment=dict)
-# All globals that tensors and plain values need. torch's weights_only allows more, some of which can exhaust memory.
+# The only globals that tensors and plain values need. torch's weights_only allows more; some can exhaust memory.
 ALLOWED_GLOBALS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
 ALLOWED_GLOBALS |= {f"torch.{name}Storage" for name in ("Float", "Double", "Long", "Int", "Byte")}
-MAX_PICKLE_BYTES = 16 << 20  # unpickled objects take up to 64 times as much; a large run's pickle is under 5 MB
+MAX_PICKLE_BYTES = 16 << 20  # unpickled, it takes up to 64 times as much memory; a large run's is under 5 MB
 
 
 class DamagedCheckpoint(InputError):
-    """Not a valid checkpoint of this version."""
+    """The file is not a valid checkpoint of this version."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -32,7 +32,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def list_checkpoints(directory: Path) -> dict[int, Path]:
-    """The directory's checkpoints by step, ascending."""
+    """The directory's checkpoints, keyed by step in ascending order."""
     matches = {path: re.fullmatch(r"checkpoint_(\d{1,18})\.pt", path.name) for path in directory.glob("*.pt")}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match and path.is_file()))
 
@@ -48,7 +48,7 @@ def find_checkpoint(name: str, directory: Path) -> Path:
 
 
 def verify_archive(path: Path):
-    """Verify the checksums of a checkpoint, and that unpickling it would only build tensors and plain values.
+    """Verify a checkpoint's checksums, and check that unpickling it would build only tensors and plain values.
 
     torch.load alone does not detect flipped bits. Raises DamagedCheckpoint, which names the damaged record or the
     forbidden globals, and InputError for an unreadable file.
@@ -67,7 +67,7 @@ def verify_archive(path: Path):
     except (DamagedCheckpoint, MemoryError):
         raise
     except Exception as error:  # a damaged archive fails in many ways: BadZipFile, EOFError, NotImplementedError, …
-        # A seek to an offset from a damaged directory gives EINVAL. After any other I/O error the file can be valid.
+        # A seek to an offset from a damaged directory gives EINVAL. After any other I/O error the file may be valid.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         raise DamagedCheckpoint(f"{path}: truncated, damaged or not a checkpoint; use another checkpoint") from error
@@ -75,7 +75,7 @@ def verify_archive(path: Path):
         name = repr(damaged)[1:-1]  # control characters escaped
         raise DamagedCheckpoint(f"{path}: damaged: {name} does not match its checksum; use another checkpoint")
     try:
-        # Use torch's reader: zipfile could find another record in a hostile archive.
+        # Use torch's reader: in a hostile archive, zipfile could find a different record.
         found = pickle_globals(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
     except Exception as error:
         raise DamagedCheckpoint(f"{path}: not a checkpoint; use another checkpoint") from error
@@ -85,7 +85,7 @@ def verify_archive(path: Path):
 
 
 def pickle_globals(pickled: bytes) -> set[str]:
-    """The functions and classes, as module.name, that unpickling would look up. Executes nothing.
+    """Return the functions and classes, as module.name, that unpickling would look up. Executes nothing.
 
     Raises many exception types for an invalid pickle.
     """
@@ -156,7 +156,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
     """Return the path and contents of the newest valid checkpoint, or None if there are no checkpoints.
 
     Logs a warning for each damaged checkpoint. Raises InputError if all are damaged, because a new run would overwrite
-    them, or if one is unreadable, which can be temporary.
+    them. Also raises it if one is unreadable, because the cause can be temporary.
     """
     paths = list_checkpoints(directory)
     for path in reversed(paths.values()):
@@ -171,7 +171,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: str | Path):
     """Load the optimizer's state but keep this run's hyperparameters. Raises InputError if it does not fit."""
-    damaged = InputError(f"{path}: its optimizer state does not fit the model; it is damaged")
+    damaged = InputError(f"{path}: damaged: its optimizer state does not fit the model")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = contents["optimizer"].get("state")
     # load_state_dict does not check shapes. Before the first step the state is empty.
@@ -185,7 +185,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: st
             raise damaged
         if not all(is_cpu_tensor(entry[name], shapes[name], torch.float32) for name in shapes):
             raise damaged
-        # Copy: the loaded tensors are memory-mapped from the file.
+        # Copy the tensors, because they are memory-mapped from the file.
         copied[index] = {name: value.clone() for name, value in entry.items()}
     optimizer.load_state_dict({"state": copied, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -195,17 +195,17 @@ def is_cpu_tensor(value, shape, dtype: torch.dtype) -> bool:
 
 
 def load_weights(model: torch.nn.Module, contents: dict, path: str | Path):
-    """Copy the weights into the model. Raises InputError if the configs differ, and names the differences."""
+    """Copy the weights into the model. Raises InputError with the differences if the configs differ."""
     theirs, ours = contents["config"].to_dict(), model.config.to_dict()
     changed = [f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name]]
     if changed:
-        raise InputError(f"{path}: from another model: {', '.join(changed)}; pass the flags it was trained with")
+        raise InputError(f"{path}: from a different model: {', '.join(changed)}; pass the flags it was trained with")
     assign_weights(model, contents, path, assign=False)
 
 
 def assign_weights(model: torch.nn.Module, contents: dict, path: str | Path, assign: bool = True):
     """Assign or copy the checkpoint's tensors to the model. Raises InputError if they do not fit its config."""
-    damaged = InputError(f"{path}: its weights do not fit its config; it is damaged")
+    damaged = InputError(f"{path}: damaged: its weights do not fit its config")
     expected = {name: weight.shape for name, weight in model.named_parameters()}
     weights = contents["model"]
     if weights.keys() != expected.keys():

@@ -8,7 +8,7 @@ from .kernels.contract import MAX_EXPERTS
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24
-# Far above any realistic model. A file with larger values is damaged or hostile: reject it before allocating anything.
+# Far above any realistic model. A file with larger values is damaged or hostile. Reject it before allocating memory.
 LIMITS = {
     "vocab_size": MAX_VOCAB_SIZE,
     "d_model": 1 << 16,
@@ -34,7 +34,7 @@ def short_repr(value) -> str:
     """The repr, truncated to 40 characters."""
     try:
         return reprlib.repr(value)[:40]  # the full repr of nested shared lists can grow exponentially
-    except ValueError:  # Python refuses to format an int of thousands of digits
+    except ValueError:  # Python does not format an int with thousands of digits
         return f"a {type(value).__name__}"
 
 
@@ -85,7 +85,7 @@ class ModelConfig:
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if not 2 <= self.num_experts <= MAX_EXPERTS:
-            raise InputError(f"config: num_experts {self.num_experts} must be 2 (for top-2 routing) to {MAX_EXPERTS}")
+            raise InputError(f"config: num_experts {self.num_experts} must be from 2 (top-2 routing) to {MAX_EXPERTS}")
 
     @property
     def head_dim(self) -> int:
@@ -98,7 +98,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
-        """A named size, or its dense baseline. "nano" has no fixed vocabulary: pass `vocab_size`."""
+        """Return a named size or its dense baseline. "nano" has no fixed vocabulary: pass `vocab_size`."""
         if size not in PRESETS:
             raise InputError(f"unknown model size {size!r}: choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[size], dense=dense, **overrides)
@@ -111,7 +111,7 @@ class ModelConfig:
         """The inverse of `to_dict`. Raises InputError for unknown fields."""
         unknown = sorted(map(short_repr, set(values) - {field.name for field in fields(cls)}))
         if unknown:
-            raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: was it written by another version?")
+            raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: written by a different version?")
         return cls(**values)
 
 

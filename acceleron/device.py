@@ -1,4 +1,4 @@
-"""Devices: flags to devices and dtypes, the compiler, peak FLOP/s and memory."""
+"""Devices: parsing of flags, compiler lookup, peak FLOP/s and memory."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import torch
 
 from .errors import InputError
 
-# Dense bf16 TFLOP/s from the datasheets, by a part of the device name.
+# Dense bf16 TFLOP/s from the datasheets. The keys are substrings of the device name.
 DATASHEET_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "GH200": 989, "A100": 312, "MI300X": 1307, "RTX 4090": 165}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,26 +48,26 @@ def cpu_has_bf16() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that --dtype takes, such as "bf16"."""
+    """The dtype's --dtype value, such as "bf16"."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """The missing compiler that torch.compile needs for this device; None if it is installed."""
+    """The compiler that torch.compile needs for this device, if it is missing. None if it is installed."""
     usual = "gcc" if device.type == "cuda" else "clang++" if sys.platform == "darwin" else "g++"
     command = os.environ.get("CC" if device.type == "cuda" else "CXX", "").split() or [usual]
     return None if shutil.which(command[0]) else command[0]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s for the MFU, and the source of the figure: a datasheet, or a GEMM that is timed now."""
+    """Return peak FLOP/s for the MFU and their source: the datasheet, or a GEMM timed by this function."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, tflops in DATASHEET_TFLOPS.items():
             if part in name:
                 return tflops * 1e12, f"{part} datasheet"
     size = 4096 if device.type == "cuda" else 1024
-    # Its own generator: measuring must not change the random numbers of a training run.
+    # Use a separate generator: the measurement must not change the random numbers of a training run.
     a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=torch.Generator(device))
     best = float("inf")
     for _ in range(6):
@@ -81,10 +81,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @contextmanager
 def deterministic_algorithms():
-    """Context in which torch uses deterministic algorithms only; an op without one raises RuntimeError."""
+    """Context manager that restricts torch to deterministic algorithms. An op without one raises RuntimeError."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Filling the results of torch.empty only helps to find bugs, and takes time.
+    # Filling the results of torch.empty takes time and only helps with debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
@@ -99,7 +99,7 @@ def synchronize(device: torch.device):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the largest allocation on CUDA, else the largest resident size of the process."""
+    """Peak memory in bytes: allocated memory on CUDA, else the resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -111,7 +111,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device):
-    """Restart `peak_memory` at the current size. On a CPU this works on Linux only."""
+    """Reset `peak_memory` to the current size. On a CPU this works only on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -120,7 +120,7 @@ def reset_peak_memory(device: torch.device):
 
 
 def total_memory(device: torch.device) -> int:
-    """Total bytes of the device."""
+    """The device's total memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 # Exit statuses for schedulers. 0 is success; 1 is a bug, with a traceback.
-BAD_INPUT = 2  # same as argparse: the same command would fail again
-FAILED = 3  # the run cannot continue or its output cannot be written; the message says what to change
-STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command, nothing is lost; restart it (train.py: --resume auto)
+BAD_INPUT = 2  # same as argparse: running the same command again would fail
+FAILED = 3  # the run cannot continue or its output cannot be written; the message says how to fix it
+STOPPED = 75  # EX_TEMPFAIL: a signal stopped the command and nothing is lost; restart it (train.py: --resume auto)
 INTERRUPTED = 130  # Ctrl-C
 PIPE_CLOSED = 141  # the reader of the output has exited
 
@@ -28,15 +28,15 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot continue. The message says why, what is saved, and what to do."""
+    """The run cannot continue. The message says why, what is saved, and what to do."""
 
 
 class RunStopped(Exception):
-    """A run stopped by a signal. The message says what is saved and how to continue."""
+    """A signal stopped the run. The message says what is saved and how to continue."""
 
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
-    """RunFailed if the same command can succeed later (after a full disk, for example), else InputError."""
+    """RunFailed if the same command can succeed later (for example, once the disk has space), else InputError."""
     is_file = isinstance(error, FileExistsError) and os.path.isfile(error.filename or "")
     reason = "it is a file, not a directory" if is_file else error.strerror or error
     return (RunFailed if error.errno in TRANSIENT_ERRNOS else InputError)(f"{what} ({reason})")
@@ -49,7 +49,7 @@ def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def path_error(what: str, path: str | Path, wanted: str) -> InputError:
-    """An error that says why `path` is unusable, what exists instead, and the closest name.
+    """Return an error that says why `path` is unusable, what exists instead, and which name is closest.
 
     `what` is the flag or another name for the path; `wanted` is "file" or "directory".
     """
@@ -64,9 +64,9 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
         return InputError(f"{what} {path} does not exist, and {directory} cannot be read ({reason})")
     listed = repr(", ".join(names[:5]) + ", …" * (len(names) > 5))[1:-1] or "nothing"  # escaped for the terminal
     if path.is_dir():
-        return InputError(f"{what} {path} is a directory: name a {wanted} in it; it contains {listed}")
+        return InputError(f"{what} {path} is a directory: pass a {wanted} in it; it contains {listed}")
     if path.exists():
-        return InputError(f"{what} {path} is a file, not a directory: name its directory, {directory}")
+        return InputError(f"{what} {path} is a file, not a directory: pass its directory, {directory}")
     suggestion = did_you_mean(path.name, names)
     where = f"{'T' if suggestion else 't'}he current directory" if directory == Path() else directory
     return InputError(f"{what} {path} does not exist: {suggestion}{where} contains {listed}")
@@ -76,18 +76,18 @@ OUT_OF_MEMORY = "out of memory: use a smaller model, a smaller batch or shorter 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA raises torch.OutOfMemoryError. The CPU allocator raises a plain RuntimeError, recognized by its text."""
+    """Detect both forms: CUDA's torch.OutOfMemoryError and the CPU allocator's RuntimeError, identified by its text."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command and return its exit status, one of those above.
+    """Run a command and return one of the exit statuses above.
 
     Closed standard streams are reopened on /dev/null. SIGTERM and SIGHUP raise SystemExit in the command, so it can
     clean up, unless it installs its own handlers. Blank CC, CXX and ACCELERON_* variables count as unset.
     """
     _prepare_streams()
-    os.environ.pop("MPLBACKEND", None)  # plots go to files, and an unknown backend makes importing matplotlib fail
+    os.environ.pop("MPLBACKEND", None)  # plots go to files, and importing matplotlib with an unknown backend fails
     for name, value in list(os.environ.items()):
         if not value.strip() and (name in ("CC", "CXX") or name.startswith("ACCELERON_")):
             del os.environ[name]
@@ -110,7 +110,7 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def _outcome(main: Callable[[], None]) -> tuple[int, str]:
-    """Run the command. Returns its exit status and its last line for stderr."""
+    """Run the command. Return its exit status and the final line for stderr."""
     try:
         main()
     except InputError as error:

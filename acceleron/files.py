@@ -11,9 +11,9 @@ PARTIAL = ".partial"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that replaces `path` once it is complete and synced. An error leaves `path` unchanged.
+    """Yield a binary file that replaces `path` after it is complete and synced. An error leaves `path` unchanged.
 
-    A killed process also leaves `path` unchanged, and leaves `path` + PARTIAL beside it.
+    A killed process also leaves `path` unchanged, with `path` + PARTIAL next to it.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

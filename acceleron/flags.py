@@ -19,7 +19,7 @@ def nonempty(value: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Raises InputError for a bad command line and suggests the closest flag instead of printing the usage.
 
-    Rejects arguments that are not valid UTF-8, because the libraries accept no such path.
+    Rejects arguments that are not valid UTF-8, because the libraries do not accept such paths.
     """
 
     def __init__(self, **kwargs):

@@ -54,14 +54,14 @@ def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
 
 
 def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
-    """Load `explicit`, or the tokenizer beside the checkpoint or the scripts.
+    """Load `explicit`, or the tokenizer next to the checkpoint or the scripts.
 
     Raises InputError if none exists, if it has more ids than the model's vocabulary, or if `explicit` differs from the
-    tokenizer beside the checkpoint.
+    tokenizer next to the checkpoint.
     """
     path = find_tokenizer(explicit, Path(checkpoint).parent, scripts_dir)
     if path is None:
-        raise InputError(f"no tokenizer beside {checkpoint} or the scripts: pass one with --tokenizer")
+        raise InputError(f"no tokenizer next to {checkpoint} or the scripts: pass one with --tokenizer")
     tokenizer = load_tokenizer(path)
     own = Path(checkpoint).parent / "tokenizer.json"
     if own.is_file() and own.read_bytes() != path.read_bytes():
@@ -70,7 +70,7 @@ def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict,
     if num_ids(tokenizer) > vocab_size:
         raise InputError(
             f"{path} has {num_ids(tokenizer)} entries, more than the model's vocabulary of {vocab_size}: "
-            "pass its own tokenizer with --tokenizer"
+            "pass the model's own tokenizer with --tokenizer"
         )
     return tokenizer
 
@@ -85,7 +85,7 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
         raise InputError("the model's logits are not finite: its training run diverged; use an earlier checkpoint")
     if sampling.temperature == 0:
         return logits_V.argmax(dim=-1, keepdim=True)
-    # A temperature below 1e-6 is greedy in effect, and fp32 would overflow.
+    # A temperature below 1e-6 is effectively greedy, and smaller values would overflow fp32.
     logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, 1e-6)
     if 0 < sampling.top_k < len(logits_V):
         logits, ids = logits_V.topk(sampling.top_k)
@@ -93,7 +93,7 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
         logits, ids = logits_V.sort(descending=True)
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
-        # Keep the smallest set of tokens whose probabilities reach top_p, and always the first.
+        # Keep the smallest set of tokens with a total probability of top_p, and always keep the first token.
         dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         dropped[0] = False
         probabilities = probabilities.masked_fill(dropped, 0.0)
@@ -112,8 +112,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until `stop_id` (not yielded), `max_new_tokens` or the end of the context.
 
-    Samples only ids below `num_entries`, those that the tokenizer has. Raises InputError for an empty prompt or one
-    that fills the context.
+    Samples only ids below `num_entries`, the tokenizer's ids. Raises InputError for a prompt that is empty or fills
+    the context.
     """
     config = model.config
     if not 0 < len(prompt_ids) < config.max_seq_len:
@@ -142,7 +142,7 @@ def stream_text(
 ) -> Iterator[tuple[int | None, str]]:
     """Yield (token id, text) per token. The text is "" while a character is incomplete.
 
-    If a character is incomplete at the end, a final (None, text) follows; the texts concatenate to the decoded
+    If a character is incomplete at the end, a final (None, text) follows. Concatenated, the texts are the decoded
     continuation. An empty prompt starts a new document. Stops at the end-of-text token.
     """
     end_id = tokenizer.token_to_id(END_OF_TEXT)
@@ -151,12 +151,12 @@ def stream_text(
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid UTF-8") from error
     prompt_ids = encode(tokenizer, [prompt])[0] or [end_id]
-    # Decode all ids each time, because a token's text depends on the tokens before it. This takes 0.5 ms for 2,048 ids.
+    # Decode all ids each time, because a token's text depends on the tokens before it: 0.5 ms for 2,048 ids.
     ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
     for token in generate(model, prompt_ids, max_new_tokens, sampling, num_entries=num_ids(tokenizer), stop_id=end_id):
         ids.append(token)
         piece = ""
-        # Byte fallback decodes a run of bytes to U+FFFD until the run is valid UTF-8.
+        # With byte fallback, a run of byte tokens decodes to U+FFFD until it is valid UTF-8.
         if not BYTE_TOKEN.fullmatch(tokenizer.id_to_token(token) or ""):
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):

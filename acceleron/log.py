@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def say(line: str, file: TextIO | None = None):
-    """Print a line above any progress bar, to stderr by default. Ignore write errors: output must not end a run."""
+    """Print a line above any progress bar, to stderr by default. Write errors are ignored, so they never end a run."""
     file = file or sys.stderr
     with suppress(OSError, ValueError):
         if file is not None:  # a process can start without stderr

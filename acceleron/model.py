@@ -18,9 +18,9 @@ from .moe import MoE, MoEStats, SwiGLU
 class ModelOutput(NamedTuple):
     """`loss` is the objective: cross_entropy + z_loss_coef * z_loss + balance_loss_coef * balance_loss.
 
-    With labels, `logits` is None: they are never built. Without labels, `loss` and `cross_entropy` are None. The
-    router losses are unweighted sums over the layers, 0 for the dense baseline. `tokens_per_expert_LE` has a row per
-    layer; None for the dense baseline.
+    With labels, `logits` is None: logits are never materialized. Without labels, `loss` and `cross_entropy` are None.
+    The router losses are unweighted sums over the layers, and 0 for the dense baseline. `tokens_per_expert_LE` has one
+    row per layer. It is None for the dense baseline.
     """
 
     loss: Tensor | None
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum. Without a residual the sum is x."""
+        """Return the norm of x + residual, and the sum itself. Without a residual, the sum is x."""
         return ops.rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
             self.moe = MoE(config)
 
     def forward(self, x: Tensor, cos_SC: Tensor, sin_SC: Tensor, recompute: bool = False):
-        """x (B, S, D) -> (x, MoEStats or None). With `recompute`, backward keeps only x and the routing."""
+        """x (B, S, D) -> (x, MoEStats or None). With `recompute`, only x and the routing are saved for backward."""
         if not recompute:
             return self.layer(x, cos_SC, sin_SC)
         contexts = partial(create_selective_checkpoint_contexts, _save_routing)
@@ -109,8 +109,8 @@ class Acceleron(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None):
         """Normal with std 0.02, divided by sqrt(2 layers) for weights that write to the residual stream (GPT-2).
 
-        w2 of the routed experts is doubled: the scores of a token's two experts add up to 1, so without it the experts
-        would start with half the contribution that the same widths make in the dense baseline.
+        w2 of the routed experts is doubled: the scores of a token's two experts add up to 1, so otherwise the experts
+        would start with half the contribution of the same widths in the dense baseline.
         """
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
@@ -128,7 +128,7 @@ class Acceleron(nn.Module):
         """input_ids: int64 (B, S), S <= max_seq_len. labels: the same shape, usually input_ids itself.
 
         The model shifts the labels: position s predicts labels[:, s + 1]. Do not shift them yourself. -100 is ignored.
-        Raises ValueError for other shapes and for a sequence longer than max_seq_len.
+        Raises ValueError for any other shape and for a sequence longer than max_seq_len.
         """
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
@@ -151,7 +151,7 @@ class Acceleron(nn.Module):
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
         """The final norm's output (B, S, D) and each layer's router statistics.
 
-        With a cache, input_ids are the positions that follow the cached ones. The cache is extended by them.
+        With a cache, input_ids are the positions that follow the cached ones, and are added to the cache.
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected shape (batch, sequence), but got {tuple(input_ids.shape)}")
@@ -180,11 +180,11 @@ class Acceleron(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""
         if x.dim() == 1:
-            # A decoding step: in bf16 on a CPU, mv is 1.4 times as fast as linear.
+            # In a decoding step in bf16 on a CPU, mv is 1.4 times as fast as linear.
             return torch.mv(self.embedding.to(x.dtype), x)
         return F.linear(x, self.embedding.to(x.dtype))
 
     def compile_blocks(self):
-        """torch.compile each block with one static graph for all blocks. Parameter names do not change."""
+        """Compile the blocks with torch.compile. All share one static graph. Parameter names do not change."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)

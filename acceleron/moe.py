@@ -35,8 +35,8 @@ class MoE(nn.Module):
     """`MoE(config)(x) -> (y, stats)` for x of shape (..., d_model); y has the shape and dtype of x.
 
     The layer is dropless: every token gets its two experts, weighted by the softmax of their two logits, and the shared
-    expert. To train it in another model, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
-    stats.balance_loss` to the loss. Legend of the shapes: ops.py.
+    expert. To train it in your own model, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
+    stats.balance_loss` to the loss. ops.py has the legend of the shapes.
     """
 
     def __init__(self, config: ModelConfig):
@@ -51,10 +51,10 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """Returns y, plus the residual if given, and the router statistics.
+        """Return y, plus the residual if given, and the router statistics.
 
         Under torch.autocast y has the autocast dtype, like the result of F.linear; the router computes in fp32 from the
-        uncast x. Raises ValueError for an x of another width and a residual of another shape.
+        uncast x. Raises ValueError if x has the wrong width or the residual the wrong shape.
         """
         if x.shape[-1:] != self.router.shape[1:]:
             raise ValueError(f"MoE: expected x of width {self.router.shape[1]}, but got shape {tuple(x.shape)}")
@@ -68,6 +68,6 @@ class MoE(nn.Module):
         return y_TD.view_as(x), MoEStats(*stats)
 
     def decode_token(self, x: Tensor) -> Tensor:
-        """`forward` for a single token, x (1, 1, D), on a CPU and without gradients, with less overhead."""
+        """A faster `forward` for a single token, x (1, 1, D), on a CPU and without gradients."""
         logits_E = F.linear(x.to(self.router.dtype), self.router).flatten()
         return expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF) + self.shared(x)

@@ -3,13 +3,13 @@
 Legend: T tokens, D model width, E experts, K = 2 experts per token, F expert width, W width of the shared expert,
 V vocabulary, N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
 
-Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. Every op raises a ValueError that
-names the argument for other shapes, dtypes and devices, and the Triton kernels also for strides they cannot read. Under
-torch.autocast `moe`, `expert_mlp`, `grouped_gemm` and `linear_cross_entropy` compute in its dtype, as F.linear does;
-the other ops compute in the dtype of their inputs, and the router always computes in fp32.
+Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. For an
+invalid shape, dtype or device, every op raises a ValueError that names the argument. The Triton kernels also raise it
+for strides they cannot read. Under torch.autocast `moe`, `expert_mlp`, `grouped_gemm` and `linear_cross_entropy` use
+its dtype, like F.linear. The other ops use the dtype of their inputs, and the router always uses fp32.
 
-The environment variable ACCELERON_REFERENCE_OPS names ops, separated by commas, that run on the reference even if
-Triton is selected: ACCELERON_REFERENCE_OPS=rope,moe. So does an op that contains one of them. `set_backend` reads it.
+The environment variable ACCELERON_REFERENCE_OPS=rope,moe makes these ops, and ops that contain one of them, run on the
+reference even if Triton is selected. `set_backend` reads it.
 """
 
 import os
@@ -32,7 +32,7 @@ else:
     _import_error = None
     ROUTING_OPS = torch_ops.ROUTING_OPS | triton_ops.ROUTING_OPS
 
-# Ops that run kernels of other ops.
+# Ops that contain other ops.
 _CONTAINS = {
     "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_top2", "router_logits", "swiglu"},
     "split_rope": {"rope"},
@@ -41,7 +41,7 @@ _backend, _reference_ops = "auto", ()
 
 
 def triton_unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
+    """The reason the Triton kernels cannot run on this device's tensors, or None if they can."""
     return _import_error or launch.unavailable(device)
 
 
@@ -56,7 +56,7 @@ def uses_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
 
 
 def set_backend(choice: str, device: torch.device) -> str:
-    """Choose the kernel backend of this process. Returns a line for the log that gives the reason.
+    """Choose the kernel backend of this process. Returns a log line with the reason.
 
     choice: "auto" (the default) selects Triton on a supported NVIDIA GPU, except for float64, and the reference
     elsewhere; "triton" always selects Triton; "reference" always works. device: where the tensors will be.
@@ -87,7 +87,7 @@ def set_backend(choice: str, device: torch.device) -> str:
 
 
 def _read_reference_ops() -> tuple[str, ...]:
-    """The ops that ACCELERON_REFERENCE_OPS names, and those that contain them."""
+    """The ops in ACCELERON_REFERENCE_OPS, and the ops that contain one of them."""
     listed = os.environ.get("ACCELERON_REFERENCE_OPS", "")
     names = {name.strip() for name in listed.split(",") if name.strip()}
     if not names <= set(torch_ops.__all__):
@@ -98,7 +98,7 @@ def _read_reference_ops() -> tuple[str, ...]:
 
 @contextmanager
 def using_backend(choice: str, device: torch.device):
-    """Context with another kernel backend. Raises the errors of `set_backend`."""
+    """Context manager that switches the kernel backend. Raises the errors of `set_backend`."""
     global _backend, _reference_ops
     before = _backend, _reference_ops
     set_backend(choice, device)
@@ -109,7 +109,7 @@ def using_backend(choice: str, device: torch.device):
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of torch.autocast where that is enabled; float64 stays float64."""
+    """Cast x to the dtype of torch.autocast if it is enabled. float64 stays float64."""
     dtype = autocast_dtype(x.device)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
@@ -124,11 +124,11 @@ def moe(
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    """A Mixture-of-Experts layer: the two routed experts and the shared expert of each token, plus the residual.
+    """A Mixture-of-Experts layer: each token's two routed experts and shared expert, plus the residual.
 
     2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are
     cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
-    backward the Triton kernels keep 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
+    backward, the Triton kernels save 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
     plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
     """
     residual_TD = None if residual_TD is None else _autocast(residual_TD)
@@ -150,7 +150,7 @@ def moe(
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32 for inputs of any dtype (bf16 logits would tie); fp64 for an fp64 weight."""
+    """logits_TE = x @ weight.T in fp32 for any input dtype (bf16 logits would tie), or in fp64 for an fp64 weight."""
     contract.check_router_logits(x_TD, weight_ED)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "router_logits"):
@@ -167,7 +167,7 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     1 for uniform routing. Scores and losses are differentiable.
 
     `force_load_balance` restricts token t to the experts t mod E and (t + 1) mod E, for benchmarks and debugging;
-    scores, losses and gradients are still those of the logits.
+    scores, losses and gradients still come from the logits.
     """
     contract.check_route_top2(logits_TE)
     with no_autocast(logits_TE.device):
@@ -177,9 +177,9 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
-    """The stable expert-sorted order of all assignments, computed on the device.
+    """Sort all assignments by expert with a stable sort, on the device.
 
-    topk_ids_TK: int32 or int64 [T, 2]. Values outside 0..num_experts-1 are not detected: that would be a host sync.
+    topk_ids_TK: int32 or int64 [T, 2]. Values outside 0..num_experts-1 are not detected: checking needs a host sync.
     """
     contract.check_dispatch_plan(topk_ids_TK, num_experts)
     if uses_triton(topk_ids_TK.device, topk_ids_TK.dtype, "dispatch_plan"):
@@ -198,11 +198,11 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """y_TD, the sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), weighted by the top-k scores.
+    """y_TD: the sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), weighted by the top-k scores.
 
-    w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which is the result's; their
-    gradients are fp32 sums in the weights' own dtype. topk_scores_TK is fp32. `plan` comes from `dispatch_plan` for the
-    same T and E. The Triton kernels keep 2 D + 8 F + 24 bytes per token for backward in bf16.
+    w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which the result also has. Their
+    gradients are summed in fp32 and have the weights' own dtype. topk_scores_TK is fp32. `plan` is `dispatch_plan`'s
+    result for the same T and E. For backward, the Triton kernels save 2 D + 8 F + 24 bytes per token in bf16.
     """
     x_TD = _autocast(x_TD)
     contract.check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
@@ -213,7 +213,7 @@ def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tenso
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020). gate_up_N2F: (..., 2F), the gate first, then up. Returns (..., F)."""
+    """silu(gate) * up (Shazeer 2020). gate_up_N2F: (..., 2F), gate first, then up. Returns (..., F)."""
     contract.check_swiglu(gate_up_N2F)
     with no_autocast(gate_up_N2F.device):
         if uses_triton(gate_up_N2F.device, gate_up_N2F.dtype, "swiglu"):
@@ -237,9 +237,9 @@ def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tupl
 def split_rope(
     qkv_BSAC: Tensor, cos_SC: Tensor, sin_SC: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q_BSHC, k_BSGC and v_BSGC of one qkv_BSAC, whose A = H + 2 G heads are q's, then k's, then v's.
+    """Split qkv_BSAC into q_BSHC, k_BSGC and v_BSGC. Its A = H + 2 G heads are q's, then k's, then v's.
 
-    q and k are rotated as by `rope`; v is a view. The Triton kernels write the gradient of qkv in one launch.
+    q and k are rotated as in `rope`; v is a view. The Triton kernels write the gradient of qkv in one launch.
     """
     contract.check_split_rope(qkv_BSAC, cos_SC, sin_SC, num_heads, num_kv_heads)
     with no_autocast(qkv_BSAC.device):
@@ -263,11 +263,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits never exist.
+    """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits are never materialized.
 
     weight_VD is cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype. labels_T is
-    int64; `ignore_index` excludes a token, whose row of x may hold anything. Other labels outside 0..V-1 are not
-    detected. Returns an fp32 scalar (fp64 for fp64 inputs), NaN if all tokens are ignored, as in torch. The forward
+    int64; `ignore_index` excludes a token; its row of x can hold any values. Other labels outside 0..V-1 are not
+    detected. Returns an fp32 scalar (fp64 for fp64 inputs): NaN if all tokens are ignored, as in torch. The forward
     pass also computes the gradients, one chunk of logits at a time (Liger-Kernel, Hsu et al. 2024).
     """
     x_TD = _autocast(x_TD)

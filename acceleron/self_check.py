@@ -1,4 +1,4 @@
-"""Checks a kernel backend on this device: loss and gradients of a model against the fp32 reference."""
+"""Checks a kernel backend on this device: compares a model's loss and gradients with the fp32 reference."""
 
 import gc
 import time
@@ -17,15 +17,15 @@ from .errors import InputError, is_out_of_memory
 from .log import say
 from .model import Acceleron
 
-# A backend's error may be FACTOR times the reference's error in the same dtype, plus FLOOR. The reference's error in
-# bf16 is about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
+# A backend's error can be at most FACTOR times the reference's error in the same dtype, plus FLOOR. In bf16, the
+# reference's error is about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
 FACTOR, FLOOR = 2.0, 1e-4
 # Tokens for `require_correct_kernels`: enough for several tiles per persistent program of a grouped GEMM.
 MAX_TOKENS = 16384
 
 
 class GradientCheck(NamedTuple):
-    """The worst tensor relative to its tolerance: "loss", or a parameter name for its gradient.
+    """The tensor with the largest error relative to its tolerance: "loss", or the parameter of a gradient.
 
     error: relative root mean square error; NaN if the tensor contains NaN.
     """
@@ -52,10 +52,10 @@ def check_gradients(
 ) -> GradientCheck:
     """Compare loss and gradients of a random model and batch on `backend` with the fp32 reference.
 
-    backend: as for `ops.set_backend`. compiled, checkpointing: apply to the backend's pass only. Tokens are routed to
-    the experts in turn: in 16 bits, tokens near a tie would choose other experts, and that difference would hide a
-    wrong kernel. Uses no global random generator and restores the backend. Needs the memory of one more model with
-    gradients, and a set of gradients on the CPU. Errors of the kernels propagate.
+    backend: as in `ops.set_backend`. `compiled` and `checkpointing` apply only to `backend`. Tokens are routed
+    round-robin: in 16 bits, tokens near a tie would choose different experts, and that difference would hide a wrong
+    kernel. Uses no global random generator and restores the backend. Needs memory for a second model with gradients,
+    and for a set of gradients on the CPU. Kernel errors propagate.
     """
     generator = torch.Generator(device).manual_seed(0)
     model = _random_model(replace(config, debug_force_load_balance=True), device, generator)
@@ -82,7 +82,7 @@ def check_gradients(
 
 
 def _random_model(config: ModelConfig, device: torch.device, generator: torch.Generator) -> Acceleron:
-    """A freshly initialised model, but with random norm weights."""
+    """A freshly initialized model, but with random norm weights."""
     with torch.device("meta"):
         model = Acceleron(config)
     model.to_empty(device=device)
@@ -117,8 +117,8 @@ def require_correct_kernels(
 ):
     """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
 
-    Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has the command
-    that finds the wrong op.
+    Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command
+    that finds the failing op.
     """
     began = time.perf_counter()
     config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
@@ -130,12 +130,12 @@ def require_correct_kernels(
         result = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     else:
         name = check.name if check.name == "loss" else f"the gradient of {check.name}"
-        result = f"{name} has an error of {check.error:.2g}, {check.allowed:.2g} is allowed"
+        result = f"{name} has an error of {check.error:.2g} (at most {check.allowed:.2g} is allowed)"
         if check.passed:
-            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: in the worst case, {result}")
+            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: worst case: {result}")
             reset_peak_memory(device)
             return
     raise InputError(
-        f"the Triton kernels fail their check on this device: {result}; use --kernels reference, and find the op with "
+        f"the Triton kernels fail their self-check on this device: {result}; use --kernels reference; find the op with "
         f"`python -m bench ops --check_only --model_size {size}`"
     )

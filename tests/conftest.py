@@ -1,6 +1,6 @@
 """Test setup.
 
-Without a GPU, Triton kernels run in the interpreter, which must be enabled before importing triton.
+Without a GPU, Triton kernels run in the interpreter, which must be enabled before triton is imported.
 """
 
 import os
@@ -21,7 +21,7 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
     collect_ignore = ["kernels/test_cuda.py", "training/test_cuda_training.py"]
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP, and subprocesses would inherit that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP, and subprocesses would inherit this
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
@@ -34,7 +34,7 @@ def restore_threads():
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A run of hostile_files.CONFIG."""
+    """A small run with hostile_files.CONFIG."""
     import hostile_files
 
     run = hostile_files.small_run(tmp_path_factory.mktemp("data"))
@@ -44,7 +44,7 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_checkpoint(small_run, tmp_path_factory):
-    """The path of a checkpoint of the run at step 2."""
+    """The path of the run's checkpoint at step 2."""
     import hostile_files
 
     return hostile_files.write_checkpoint(small_run, tmp_path_factory.mktemp("original"))

@@ -1,4 +1,4 @@
-"""Shared by the tests of hostile files: resource limits, a small run with a checkpoint, and a tokenizer."""
+"""Shared code for tests with hostile files: resource limits, a small run with a checkpoint, and a tokenizer."""
 
 import json
 import random
@@ -86,7 +86,7 @@ def use_checkpoint(run: Run, path: Path):
         run.load_state_dict(contents, path)
         warn_about_changes(run.options, {"torch": "2"}, contents)
         assert 0 <= run.steps < 2**62
-        assert 0 <= np.random.get_state()[2] <= 624  # numpy reads out of bounds beyond it
+        assert 0 <= np.random.get_state()[2] <= 624  # beyond it, numpy reads out of bounds
         run.step(1e-3)
     finally:  # a damaged checkpoint can set invalid states
         torch.set_rng_state(states[0])
@@ -95,7 +95,7 @@ def use_checkpoint(run: Run, path: Path):
 
 
 def rewrite(original: Path, path: Path, change, **kwargs):
-    """Copy an archive, replacing each record by the (name, content) pairs from `change`, with valid checksums."""
+    """Copy an archive and replace each record with the (name, content) pairs from `change`, with valid checksums."""
     with zipfile.ZipFile(original) as archive, zipfile.ZipFile(path, "w", **kwargs) as output:
         for record in archive.infolist():
             for name, content in change(record.filename, archive.read(record)):
@@ -103,7 +103,7 @@ def rewrite(original: Path, path: Path, change, **kwargs):
 
 
 def exponential_list(depth: int) -> list:
-    """A list of few objects that a naive traversal visits 2^depth times."""
+    """A list of a few objects that a naive traversal visits 2^depth times."""
     value = [1]
     for _ in range(depth):
         value = [value, value]

@@ -1,4 +1,4 @@
-"""Attention against its formula, and the choice between FlashAttention and SDPA."""
+"""Tests attention against its formula, and the choice between FlashAttention and SDPA."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from acceleron.device import deterministic_algorithms
 
 
 def formula(q, k, v):
-    """The queries are the last S of L positions. Each sees the keys up to its position. Query heads share kv heads."""
+    """The queries are the last S of L positions. Each attends to keys up to its position. Query heads share k and v."""
     S, L, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     scores = torch.einsum("bshc,blhc->bhsl", q, k) * q.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Bad input exits with status 2, prints one line that names the culprit, and leaves the disk unchanged.
+"""Bad input exits with status 2, prints one line that names the cause, and leaves the disk unchanged.
 
 Most cases run in this process; the last ones run the commands in subprocesses.
 """
@@ -50,19 +50,19 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def workdir(original, tmp_path, monkeypatch):
-    """The current directory: a copy of the original's data and a link to its checkpoint, but no run."""
+    """Change to a directory with a copy of the original's data and a link to its checkpoint, but no run."""
     shutil.copytree(original / "data", tmp_path / "data")
     shutil.copy(original / "large.json", tmp_path)
     (tmp_path / "good.pt").symlink_to(original / "run" / "checkpoint_1.pt")
     monkeypatch.chdir(tmp_path)
-    for script in (train, generate):  # do not find a developer's pile_tokenizer.json beside the scripts
+    for script in (train, generate):  # ignore a developer's pile_tokenizer.json next to the scripts
         monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
     return tmp_path
 
 
 @pytest.fixture
 def stderr_of(workdir, monkeypatch, capsys):
-    """Run a command that must reject its input. Returns its stderr as lines."""
+    """Run a command that must reject its input. Return the lines of its stderr."""
 
     def run(script, *arguments):
         before = snapshot(workdir)
@@ -84,7 +84,7 @@ def snapshot(directory: Path) -> dict:
 
 
 def assert_error(lines: list[str], *culprits: str, after_log: bool = False):
-    """The last line is the error. With `after_log`, the run's log lines precede it; otherwise it is the only line."""
+    """Assert that the last line is the error. With `after_log`, log lines precede it; otherwise it is the only line."""
     *before, line = lines
     assert bool(before) == after_log
     assert not any("error" in text or "Traceback" in text for text in before)
@@ -94,7 +94,7 @@ def assert_error(lines: list[str], *culprits: str, after_log: bool = False):
 
 
 class Trap:
-    """Unpickling it creates a file."""
+    """Unpickling this object creates a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -115,7 +115,7 @@ def trap(workdir):
     ("flags", "culprit"),
     [
         ("--data_dir nowhere", "nowhere"),
-        ("--data_dir data/shard_00000.npy", "name its directory, data"),
+        ("--data_dir data/shard_00000.npy", "pass its directory, data"),
         ("--tokenizer gpt2", "Hub model names are not supported yet"),
         ("--tokenizer EleutherAI/gpt-neox-20b", "Hub model names are not supported yet"),
         ("--save_dir caf\udce9", "not valid UTF-8"),
@@ -199,7 +199,7 @@ BAD_SHARDS = {
     "one dimension": (lambda: save(ROWS.ravel()), "(128,)"),
     "no rows": (lambda: save(ROWS[:0]), "(0, 32)"),
     "only one row": (lambda: save(ROWS[:1]), "one row is not enough"),
-    "another row length": (lambda: save(ROWS[:, :16], SHARD.with_name("shard_00001.npy")), "shard_00001.npy"),
+    "different row length": (lambda: save(ROWS[:, :16], SHARD.with_name("shard_00001.npy")), "shard_00001.npy"),
 }
 
 
@@ -285,9 +285,9 @@ def test_checkpoint_with_weights_that_do_not_fit_its_config(workdir, stderr_of):
     assert_error(stderr_of(generate, "--checkpoint", "bad.pt", "--prompt", "word1"), "bad.pt")
 
 
-def test_resuming_with_other_data(workdir, stderr_of):
+def test_resuming_with_different_data(workdir, stderr_of):
     save(ROWS[:3])
-    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "other shards")
+    assert_error(stderr_of(train, *TRAIN, "--max_steps", "2", "--resume", "good.pt"), "different shards")
 
 
 @pytest.mark.parametrize("path", ["good.pt", "good.pt/below"])  # a file, and a path that even root cannot create

@@ -43,7 +43,7 @@ def test_sys_exit_keeps_its_status(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_let_a_command_clean_up(number):
-    """This holds after a second signal, and if a library catches every Exception."""
+    """Holds even after a second signal, and if a library catches every Exception."""
     cleaned = []
 
     def main():
@@ -96,7 +96,7 @@ def test_blank_environment_variables_count_as_unset(monkeypatch):
         ("--data_dir=", "--data_dir: expected a value, but it is empty"),
         ("--data_dir -x", "unknown flag -x: see --help; if it is the value of --data_dir, write --data_dir=-x"),
         ("--greedy -x", "unknown flag -x: see --help"),
-        ("--resume auto", "unknown flag --resume: see --help"),  # --greedy is not close enough
+        ("--resume auto", "unknown flag --resume: see --help"),  # --greedy is not similar enough
     ],
 )
 def test_bad_command_line_is_a_one_line_error(command_line, message):
@@ -124,8 +124,8 @@ def test_path_error_lists_what_exists(tmp_path, monkeypatch):
         ("data/tokeniser.json", "file", f"does not exist: did you mean tokenizer.json? {there}"),
         ("data/x", "file", f"does not exist: {there}"),
         ("dta", "directory", "does not exist: did you mean data? The current directory contains data, pipe"),
-        ("data/tokenizer.json", "directory", "is a file, not a directory: name its directory, data"),
-        ("data", "file", "is a directory: name a file in it; it contains shard_00000.npy, tokenizer.json"),
+        ("data/tokenizer.json", "directory", "is a file, not a directory: pass its directory, data"),
+        ("data", "file", "is a directory: pass a file in it; it contains shard_00000.npy, tokenizer.json"),
         ("dxx", "directory", "does not exist: the current directory contains data, pipe"),
         ("pipe", "file", "is neither a file nor a directory"),
         ("no/x", "file", "does not exist, and no cannot be read (no such directory)"),

@@ -59,7 +59,7 @@ def truncate(rng, content: bytes) -> bytes:
 
 
 def splice(rng, content: bytes) -> bytes:
-    """Insert random or repeated bytes, or overwrite with them."""
+    """Insert random or repeated bytes, or overwrite existing bytes with them."""
     at, size = rng.integers(len(content)), rng.integers(1, 100)
     inserted = [rng.bytes(size), content[at : at + 1] * size, content[at : at + size] * 2][rng.integers(3)]
     return content[:at] + inserted + content[at + rng.integers(2) * size :]
@@ -93,7 +93,7 @@ TENSORS += [torch.full((4, 4), torch.nan), torch.zeros(5, dtype=torch.uint8), to
 
 
 def choose(rng, container) -> tuple:
-    """Return a random (container, key). Values near the top are as likely as the many deep ones."""
+    """Return a random (container, key). The few values near the top are as likely as the many deep ones."""
     while True:
         keys = list(container) if isinstance(container, dict) else range(len(container))
         if not keys:

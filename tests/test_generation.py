@@ -33,7 +33,7 @@ def test_greedy_with_kv_cache_matches_greedy_without(dense):
         for _ in range(40):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert list(generate(model, prompt, 40, GREEDY)) == ids[5:]
-    assert len(set(ids[5:])) > 10  # not one repeated token
+    assert len(set(ids[5:])) > 10  # not the same token repeated
 
 
 def test_chunked_prefill_matches_one_forward_pass(model):
@@ -63,7 +63,7 @@ def test_stop_token_ends_generation_and_is_not_yielded(model):
 
 
 def test_ids_missing_from_the_tokenizer_are_never_sampled(model):
-    """The ids without an entry get the largest logits."""
+    """The ids without a tokenizer entry get the largest logits."""
     with torch.no_grad():
         model.embedding[100:] *= 20
     assert max(generate(model, [3], 50, Sampling(temperature=1.0, top_k=0, seed=0))) >= 100
@@ -118,7 +118,7 @@ def test_invalid_sampling_settings_are_rejected(values):
 
 
 def byte_fallback() -> Tokenizer:
-    """Like Llama 2: characters without a token become byte tokens."""
+    """A tokenizer like Llama 2's: characters without a token become byte tokens."""
     tokens = [END_OF_TEXT, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁:Sabcdegnoprty"]
     tokenizer = Tokenizer(
         models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
@@ -146,7 +146,7 @@ TOKENIZERS = {
 
 
 def stream(monkeypatch, model, tokenizer, prompt: str, script: list[int]) -> list[tuple]:
-    """Stream from a model that generates the ids in `script`."""
+    """Stream text from a model that generates the ids in `script`."""
     monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: iter(script))
     return list(stream_text(model, tokenizer, prompt, 100, GREEDY))
 
@@ -168,7 +168,7 @@ def test_streamed_pieces_concatenate_to_the_text(monkeypatch, model, kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_arbitrary_ids_stream_to_their_decoded_text(monkeypatch, model, kind):
-    """Invalid bytes, a character cut off at the end, special tokens, and a prompt that ends in bytes."""
+    """Covers invalid bytes, a character cut off at the end, special tokens, and a prompt that ends in byte tokens."""
     tokenizer = TOKENIZERS[kind]()
     draw = random.Random(0)
     for prompt in ("", "Say: ", "漢"):
@@ -204,7 +204,7 @@ def test_inference_keeps_routers_and_norms_in_fp32(model):
 
 
 def test_tokenizer_lookup_order(tmp_path):
-    """--tokenizer, beside the checkpoint, beside the scripts; never a path stored in the untrusted checkpoint."""
+    """--tokenizer, then next to the checkpoint, then next to the scripts; never a path in the untrusted checkpoint."""
     places = {name: tmp_path / name for name in ("run", "data", "scripts", "named")}
     sizes = {"named": 285, "run": 280, "data": 275, "scripts": 270}
     for name, folder in places.items():

@@ -34,7 +34,7 @@ def test_named_sizes_have_the_documented_parameter_counts(size):
     assert total == sum(p.numel() for p in model.parameters())
     assert (total, active) == pytest.approx(TABLE[size], rel=0.03)
     routers = model.config.num_layers * model.config.num_experts * model.config.d_model
-    assert dense_baseline.num_parameters() == (active - routers,) * 2  # the same active matmuls except the routers
+    assert dense_baseline.num_parameters() == (active - routers,) * 2  # the same active matmuls, except for the routers
 
 
 def test_labels_select_losses_instead_of_logits():
@@ -107,7 +107,7 @@ def test_bf16_compute_gives_fp32_gradients_and_loss(dense):
 
 
 def to_transformers(model: Acceleron, **changes):
-    """The model as transformers' GraniteMoeShared, with copied weights. changes: overrides of its config."""
+    """Convert the model to transformers' GraniteMoeShared with copied weights. changes: overrides for its config."""
     from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
 
     config = model.config
@@ -154,7 +154,7 @@ def to_transformers(model: Acceleron, **changes):
 
 
 def unit_scale(model: Acceleron) -> Acceleron:
-    """Weights of scale 1 / sqrt(fan-in), because the tiny logits of a new model would hide differences."""
+    """Scale the weights by 1 / sqrt(fan-in), because the tiny logits of a new model would hide differences."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_is_bitwise_equal():
 
 def test_gradient_checkpointing_saves_memory():
     def saved_bytes(checkpointing):
-        """Bytes that autograd saves for backward, without the parameters."""
+        """Count the bytes that autograd saves for backward, not including the parameters."""
         model = small_model()
         model.gradient_checkpointing = checkpointing
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -208,7 +208,7 @@ def test_gradient_checkpointing_saves_memory():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            _hidden = model.hidden_states(token_ids(4, 64))  # keeps the graph, so that no address is reused
+            _hidden = model.hidden_states(token_ids(4, 64))  # keeps the graph alive, so no address is reused
         return sum(saved.values())
 
     assert saved_bytes(True) < saved_bytes(False) / 4
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_saves_memory():
 
 @pytest.mark.parametrize("saved", [True, False], ids=["routing saved", "control: routing recomputed"])
 def test_recomputation_keeps_the_routing(monkeypatch, saved):
-    """The logits nearly tie. The recomputation perturbs them, as a different summation order would."""
+    """The logits nearly tie. The recomputation perturbs them, like a different summation order would."""
     model, ids = small_model(), token_ids(2, 32)
     with torch.no_grad():
         for block in model.blocks:
@@ -240,7 +240,7 @@ def test_recomputation_keeps_the_routing(monkeypatch, saved):
     assert (worst < 1e-3) if saved else (worst > 0.3), worst
 
 
-# --- torch.compile, in a separate process because its caches and counters are global ---
+# --- torch.compile, in a separate process, because its caches and counters are global ---
 
 COMPILE_SCRIPT = """
 import json, sys, torch
@@ -279,7 +279,7 @@ def test_compile_makes_one_graph_for_all_blocks_and_batches():
 
 
 def test_initial_routed_output_has_the_scale_of_the_dense_baselines():
-    """Two independent experts with equal scores have the output scale of one MLP of their total width."""
+    """Two independent experts with equal scores have the same output scale as one MLP with their total width."""
     config = ModelConfig.preset("nano", vocab_size=256)
     moe, dense = Acceleron(config).blocks[0].moe, Acceleron(replace(config, dense=True)).blocks[0].mlp
     x, width = torch.randn(512, config.d_model), 2 * config.d_ff

@@ -1,4 +1,4 @@
-"""The MoE layer against a float64 loop over tokens."""
+"""Tests the MoE layer against a float64 loop over tokens."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def swiglu_expert(x, w13, w2):
 
 
 def loop_moe(x_TD, weights, forced_balance=False):
-    """y, z_loss and balance_loss."""
+    """Return y, z_loss and balance_loss."""
     T, E = len(x_TD), len(weights["router"])
     ys, tokens_per_expert = [], torch.zeros(E, dtype=torch.float64)
     z_loss, mean_probability = 0.0, torch.zeros(E, dtype=torch.float64)
@@ -47,7 +47,7 @@ def unit_scale_moe(config):
     return moe
 
 
-# The objective selects the path of the router's gradient: through the scores, or through one of the losses.
+# The objective selects how gradients reach the router: through the scores, or through one of the losses.
 @pytest.mark.parametrize("objective", ["output", "z_loss", "balance_loss", "all"])
 @pytest.mark.parametrize(("num_experts", "forced_balance"), [(2, False), (5, False), (5, True)])
 def test_moe_matches_the_loop(num_experts, forced_balance, objective):
@@ -69,7 +69,7 @@ def test_moe_matches_the_loop(num_experts, forced_balance, objective):
     grads = dict(zip(names, gradients(y, stats.z_loss, stats.balance_loss, leaves), strict=True))
     expected_grads = dict(zip(names, gradients(*expected, leaves), strict=True))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-10)
-    # Every objective reaches the router, except that two experts are always balanced.
+    # Every objective gives the router a gradient. The exception: two experts are always balanced.
     assert grads["router"].abs().max() > 1e-4 or (num_experts, objective) == (2, "balance_loss")
 
 
@@ -84,7 +84,7 @@ def test_forced_balance_applies_only_in_training_mode():
     assert torch.equal(forced.eval()(x)[0], routed(x)[0])
 
 
-def test_moe_trains_as_a_layer_of_another_model():
+def test_moe_trains_as_a_layer_of_a_different_model():
     moe = MoE(CONFIG)
     y, stats = moe(torch.randn(2, 3, 4, 16, dtype=torch.bfloat16))
     assert y.shape == (2, 3, 4, 16)

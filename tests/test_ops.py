@@ -1,4 +1,4 @@
-"""Selection of the kernel backend, and use without Triton."""
+"""Kernel backend selection, and use without Triton."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def restore_backend(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The namespaces of the torch ops that run, in order."""
+    """Return the namespaces of the torch ops that run, in order."""
     namespaces = []
 
     class Ops(torch.utils._python_dispatch.TorchDispatchMode):
@@ -113,7 +113,7 @@ def test_amd_gpu_uses_triton_only_on_request(monkeypatch):
 
 @interpreted
 def test_single_ops_can_run_on_the_reference(monkeypatch, calls):
-    """An op that contains one of them also runs on the reference."""
+    """An op that contains a listed op also runs on the reference."""
     monkeypatch.setenv("ACCELERON_REFERENCE_OPS", "rope, swiglu")
     line = ops.set_backend("triton", CPU)
     assert line.endswith(", interpreted, but the reference for moe, rope, split_rope, swiglu")
@@ -214,7 +214,7 @@ assert x.grad.isfinite().all() and y.shape == x.shape
 
 @pytest.mark.parametrize("module", ["triton", "triton.tools.ragged_tma"])
 def test_moe_works_without_triton_or_with_an_older_one(module):
-    """Triton before 3.6 lacks ragged_tma, so the import fails after the first kernels."""
+    """Triton before 3.6 has no ragged_tma, so the import fails after the first kernels."""
     command = [sys.executable, "-c", WITHOUT.format(module=module)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-2000:]

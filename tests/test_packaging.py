@@ -1,4 +1,4 @@
-"""Imports from a bare checkout, an editable install, a wheel, and beside PyPI's `kernels` package."""
+"""Imports from a bare checkout, an editable install and a wheel, and next to PyPI's `kernels` package."""
 
 import shutil
 import subprocess
@@ -36,7 +36,7 @@ def python(code: str, *paths, cwd) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the source, so that builds do not write into the checkout."""
+    """A copy of the source, so builds do not write to the checkout."""
     copy = tmp_path_factory.mktemp("source") / "acceleron-checkout"
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("acceleron", "kernels"):
@@ -68,12 +68,12 @@ def test_wheel_imports(source, tmp_path):
 
 
 def test_editable_install_imports(source, tmp_path):
-    """In a new environment that also sees the packages of this one."""
+    """Uses a new environment that can also import this environment's packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     interpreter = tmp_path / "env" / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    # The name sorts last, after the .pth of the editable install.
+    # This name sorts after the editable install's .pth.
     (site / "zz.pth").write_text(str(Path(pytest.__file__).parents[1]))
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet"]
     flags = ["--no-deps", "--no-build-isolation", "--no-index", "--editable", str(source)]
@@ -86,7 +86,7 @@ def test_editable_install_imports(source, tmp_path):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_pypis_kernels_package_is_not_shadowed(source, tmp_path, ours_first):
-    """In the root of a checkout, a regular package must take precedence over our kernels/ folder."""
+    """At the root of a checkout, a regular package must take precedence over our kernels/ folder."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(OTHER_KERNELS)
     first, second = ("from acceleron.kernels import triton_ops", "import kernels")[:: 1 if ours_first else -1]

@@ -1,4 +1,4 @@
-"""The self-check of the kernels, alone and at the start of train()."""
+"""The kernel self-check, on its own and at the start of train()."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from acceleron.self_check import check_gradients
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Widths that are not multiples of 32, and four experts for 24 tokens.
+# The widths are not multiples of 32, and four experts share 24 tokens.
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=24, d_ff_shared=20
 )
@@ -87,7 +87,7 @@ def test_check_restores_the_backend_and_the_rng_state():
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
-    """Makes the options of a run of one step. "auto" selects Triton, as on a GPU."""
+    """Return a function that makes options for a one-step run. "auto" selects Triton, as on a GPU."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=2, max_seq_len=32))
     set_backend = ops.set_backend
     monkeypatch.setattr(ops, "set_backend", lambda name, device: set_backend(name.replace("auto", "triton"), device))
@@ -117,8 +117,8 @@ def test_check_does_not_change_the_run(options, tmp_path, capsys):
 def test_run_with_wrong_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
     scale_w2_gradient(monkeypatch, 1.02)
     message = (
-        r"^the Triton kernels fail their check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an error of "
-        r"0\.02, 0\.0001 is allowed; use --kernels reference, and find the op with "
+        r"^the Triton kernels fail their self-check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an "
+        r"error of 0\.02 \(at most 0\.0001 is allowed\); use --kernels reference; find the op with "
         r"`python -m bench ops --check_only --model_size nano`$"
     )
     with pytest.raises(InputError, match=message):

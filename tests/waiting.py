@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-TIMEOUT = 1200.0  # seconds until a hanging wait fails its test
+TIMEOUT = 1200.0  # seconds before a wait that never ends fails its test
 
 
 def wait_until(condition: Callable[[], bool]):

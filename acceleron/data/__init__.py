@@ -1,4 +1,4 @@
-"""Turn text into token shards, and shards into batches."""
+"""Converts text into token shards, and shards into batches."""
 
 from .loader import Loader, validation_batches, validation_loader
 from .shards import ShardError, Shards

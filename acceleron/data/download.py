@@ -12,10 +12,10 @@ from .shards import METADATA
 
 
 def download(repo: str, num_shards: int, output: str):
-    """Download the first `num_shards` shard_*.npy of a dataset repository, with its tokenizer.json and shards.json.
+    """Download a dataset repository's first `num_shards` shard_*.npy, and its tokenizer.json and shards.json.
 
     Skips complete files and resumes partial ones. Raises InputError if the repository is unreachable, has too few
-    shards or has unsafe or duplicate file names, or if `output` contains the shards.json of other shards.
+    shards, or has unsafe or duplicate file names, or if `output` contains a shards.json for different shards.
     """
     try:
         names = _list_files(repo)
@@ -29,9 +29,9 @@ def download(repo: str, num_shards: int, output: str):
         if len(shards) < num_shards:
             raise InputError(f"--shards {num_shards}: {repo} has only {len(shards)} shards")
         if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
-            raise InputError(f"--repo {repo}: two folders have shards of the same name; download one by hand")
+            raise InputError(f"--repo {repo}: two folders have shards with the same name; download one manually")
         if (Path(output) / METADATA).exists() and not _has_metadata(repo, names, Path(output) / METADATA):
-            raise InputError(f"--output {output} contains the {METADATA} of other shards: name another directory")
+            raise InputError(f"--output {output} contains a {METADATA} for different shards: choose another directory")
         wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]
         for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))

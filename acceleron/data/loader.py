@@ -16,18 +16,18 @@ import torch
 from ..errors import InputError
 from .shards import ShardError, Shards, check_fingerprint
 
-VALIDATION_BATCHES = 20  # per evaluation, at most; always the same batches
+VALIDATION_BATCHES = 20  # maximum per evaluation; every evaluation uses the same batches
 PREFETCH_BATCHES = 4  # per reader thread
-MAX_SUBSTITUTES = 100  # random chunks to try in place of a bad one
-MAX_ROWS_LISTED = 8  # by describe_rows()
-CLOSE_SECONDS = 1.0  # how long close() waits for the readers
+MAX_SUBSTITUTES = 100  # number of random chunks to try in place of a bad one
+MAX_ROWS_LISTED = 8  # in the output of describe_rows()
+CLOSE_SECONDS = 1.0  # maximum time that close() waits for the readers
 
 
 class Chunks:
     """One split of the shards, cut into chunks of seq_len tokens. Every chunk of a row is used.
 
     A bad chunk is unreadable or contains an id outside the vocabulary. `bad_data="fail"` raises an error; "skip"
-    substitutes another chunk of the split, which depends only on the seed, the chunk and the files.
+    substitutes a different chunk of the split, chosen only by the seed, the chunk and the files.
 
     Raises InputError if seq_len does not divide the row length.
     """
@@ -61,7 +61,7 @@ class Chunks:
         return shards, rows - starts[shards] + self.first_row[shards], chunks * self.seq_len
 
     def stream(self, first: int, count: int) -> np.ndarray:
-        """int64 [count]: the chunks from position `first` of an endless stream that reshuffles every epoch."""
+        """int64 [count]: the chunks starting at position `first` of an endless stream, reshuffled every epoch."""
         epochs, offsets = np.divmod(np.arange(first, first + count), len(self))
         indices = np.empty_like(offsets)
         for epoch in range(epochs[0], epochs[-1] + 1):
@@ -69,7 +69,7 @@ class Chunks:
         return indices
 
     def batch(self, indices, warnings: list[str] | None = None) -> torch.Tensor:
-        """int64 (len(indices), seq_len). Appends a line to `warnings` for each chunk it replaces.
+        """Return int64 (len(indices), seq_len). Appends a line to `warnings` for each replaced chunk.
 
         Raises ShardError for a bad chunk, or if no substitute is readable.
         """
@@ -104,10 +104,10 @@ class Chunks:
                 return self._read(*location, out)
             except ShardError as error:
                 last = error
-        raise ShardError(f"no readable data: {MAX_SUBSTITUTES} random rows are all bad; the last error: {last}")
+        raise ShardError(f"no readable data: {MAX_SUBSTITUTES} random rows are all bad; last error: {last}")
 
 
-@lru_cache(maxsize=3)  # a batch can span two epochs, and validation has its own
+@lru_cache(maxsize=3)  # a batch can span two epochs; validation uses a third one
 def _cached_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
@@ -116,7 +116,7 @@ _permutation_lock = threading.Lock()
 
 
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    with _permutation_lock:  # all readers enter an epoch at once; only one computes its permutation
+    with _permutation_lock:  # all readers enter an epoch together, but only one computes its permutation
         return _cached_permutation(seed, epoch, size)
 
 
@@ -125,7 +125,7 @@ def _prefetch(
 ):
     """Reader thread: queue (batch, warnings) pairs until `stop` is set. On an error, queue the exception and exit.
 
-    It holds no reference to its Loader, so the Loader can be garbage collected.
+    It holds no reference to its Loader, so the Loader can be garbage-collected.
     """
     for position in positions:
         try:
@@ -150,8 +150,8 @@ class Loader:
     """Endless batches of the training split: `next(loader)` is int64 (batch_size, seq_len), pinned if `pin_memory`.
 
     Each step consumes the next batch_size * world_size chunks of the stream, in rank order. Every chunk appears exactly
-    once per epoch, for any number of ranks and reader threads (`num_workers`). The readers start with the first
-    batch. `state_dict()` saves the consumed position, not the prefetched one; `load_state_dict` continues there.
+    once per epoch, for any number of ranks and reader threads (`num_workers`). The readers start when the first
+    batch is requested. `state_dict()` saves the consumed position, not the prefetched one.
 
     Attributes:
         position: chunks consumed by all ranks.
@@ -224,9 +224,9 @@ class Loader:
         return batch
 
     def poll(self, timeout: float) -> torch.Tensor | None:
-        """Return the next batch, or None after `timeout` seconds without one. After an error, the next call retries.
+        """Return the next batch, or None if none arrives in `timeout` seconds. After an error, the next call retries.
 
-        Raises ShardError for a bad chunk, RuntimeError if a reader fails for another reason, and StopIteration after
+        Raises ShardError for a bad chunk, RuntimeError if a reader fails for any other reason, and StopIteration after
         the last validation batch.
         """
         if self.position >= self.end:
@@ -264,11 +264,11 @@ class Loader:
 
     @property
     def epoch(self) -> float:
-        """Epochs consumed so far, as a fraction."""
+        """Number of epochs consumed so far, including fractions."""
         return self.position / len(self.chunks)
 
     def describe_rows(self, position: int) -> str:
-        """The files and rows of this rank's batch at `position`, for messages. Lists skipped rows, not substitutes."""
+        """Describe the files and rows of this rank's batch at `position`. Lists skipped rows, not substitutes."""
         indices = self.chunks.stream(position + self.rank * self.batch_size, self.batch_size)
         shards, rows, _ = self.chunks.locate(indices)
         locations = sorted(set(zip(shards.tolist(), rows.tolist(), strict=True)))
@@ -289,7 +289,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict):
-        """Raises InputError if the state is damaged or from other data, where the position refers to other rows."""
+        """Raises InputError if the state is damaged or from different data, where the position means different rows."""
         current = self.state_dict()
         if not isinstance(state, dict):
             raise InputError("cannot resume: the checkpoint has no data loader state; it is damaged")
@@ -308,7 +308,7 @@ class Loader:
             listed = "; ".join(changes[:2]) + (f"; and {len(changes) - 2} more" if len(changes) > 2 else "")
             missing = {entry[0] for entry in before} - {entry[0] for entry in now}
             raise InputError(
-                f"cannot resume: the checkpoint's run used other shards: {listed}; pass the same data"
+                f"cannot resume: the checkpoint's run used different shards: {listed}; pass the same data"
                 + (" (--bad_data skip continues without a missing shard)" if missing else "")
             )
         self._restart(state["position"])
@@ -316,7 +316,7 @@ class Loader:
 
 
 def _changes(before: list[list], now: list[list]) -> list[str]:
-    """How the second fingerprint differs from the first: one clause per changed shard."""
+    """Describe the changes from the first fingerprint to the second, with one clause per changed shard."""
     old, new = ({name: values for name, *values in fingerprint} for fingerprint in (before, now))
     changes = []
     for name in sorted(old.keys() | new.keys()):
@@ -334,7 +334,7 @@ def _changes(before: list[list], now: list[list]) -> list[str]:
 def validation_loader(
     shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
 ) -> tuple[Loader, int]:
-    """A Loader over the held-out split in a fixed order, and its number of batches.
+    """Return a Loader over the held-out split in a fixed order, and its number of batches.
 
     It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch.
     """
@@ -353,7 +353,7 @@ def validation_loader(
 def validation_batches(
     shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
 ) -> Iterator[torch.Tensor]:
-    """Yield the batches of a validation_loader, then close it, even if the caller stops early."""
+    """Yield the batches of a validation_loader, and close it even if the caller stops early."""
     loader, _ = validation_loader(
         shards, seq_len=seq_len, batch_size=batch_size, vocab_size=vocab_size, bad_data=bad_data
     )

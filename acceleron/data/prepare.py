@@ -23,11 +23,11 @@ from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
 from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, split_document, train_tokenizer, unique_keys
 
 DEFAULT_VOCAB_SIZE = 8192
-TRAINING_CHARACTERS = 200_000_000  # sample size for training the tokenizer; more text changes few merges
+TRAINING_CHARACTERS = 200_000_000  # sample size for tokenizer training; more text changes few merges
 PIECE_CHARACTERS = 1 << 20  # longer documents are split
 BATCH_CHARACTERS = 1 << 23  # tokenized in one parallel call
 JSON_LINES = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json")
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with UTF-16's
+BYTE_ORDER_MARKS = {  # UTF-32 is first because its little-endian mark starts with UTF-16's
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
@@ -41,12 +41,12 @@ JSON_TYPE_NAMES = {
     type(None): "null",
 }
 CONVERT = "decompress it or convert it to UTF-8 text"
-MAX_LINE_BYTES = 1 << 30  # of JSON Lines
+MAX_LINE_BYTES = 1 << 30  # in a JSON Lines file
 MAX_SKIPPED_LOGGED = 20  # further skipped files are only counted
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of a file: the "text" of each line of a JSON Lines file, else the text between <|endoftext|>.
+    """Yield a file's documents: the "text" of each JSON Lines line, or else the text between <|endoftext|> tokens.
 
     Raises InputError for a file that is not UTF-8, or for an invalid JSON line.
     """
@@ -85,7 +85,7 @@ def _parse_line(line: bytes, where: str) -> str:
         value = json.loads(decoded, object_pairs_hook=unique_keys)
         text = value["text"] if isinstance(value, dict) and "text" in value else None
         if isinstance(text, str):
-            text.encode()  # fails for half a surrogate pair, left by cutting an emoji in two
+            text.encode()  # fails for half of a surrogate pair, which truncation can leave behind
             return text
         found = _describe_json(value)
     except UnicodeEncodeError as error:
@@ -99,7 +99,7 @@ def _parse_line(line: bytes, where: str) -> str:
 
 
 def _describe_json(value: object) -> str:
-    """Say why a JSON value is not an object with a "text" string."""
+    """Describe why a JSON value is not an object with a "text" string."""
     if not isinstance(value, dict):
         return f"the line is {JSON_TYPE_NAMES[type(value)]}"
     if "text" in value:
@@ -112,7 +112,7 @@ def _split(text: str) -> list[str]:
 
 
 class _Corpus:
-    """The documents of all inputs: the named files and all files below the named directories, in a fixed order.
+    """The documents of all inputs: the given files and all files below the given directories, in a fixed order.
 
     Skips and logs hidden, duplicate and unreadable files, and __pycache__.
     """
@@ -139,14 +139,14 @@ class _Corpus:
                 status = path.stat()
                 first = seen.setdefault((status.st_dev, status.st_ino), path)
                 if first is not path:
-                    self._skip(path, "named twice" if first == path else f"the same file as {first}")
+                    self._skip(path, "given twice" if first == path else f"the same file as {first}")
                 elif stat.S_ISDIR(status.st_mode):
                     if output.is_relative_to(path.resolve()):
-                        raise InputError(f"--input {path} is or contains the output directory: name another --output")
+                        raise InputError(f"--input {path} is or contains the output directory: choose another --output")
                     todo += sorted(path.iterdir(), reverse=True)
                 elif path.name in (METADATA, "tokenizer.json") and path not in self.named:
                     raise InputError(
-                        f"--input {path.parent} is already prepared: it contains {path.name}; name the text files"
+                        f"--input {path.parent} is already prepared: it contains {path.name}; pass the text files"
                     )
                 elif stat.S_ISREG(status.st_mode):
                     self.files[path] = status.st_size
@@ -158,7 +158,7 @@ class _Corpus:
                 self._raise_or_skip(path, InputError(f"{path}: cannot be read ({error.strerror})"))
 
     def _raise_or_skip(self, path: Path, error: InputError):
-        """Raise for a named file or JSON Lines. Skip other files, because directories can contain images."""
+        """Raise for JSON Lines and files given by name. Skip other files: directories can contain images."""
         if path in self.named or path.suffix.lower() in JSON_LINES:
             raise error
         self._skip(path, str(error).removeprefix(f"{path}: "))
@@ -169,7 +169,7 @@ class _Corpus:
         self.skipped.add(path)
 
     def documents(self, label: str) -> Iterator[str]:
-        """Yield all documents, with a progress bar over the files' bytes."""
+        """Yield all documents. Show a progress bar over the files' bytes."""
         total = sum(self.files.values())
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             for path, size in self.files.items():
@@ -181,7 +181,7 @@ class _Corpus:
 
 
 def _sample(documents: Iterator[str]) -> Iterator[str]:
-    """Yield up to TRAINING_CHARACTERS of the documents, in short pieces so the trainer can use all cores."""
+    """Yield up to TRAINING_CHARACTERS of the documents, in short pieces, so the trainer can use all cores."""
     seen = 0
     for document in documents:
         for piece in split_document(document, 1 << 16):
@@ -193,7 +193,7 @@ def _sample(documents: Iterator[str]) -> Iterator[str]:
 
 
 def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the ids of all documents in order. The end-of-text token follows each document."""
+    """Yield the ids of all documents in order. Each document ends with the end-of-text token."""
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=np.int32)
 
     def marked_pieces():
@@ -210,7 +210,7 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
 
 def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Group pieces until they reach BATCH_CHARACTERS. The tokenizer needs about 80 bytes of memory per character."""
+    """Group pieces into batches of BATCH_CHARACTERS or more. The tokenizer needs about 80 bytes per character."""
     batch, size = [], 0
     for piece in stream:
         batch.append(piece)
@@ -222,14 +222,14 @@ def _batches(stream: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 def _write_shards(tokens: Iterator[np.ndarray], directory: Path) -> tuple[dict[str, int], int]:
-    """Write the shards. Returns the rows per shard name, and the number of remaining tokens, too few for a row."""
+    """Write the shards. Return the row count by shard name, and the number of leftover tokens, too few for a row."""
     shards = {}
     pending, size = [], 0
 
     def write(ids: np.ndarray):
         name = f"shard_{len(shards):05d}.npy"
         with (directory / name).open("wb") as file:
-            # numpy writes to real files with C code whose errors omit the cause, so hide that this is a file.
+            # numpy writes to real files in C, and its errors omit the cause. So hide that this is a file.
             np.save(SimpleNamespace(write=file.write), ids.reshape(-1, ROW_LENGTH))
         shards[name] = len(ids) // ROW_LENGTH
 
@@ -251,21 +251,21 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
     """Write shards, tokenizer.json (a copy of a given tokenizer) and shards.json to `output`, all at the end.
 
     Raises InputError for unreadable input, text that fills fewer than two rows, or an output that is not writable or
-    contains shards or another tokenizer.json. Raises RunFailed for a full disk.
+    contains shards or a different tokenizer.json. Raises RunFailed for a full disk.
     """
     if tokenizer_path and vocab_size:
         raise InputError("--tokenizer and --vocab_size are mutually exclusive: a given tokenizer has a fixed size")
     target = Path(output)
     for present in (*target.glob("shard_*.npy"), *target.glob(METADATA)):
         raise InputError(
-            f"--output {target} already contains prepared data ({present.name}): remove it or name another directory"
+            f"--output {target} already contains prepared data ({present.name}): remove it or choose another directory"
         )
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     present = target / "tokenizer.json"
     if present.exists() and not (tokenizer and filecmp.cmp(present, tokenizer_path, shallow=False)):
         raise InputError(
-            f"--output {target} already contains another tokenizer.json: use it with --tokenizer {present} or name "
-            "another directory"
+            f"--output {target} already contains a different tokenizer.json: use it with --tokenizer {present} or "
+            "choose another directory"
         )
     corpus = _Corpus(inputs, target)
     with _staged(target) as staging:
@@ -284,16 +284,16 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         say(f"skipped: {len(corpus.skipped)} files in total")
     print(
         f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, vocabulary of "
-        f"{tokenizer.get_vocab_size():,}; dropped the last {remainder} tokens, too few for a row"
+        f"{tokenizer.get_vocab_size():,}; dropped the last {remainder} tokens, which do not fill a row"
     )
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory inside `target`. On success, all its files move to `target`; on an error, none.
+    """Yield a directory inside `target`. On success, all its files move to `target`. On an error, none do.
 
-    Existing files in `target` stay. A killed process leaves the directory, and Shards rejects `target` while it exists;
-    the next `prepare` empties it.
+    Existing files in `target` stay. A killed process leaves the directory behind. Shards rejects `target` while it
+    exists. The next `prepare` empties it.
     """
     staging, moved = target / STAGING, []
     created = [directory for directory in (target, *target.parents) if not directory.exists()]
@@ -316,7 +316,7 @@ def _staged(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging)
             os.close(lock)
-            with suppress(OSError):  # rmdir keeps directories with content
+            with suppress(OSError):  # rmdir fails for directories that are not empty
                 for directory in created:
                     directory.rmdir()
     except BrokenPipeError:  # from the progress bar
@@ -326,13 +326,13 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _lock_staging(staging: Path) -> int:
-    """Create the directory or take over a stale one. Returns a descriptor that holds a lock on it until closed."""
+    """Create the directory or reuse a stale one. Return a descriptor that holds a lock on it until closed."""
     stale = staging.exists()
     staging.mkdir(exist_ok=True)
     lock = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # on file systems without locks, an existing directory could be in use
+    except OSError as error:  # without file locks, an existing directory could be in use
         if stale or isinstance(error, BlockingIOError):
             os.close(lock)
             raise InputError(

@@ -1,6 +1,6 @@
 """The shard format: shard_00000.npy, …, each an integer array (sequences, row length) of token ids.
 
-shards.json beside them records the shards and their tokenizer: see `metadata`.
+shards.json in the same directory records the shards and their tokenizer: see `metadata`.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ ROWS_PER_SHARD = 10_000
 # The last rows of each shard are held out for validation. They are contiguous, so few documents cross the split.
 VALIDATION_SHARE = 0.01
 METADATA, METADATA_FORMAT, MAX_METADATA_BYTES = "shards.json", 1, 1 << 24
-STAGING = ".prepare"  # directory of an unfinished `prepare`, beside the shards
+STAGING = ".prepare"  # directory of an unfinished `prepare`, next to the shards
 MAX_OPEN_FILES = 128
 MAX_TOKENS = 2**36  # per shard listed in a checkpoint or shards.json: 256 GiB as int32
-MAX_UNUSABLE_ROWS = 2**24  # per unusable shard listed in a checkpoint: its rows still take memory in permutations
+MAX_UNUSABLE_ROWS = 2**24  # per unusable shard listed in a checkpoint, because permutations still include its rows
 _HEADER_BYTES = 2**14  # numpy rejects longer headers
 
 
@@ -38,14 +38,14 @@ class ShardError(InputError):
     """An unreadable row or an invalid token id. The message names the file, the row and the cause."""
 
 
-# The format that np.save writes. numpy parses any other spelling.
+# The header that np.save writes. numpy parses any other header.
 _HEADER = re.compile(rb"\{'descr': '([<>|][biufc]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n")
 
 
 def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return (shape, fortran_order, dtype) of a .npy file and advance past its header. Raises many exception types.
 
-    numpy parses headers with Python's compiler. In Python 3.11 that fails at random while another thread compiles
+    numpy parses headers with Python's compiler. In Python 3.11, this fails at random while another thread compiles
     (SystemError: "AST constructor recursion depth mismatch"), for example a reader thread or torch.compile.
     """
     version = npy.read_magic(file)
@@ -61,9 +61,9 @@ def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class _ShardFile:
-    """An open shard. It reads at offsets because truncating a memory-mapped file kills the process.
+    """An open shard. Reads at offsets, because a memory-mapped file would crash the process if truncated.
 
-    The file closes with its last reference, so it never closes while a thread reads it.
+    The file closes when its last reference is dropped, so it never closes while a thread reads it.
     """
 
     def __init__(self, fd: int):
@@ -71,7 +71,7 @@ class _ShardFile:
         self.fd = fd
         self.state = self._state()
         status = os.fstat(fd)
-        # Stays equal when the file is reopened, unless it was replaced or written to.
+        # Does not change when the file is reopened, unless it was replaced or written to.
         self.identity = status.st_ino, status.st_mtime_ns, status.st_size
         try:
             header = io.BytesIO(os.pread(fd, _HEADER_BYTES, 0))
@@ -98,12 +98,12 @@ class _ShardFile:
         os.close(self.fd)
 
     def _state(self) -> tuple[int, int, int]:
-        """Changes when the file is replaced, removed or written to. The time alone can be too coarse to show it."""
+        """Changes when the file is replaced, removed or written to. A timestamp alone can be too coarse to show it."""
         status = os.fstat(self.fd)
         return status.st_ctime_ns, status.st_size, status.st_nlink
 
     def read(self, row: int, column: int, count: int) -> np.ndarray:
-        """Read `count` tokens in the file's dtype. Raises OSError, and InputError if the file changed since opening."""
+        """Read `count` tokens in the file's dtype. Raises OSError, or InputError if the file has since changed."""
         tokens = np.empty(count, dtype=self.dtype)
         position = self.offset + (row * self.shape[1] + column) * self.dtype.itemsize
         received = os.preadv(self.fd, [tokens], position)
@@ -115,7 +115,7 @@ class _ShardFile:
         return tokens
 
     def checksum(self) -> int:
-        """CRC-32 of the first, middle and last row: distinguishes data of the same shape."""
+        """CRC-32 of the first, middle and last row. It distinguishes data with the same shape."""
         rows, row_length = self.shape
         checksum = 0
         for row in (0, rows // 2, rows - 1):
@@ -126,12 +126,12 @@ class _ShardFile:
 class Shards:
     """The rows of a data directory, split into training and validation. Thread-safe.
 
-    `known` is the fingerprint of an earlier run. If one of its shards is now missing, unreadable or of another shape,
-    the constructor logs a warning and keeps the shard's rows, so all other rows keep their index. Reading them fails.
+    `known` is the fingerprint of an earlier run. If one of its shards is now missing, unreadable or has a different
+    shape, the constructor logs a warning and keeps its rows, so all other rows keep their index. Reading them fails.
 
-    Raises InputError for a missing or empty directory, an invalid shard (truncated, not a 2-D integer array, of another
-    row length than the first, or different from shards.json) that is not in `known`, a damaged `known` or shards.json,
-    or if no shard of `known` is usable.
+    Raises InputError for a missing or empty directory, a damaged `known` or shards.json, or if no shard of `known` is
+    usable. Also raises it for an invalid shard that is not in `known`: truncated, not a 2-D integer array, or with a
+    row length that differs from the first shard's or a row count that differs from shards.json.
     """
 
     def __init__(self, data_dir: str | Path, known: list | None = None):
@@ -150,15 +150,15 @@ class Shards:
             )
         known_shapes = {name: shape for name, *shape in check_fingerprint([] if known is None else known)}
         self.paths = [directory / name for name in sorted(names | known_shapes.keys())]
-        self._unusable: dict[int, str] = {}  # shards of `known` that cannot be read, and why
+        self._unusable: dict[int, str] = {}  # unreadable shards of `known`, with the reason
         self._headers: dict[int, tuple] = {}
-        self._identities: dict[int, tuple] = {}  # files whose content matches the fingerprint
+        self._identities: dict[int, tuple] = {}  # files with content that matches the fingerprint
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._fingerprint = [self._inspect(index, known_shapes.get(path.name)) for index, path in enumerate(self.paths)]
         if len(self._unusable) == len(self.paths):
             raise InputError(
-                f"cannot resume: the checkpoint's run used other shards than those in {directory} "
+                f"cannot resume: the checkpoint's run used different shards than those in {directory} "
                 f"({self.paths[0].name}: {self._unusable[0]}); pass the same data"
             )
         for index, reason in self._unusable.items():
@@ -176,13 +176,13 @@ class Shards:
         if self.num_rows.sum() < 2:
             raise InputError(f"{self.paths[0]}: one row is not enough, because one is held out; add more text")
         self.num_validation_rows = np.ceil(self.num_rows * VALIDATION_SHARE).astype(int)
-        # A shard of one row is used for training. Another shard supplies a validation row.
+        # A single-row shard is used for training. A different shard provides a validation row.
         self.num_validation_rows[self.num_rows == 1] = 0
         if not self.num_validation_rows.any():
             self.num_validation_rows[-1] = 1
 
     def _check_metadata(self):
-        """Raises InputError for a shard that differs from shards.json. A partial download may lack some shards."""
+        """Raise InputError for a shard that differs from shards.json. A partial download can have missing shards."""
         if self._metadata is None:
             return
         for index, (name, rows, *_) in enumerate(self._fingerprint):
@@ -192,19 +192,19 @@ class Shards:
                 raise InputError(f"{path} {found} in {path.with_name(METADATA)}: prepare all shards together")
 
     def check_tokenizer(self, path: Path) -> bool:
-        """Return False if there is no shards.json. Raises InputError if the shards come from another tokenizer."""
+        """Return False if there is no shards.json. Raises InputError if the shards used a different tokenizer."""
         if self._metadata is None:
             return False
         digest, vocab_size, _ = self._metadata
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise InputError(
                 f"{path} is not the tokenizer of these shards; {self.paths[0].with_name(METADATA)} records one with "
-                f"{vocab_size:,} ids: pass the tokenizer.json that `prepare` wrote beside them"
+                f"{vocab_size:,} ids: pass the tokenizer.json that `prepare` wrote next to them"
             )
         return True
 
     def _inspect(self, index: int, known: list | None) -> list:
-        """The shard's fingerprint entry: from the file, or from the known entry if the file is unusable."""
+        """Return the shard's fingerprint entry: from the file, or from the known entry if the file is unusable."""
         path = self.paths[index]
         try:
             file = self._open(index)
@@ -220,7 +220,7 @@ class Shards:
         return entry
 
     def _file(self, index: int) -> _ShardFile:
-        """The open shard. Raises OSError, and InputError if it is unusable or its content has changed."""
+        """Return the open shard. Raises OSError, or InputError if it is unusable or its content has changed."""
         if index in self._unusable:
             raise InputError(self._unusable[index])
         with self._lock:
@@ -247,7 +247,7 @@ class Shards:
         return _ShardFile(os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK))
 
     def read(self, shard: int, row: int, column: int, out: np.ndarray):
-        """Fill `out` (int64, 1-D) with the row's tokens, starting at `column`. Raises ShardError."""
+        """Fill `out` (int64, 1-D) with the row's tokens, starting at `column`. Raises ShardError on failure."""
         try:
             out[:] = self._file(shard).read(row, column, len(out))
         except (OSError, InputError):
@@ -268,7 +268,7 @@ class Shards:
 
 
 def metadata(tokenizer: bytes, vocab_size: int, shards: dict[str, int]) -> bytes:
-    """The content of shards.json. `tokenizer` is the content of tokenizer.json; `shards` maps names to row counts."""
+    """Return the content of shards.json from the content of tokenizer.json and a map of shard names to row counts."""
     digest = hashlib.sha256(tokenizer).hexdigest()
     fields = {"format": METADATA_FORMAT, "tokenizer_sha256": digest, "vocab_size": vocab_size, "shards": shards}
     return json.dumps(fields, indent=2).encode() + b"\n"
@@ -292,7 +292,7 @@ def _read_metadata(path: Path) -> tuple[str, int, dict[str, int]] | None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged or from another version ({error!s:.200}); prepare the data again") from error
+        raise InputError(f"{path}: damaged or from a different version ({error!s:.200}); rerun `prepare`") from error
 
 
 def _reason(error: OSError | InputError) -> str:

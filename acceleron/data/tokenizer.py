@@ -1,4 +1,4 @@
-"""Load, validate and train tokenizers, split documents, and count the bytes of tokens."""
+"""Loads, validates and trains tokenizers, splits documents, and counts the bytes of tokens."""
 
 import json
 import re
@@ -21,7 +21,7 @@ MIN_VOCAB_SIZE = 256 + 2  # every byte and the two special tokens
 
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizers of published models are 35 MB
 # Supported components. The library has more, but a hostile file can make some of them allocate too much memory, crash
-# or hang (Precompiled, FixedLength, CTC). So can a very long sequence of the supported ones.
+# or hang (Precompiled, FixedLength, CTC). A very long sequence of supported components can do the same.
 SUPPORTED = {
     "normalizer": "Sequence NFC NFD NFKC NFKD Lowercase StripAccents Strip Prepend Replace BertNormalizer ByteLevel",
     "pre_tokenizer": "Sequence ByteLevel Split Digits Punctuation Whitespace WhitespaceSplit Metaspace "
@@ -31,15 +31,15 @@ SUPPORTED = {
 }
 CHILDREN = ("normalizers", "pretokenizers", "processors", "decoders")  # the keys of a Sequence's components
 MAX_COMPONENTS = 16
-# For added tokens and Unigram tokens: the library stores them in tries that need up to 350 bytes per character.
+# Limits for added and Unigram tokens. The library stores them in tries that need up to 350 bytes per character.
 MAX_TOKEN_LENGTH, MAX_TOTAL_TOKEN_LENGTH = 1000, 4 << 20
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json of the tokenizers library.
+    """Load a tokenizer.json in the format of the tokenizers library.
 
-    Raises InputError if the file is missing, invalid, lacks the end-of-text token, or could exhaust memory or time. The
-    library never sees a file of the last kind, because some of them crash the process.
+    Raises InputError if the file is missing or invalid, has no end-of-text token, or could exhaust memory or time. Such
+    files are never passed to the library, because some would crash the process.
     """
     if not Path(path).exists() and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.json)", str(path)):
         raise InputError(
@@ -54,11 +54,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a tokenizer; name another file")
+        raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so not a tokenizer; use a different file")
     try:
         _check(json.loads(content, object_pairs_hook=unique_keys))
         tokenizer = Tokenizer.from_buffer(content)
-        # A file can enable these, which would silently truncate or pad the text.
+        # A file can enable truncation and padding, which would silently change the text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode("")  # fails if the post-processor fails on every text
@@ -66,16 +66,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # tokenizers raises Exception, and pyo3's PanicException, a BaseException
         reason = repr(str(error)[:200])[1:-1] or type(error).__name__  # one line, with control characters escaped
-        raise InputError(f"{path}: not a valid tokenizer.json ({reason}); name another file") from error
+        raise InputError(f"{path}: not a valid tokenizer.json ({reason}); use a different file") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise InputError(f"{path}: lacks the document separator {END_OF_TEXT}; use a tokenizer that has it")
+        raise InputError(f"{path}: has no document separator {END_OF_TEXT}; use a tokenizer that has one")
     if num_ids(tokenizer) > MAX_VOCAB_SIZE:
         raise InputError(f"{path}: has the token id {num_ids(tokenizer) - 1}, but ids must be below {MAX_VOCAB_SIZE}")
     return tokenizer
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
-    """The largest id plus one. Can exceed the number of entries, because ids can have gaps."""
+    """The largest id plus one. It can exceed the number of entries, because ids can have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -88,11 +88,11 @@ def _encode_batch(encode_batch: Callable, texts: list[str]) -> list[Encoding]:
     try:
         return encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # for example, a word-level model without its unknown token
-        raise InputError(f"the tokenizer cannot encode this text ({error}): use another tokenizer") from error
+        raise InputError(f"the tokenizer cannot encode this text ({error}): use a different tokenizer") from error
 
 
 def unique_keys(pairs: list[tuple]) -> dict:
-    """A json object_pairs_hook. Raises ValueError for duplicate keys, which parsers resolve differently."""
+    """An object_pairs_hook for json. Raises ValueError for duplicate keys, because parsers handle them differently."""
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError("duplicate key in an object")
@@ -100,7 +100,7 @@ def unique_keys(pairs: list[tuple]) -> dict:
 
 
 def _check(document):
-    """Raises ValueError for a file that could crash the library. The library reports harmless errors itself."""
+    """Raise ValueError for a file that could crash the library. The library itself reports harmless errors."""
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict):
         raise ValueError("no model")
@@ -137,7 +137,7 @@ def find_tokenizer(explicit: str | None, *directories: Path | None) -> Path | No
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most vocab_size entries, with `<|endoftext|>` 0 and `<|pad|>` 1."""
+    """Train a byte-level BPE with at most vocab_size entries, with `<|endoftext|>` 0 and `<|pad|>` 1."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(f"--vocab_size {vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
@@ -170,7 +170,7 @@ def _run_in_thread(function: Callable[[], None]):
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Text and code with the characters that some tokenizers drop, insert or replace: spaces, line breaks, tabs, digits,
-# punctuation. The last one is NFC; NFD, NFKC, NFKD, Lowercase and StripAccents each change its number of bytes.
+# punctuation. The last one is NFC; NFD, NFKC, NFKD, Lowercase and StripAccents each change its byte count.
 SAMPLES = (
     "The rain in Spain, 1984: it isn't over.  Two spaces, then a line break.\n\nNew paragraph.\n",
     "def area(x1, y2):\n    if x1 >= 0:\n\treturn {'a': x1*y2 + 3.14}  # [units]\n",
@@ -180,13 +180,13 @@ SAMPLES = (
 
 
 class ByteCounter:
-    """Counts the UTF-8 bytes of the text that tokens encode.
+    """Counts the UTF-8 bytes of the text that a sequence of tokens encodes.
 
     Attributes:
-        table: int64 [2, vocab_size]. Row 0 counts each id inside a document; row 1, at the start of one, where some
-            tokenizers insert a space that is not in the text. Special tokens and missing ids count as 0.
-        exact: whether the counts of SAMPLES are correct. If False, the tokenizer drops, inserts or replaces characters,
-            so do not use the counts. A tokenizer that normalizes to NFC is exact: it counts the bytes of the NFC text.
+        table: int64 [2, vocab_size]. Row 0 has each id's bytes inside a document. Row 1 has them at the start of one,
+            where some tokenizers insert a space that is not in the text. Special tokens and missing ids count as 0.
+        exact: whether the counts of SAMPLES are correct. If False, do not use the counts: the tokenizer drops,
+            inserts or replaces characters. An NFC tokenizer is exact: it counts the bytes of the NFC text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
@@ -199,7 +199,7 @@ class ByteCounter:
         if b'"ByteLevel"' in parts:
             mark = "Ġ" if b'"add_prefix_space":true' in parts else None
             for token, index in ids.items():
-                # Byte-level tokens have one character per byte, except added tokens.
+                # Byte-level tokens have one character per byte. Added tokens are plain text.
                 length = len(token.encode()) if token in added else len(token)
                 self.table[:, index] = 0 if added.get(token) else (length, length - (token[0] == mark))
         else:
@@ -227,7 +227,7 @@ class ByteCounter:
             self._decode(tokenizer, sorted(decoded, key=itemgetter(1)))
 
     def _decode(self, tokenizer: Tokenizer, tokens: list[tuple[str, int]]):
-        """Fill the table with the bytes that each token adds to the decoded text beside a known token."""
+        """Fill the table with the number of bytes that each token adds to the decoded text next to a known token."""
 
         def lengths(sequences: list[list[int]]) -> np.ndarray:
             return np.array([len(text.encode()) for text in tokenizer.decode_batch(sequences)])
@@ -244,7 +244,7 @@ class ByteCounter:
         return int(self.table[(ids[:, :-1] == self.end_id).astype(int), ids[:, 1:]].sum())
 
 
-# Where most pre-tokenizers start words. train_tokenizer's tokenizers start one at every match of the first pattern.
+# Most pre-tokenizers start words here. Tokenizers from train_tokenizer do so at every match of the first pattern.
 _WORD_START = re.compile(r"(?=[ \t\n]\S)")
 _WORD_OR_LINE_START = re.compile(r"(?=[ \t\n]\S)|(?<=[\r\n])(?=\S)")
 SPLIT_CONTEXT = 1024  # characters to check on either side of a split; at least MAX_TOKEN_LENGTH
@@ -252,14 +252,14 @@ MAX_SPLITS_TRIED = 64
 
 
 def split_document(document: str, size: int, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """Yield pieces of about `size` characters whose tokens, concatenated, equal the tokens of the whole document.
+    """Yield pieces of about `size` characters. Their concatenated tokens equal the tokens of the whole document.
 
-    If the tokenizer allows no safe split, the rest is one piece. Without `tokenizer`, assume one from train_tokenizer.
+    If there is no safe split, the rest is one piece. Without `tokenizer`, a tokenizer from train_tokenizer is assumed.
     """
     start, pattern = 0, _WORD_OR_LINE_START if tokenizer else _WORD_START
     while len(document) - start > size:
         ends = (match.start() for match in islice(pattern.finditer(document, start + size), MAX_SPLITS_TRIED))
-        # Try to drop the space at the split too: a tokenizer that inserts a space before every text restores it.
+        # Also try to drop the space at the split: a tokenizer that inserts a space before every text restores it.
         splits = ((end, resume) for end in ends for resume in (end, end + 1))
         split = next((s for s in splits if tokenizer is None or _is_safe_split(tokenizer, document, *s)), None)
         if split is None:
@@ -270,9 +270,9 @@ def split_document(document: str, size: int, tokenizer: Tokenizer | None = None)
 
 
 def _is_safe_split(tokenizer: Tokenizer, document: str, end: int, resume: int) -> bool:
-    """Whether the split keeps the surrounding tokens, and no token can span it.
+    """Return whether the split keeps the surrounding tokens and no token can span it.
 
-    No token spans two pre-tokenizer words, or two characters that are adjacent in no vocabulary entry.
+    A token never spans two pre-tokenizer words, or two characters that are not adjacent in any vocabulary entry.
     """
     left, right = document[max(0, end - SPLIT_CONTEXT) : end], document[end : end + SPLIT_CONTEXT]
     whole, before, after = _encode_batch(tokenizer.encode_batch, [left + right, left, right[resume - end :]])

@@ -5,29 +5,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A spike is a loss more than this many standard deviations above the running mean.
+# A loss is a spike if it is more than this many standard deviations above the running mean.
 SPIKE_SIGMAS = 6.0
-# The running mean covers about this many steps. No spike is detected before them.
+# The running mean covers about this many steps. No spikes are detected in the first ones.
 SPIKE_WINDOW = 100
 
 
 class Anomaly(NamedTuple):
-    """A skipped step, or a step whose loss is a spike."""
+    """A skipped step, or a step with a loss spike."""
 
     step: int
-    position: int  # of the step's first batch in the data stream
+    position: int  # the step's first batch in the data stream
     loss: float
     grad_norm: float
     skipped: bool
-    threshold: float  # of a spike; infinite for the first SPIKE_WINDOW steps
+    threshold: float  # losses above it are spikes; infinite for the first SPIKE_WINDOW steps
 
 
 class AnomalyDetector:
     """Checks the loss and gradient norm of each step before the optimizer update.
 
     The running mean and variance of the loss are exponentially weighted (Finch 2009, "Incremental calculation of
-    weighted mean and variance"). A loss above the threshold is clipped to it before it updates them. One spike
-    therefore does not hide the next, and a loss that stays high soon stops counting as a spike.
+    weighted mean and variance"). A loss above the threshold is clipped to it before the update. So one spike
+    does not hide the next, and a loss that stays high soon stops counting as a spike.
 
     `read` updates `consecutive_skips` (skipped steps up to the latest step), `longest_streak` (the most consecutive
     skips among the steps just read) and `last_good_step` (the latest step that was not skipped).
@@ -40,7 +40,7 @@ class AnomalyDetector:
         self._unread: list[tuple[int, int, Tensor]] = []
 
     def check(self, step: int, position: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Returns whether to skip the step, a bool on the device. loss and grad_norm are scalars."""
+        """Return a bool tensor on the device: whether to skip the step. loss and grad_norm are scalars."""
         loss, grad_norm = loss.double(), grad_norm.double()
         mean, variance, count = self.mean_variance_count
         finite = loss.isfinite() & grad_norm.isfinite()
@@ -57,7 +57,7 @@ class AnomalyDetector:
         return skipped
 
     def read(self) -> list[Anomaly]:
-        """The anomalies since the last call. Synchronizes with the device."""
+        """Return the anomalies since the last call. Synchronizes with the device."""
         self.longest_streak = 0
         anomalies = []
         rows = torch.stack([values for _, _, values in self._unread]).tolist() if self._unread else []

@@ -1,4 +1,4 @@
-"""Checkpoints, written in the background while the training continues."""
+"""Checkpoints, written in the background while training continues."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from ..log import say
 
 
 class SaveResult(NamedTuple):
-    """The result of an attempt to save. `error` is None if the checkpoint is on disk and valid."""
+    """The result of a save attempt. `error` is None if the checkpoint is on disk and valid."""
 
     path: Path
     step: int
@@ -29,15 +29,15 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointManager:
-    """Copies a state to CPU buffers and writes it to checkpoint_<step>.pt in a thread.
+    """Copies a training state to CPU buffers and writes it to checkpoint_<step>.pt in a thread.
 
     A checkpoint gets its name only after it has been written to disk, read back and verified against its checksums.
-    Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one of those
-    kept is known to be good. A failed attempt changes nothing.
+    Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one kept
+    checkpoint is known to be good. A failed attempt changes nothing.
     """
 
     def __init__(self, directory: Path, keep_last: int = 0, device: torch.device | None = None):
-        """device: where the tensors are, if not on the CPU."""
+        """device: the tensors' device, if it is not the CPU."""
         self.directory, self.keep_last, self.device = directory, keep_last, device
         self._buffers: dict[tuple, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -47,7 +47,7 @@ class CheckpointManager:
             partial.unlink()
 
     def save(self, contents: dict, good_step: int):
-        """Start writing a checkpoint, after the previous one is finished. `contents` can change after this returns.
+        """Start writing a checkpoint once the previous one is finished. `contents` can change after this returns.
 
         good_step: the step of the newest model that is known to be good.
         """
@@ -62,7 +62,7 @@ class CheckpointManager:
         self._thread.start()
 
     def _copy(self, value, key: tuple = ()):
-        """The value with all tensors copied to CPU buffers, which the next checkpoint reuses."""
+        """Return the value with all tensors copied to CPU buffers. The next checkpoint reuses them."""
         if isinstance(value, Tensor):
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
@@ -85,7 +85,7 @@ class CheckpointManager:
                 torch.save(contents, file)
                 file.flush()
                 os.fsync(file.fileno())
-                # Drop the page cache, so that the file is read back from the disk.
+                # Drop the page cache, so the file is read back from the disk.
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 verify_archive(Path(file.name))
@@ -93,7 +93,7 @@ class CheckpointManager:
             self._valid.add(path)
             self._delete_old(contents["step"], good_step)
         except Exception as error:
-            # torch.save raises its own error about the unfinished archive; the OSError is its context.
+            # torch.save raises an error about the unfinished archive, with the OSError as its context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             reason = str(getattr(cause, "strerror", None) or cause).split("\n")[0]
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -105,7 +105,7 @@ class CheckpointManager:
     def _delete_old(self, newest: int, good_step: int):
         kept, good = 0, False
         for step, path in reversed(list_checkpoints(self.directory).items()):
-            if not self.keep_last or step > newest:  # newer ones are damaged: the run did not resume from them
+            if not self.keep_last or step > newest:  # the run did not resume from newer ones, so they are damaged
                 continue
             if kept < self.keep_last or not good:
                 valid = self._is_valid(path)
@@ -126,7 +126,7 @@ class CheckpointManager:
         return True
 
     def result(self) -> SaveResult | None:
-        """The result of the last attempt, returned once; None while it is running."""
+        """Return the result of the last attempt, once. Returns None while the attempt is running."""
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread = None

@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of a save_dir."""
+"""A lock that prevents two runs from using the same save_dir."""
 
 import errno
 import fcntl
@@ -17,10 +17,10 @@ NAME = "run.lock"
 class DirectoryLock:
     """Locks `directory` for this process until `release` or the end of a `with` block. Creates it if necessary.
 
-    The operating system holds the lock on the file run.lock, so the lock always ends with the process. The file names
-    the holder; a file without a lock is stale. `release` removes the file and any directories it created that are still
-    empty. Raises InputError if another process holds the lock, with its pid and host, or if the directory is not
-    writable.
+    The lock is an operating system lock on the file run.lock, so it always ends with the process. The file names the
+    holder. A file without a lock is stale. `release` removes the file, and any directory that the lock created if it is
+    still empty. Raises InputError if another process holds the lock (the message has its pid and
+    host) or the directory is not writable.
     """
 
     def __init__(self, directory: Path):
@@ -36,7 +36,7 @@ class DirectoryLock:
         if stale:
             say(f"note: {self._path} was left by {_describe(stale)}, which is no longer running")
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        with suppress(OSError):  # on a full disk the lock still works, but the file does not name its holder
+        with suppress(OSError):  # the lock also works on a full disk, but the file then does not name its holder
             self._file.truncate(0)
             self._file.seek(0)
             self._file.write(json.dumps(holder))
@@ -47,7 +47,7 @@ class DirectoryLock:
             file = self._path.open("a+", encoding="utf-8", errors="replace")
             file.seek(0)
             try:
-                # A record lock: unlike with flock, child processes do not inherit it.
+                # Use a record lock: unlike a flock, child processes do not inherit it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -60,7 +60,7 @@ class DirectoryLock:
                 raise InputError(
                     f"--save_dir {self._path.parent} is in use by {holder}: wait for it, stop it, or choose another"
                 ) from error
-            # The previous holder can remove the file between open and lockf. Then this lock is on a deleted file.
+            # The previous holder can remove the file between open and lockf. This lock would then be on a deleted file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
                     return file
@@ -72,7 +72,7 @@ class DirectoryLock:
                 path.rmdir()
 
     def release(self):
-        with suppress(OSError):  # full or read-only disk; the file that stays behind is stale
+        with suppress(OSError):  # on a full or read-only disk, a stale file remains
             self._path.unlink()
         with suppress(OSError):
             self._file.close()

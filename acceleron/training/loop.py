@@ -36,17 +36,17 @@ from .signals import StopSignals
 
 # Wait before retrying a failed save.
 RETRY_SECONDS = 60.0
-# The final save is attempted at least FINAL_ATTEMPTS times, and for FINAL_TIMEOUT seconds unless a stop is requested.
+# The final save is attempted at least FINAL_ATTEMPTS times, for up to FINAL_TIMEOUT seconds or until a stop request.
 # The wait between attempts doubles from FINAL_RETRY_SECONDS up to RETRY_SECONDS.
 FINAL_ATTEMPTS, FINAL_RETRY_SECONDS, FINAL_TIMEOUT = 3, 3.0, 900.0
 
 
 def train(options: TrainOptions, scripts_dir: Path | None = None):
-    """Train with these options. Looks for pile_tokenizer.json in `scripts_dir` if data_dir has no tokenizer.
+    """Train with these options. If data_dir has no tokenizer, pile_tokenizer.json in `scripts_dir` is used.
 
-    Checks all input and reads the first batch before it writes anything but a lock. Raises InputError for bad input,
+    Checks all input and reads the first batch before writing anything except a lock. Raises InputError for bad input,
     RunFailed if the run cannot continue, and RunStopped after a stop signal. Progress is saved first, unless the last
-    steps had no finite loss or gradient. A signal before the first step, and a second SIGINT, end the process.
+    steps had no finite loss or gradient. A signal before the first step, or a second SIGINT, ends the process.
     """
     with StopSignals() as stop:
         options = check_paths(options)
@@ -81,7 +81,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from error
         self.resumed_from, checkpoint = select_checkpoint(options)
-        # With --bad_data skip, shards that have become unreadable still count as part of the data.
+        # With --bad_data skip, shards that become unreadable still count as part of the data.
         known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
         self.shards = Shards(options.data_dir, known)
         self.tokenizer_path, tokenizer = _open_tokenizer(options, scripts_dir)
@@ -115,14 +115,14 @@ class Trainer:
         self.run.fetch()
 
     def check_kernels(self):
-        """Raises InputError if --kernels auto selects Triton and its gradients are wrong on this device."""
+        """Raise InputError if --kernels auto selects Triton and its gradients are wrong on this device."""
         options, model = self.options, self.run.model
         if options.kernels == "auto" and ops.uses_triton(self.device, model.compute_dtype):
             shape = (options.batch_size, options.seq_len, options.model_size)
             require_correct_kernels(model.config, self.device, model.compute_dtype, *shape)
 
     def open_outputs(self):
-        """Open the output files. Raises InputError if save_dir is not writable, RunFailed if the disk is full."""
+        """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""
         try:
             self.checkpoints = CheckpointManager(self.save_dir, self.options.keep_last, self.device)
             if self.tokenizer_path and not self.tokenizer_copy.exists():
@@ -133,10 +133,10 @@ class Trainer:
             self.metrics = Metrics(self.save_dir, self.run.steps - (self.run.unread_steps > 0))
         except OSError as error:
             raise file_error(f"--save_dir {self.save_dir}: cannot be written", error) from error
-        # Valid checkpoints by step. A checkpoint is known to be good once a later step is.
+        # Valid checkpoints by step. A checkpoint is known to be good once a later step is good.
         self.saved: dict[int, Path] = {}
         self.diverged = False  # the last validation loss was not finite
-        # Nothing to save before the first step, unless the previous process stopped before it wrote a log line.
+        # Before the first step there is nothing to save, unless the previous process stopped before writing a log line.
         self.saved_step = -1 if self.run.unread_steps else self.run.steps
         self.attempted_step = self.run.steps
         self.save_due, self.retry_at = False, math.inf
@@ -149,9 +149,9 @@ class Trainer:
         self._begin_interval()
 
     def train(self):
-        """Train up to the last step. Raises the errors of the function `train`."""
+        """Train up to the last step. Raises the same errors as the function `train`."""
         run, options = self.run, self.options
-        # Show the progress bar only in a terminal. The log lines also have the ETA.
+        # Show the progress bar only in a terminal. The log lines also show the ETA.
         bar_options = dict(total=options.max_steps, initial=run.steps, unit="step", dynamic_ncols=True)
         try:
             with tqdm(**bar_options, disable=None if sys.stderr else True) as bar, run.context():
@@ -177,7 +177,7 @@ class Trainer:
         return self.stop.requested is not None
 
     def _after_step(self):
-        """Evaluate, log and save if due. On resuming, the last step was trained by the previous process."""
+        """Evaluate, log and save if due. After a resume, the previous process trained the last step."""
         run, options = self.run, self.options
         last = run.steps >= options.max_steps
         evaluate = last or run.steps % options.eval_interval == 0
@@ -191,7 +191,7 @@ class Trainer:
         due = (save and run.steps > self.attempted_step) or self.save_due or time.monotonic() >= self.retry_at
         if due and not last:
             self._report_anomalies()
-            # After a skipped step, wait for the next good one.
+            # After a skipped step, wait for the next good step.
             self.save_due = run.detector.consecutive_skips > 0
             if not self.save_due:
                 self._save()
@@ -238,7 +238,7 @@ class Trainer:
             self._fail_diverged(f"after {run.detector.longest_streak} skipped steps in a row")
 
     def _fail_diverged(self, why: str):
-        """End the run without saving, and rename the checkpoints that no good step followed."""
+        """End the run without saving, and rename the checkpoints that were not followed by a good step."""
         self._finish_save()
         for path in (path for step, path in self.saved.items() if step > self._last_good_step()):
             try:
@@ -248,11 +248,11 @@ class Trainer:
                 say(f"warning: no good step followed {path}, but it cannot be renamed ({error.strerror})")
         raise RunFailed(
             f"stopped at step {self.run.steps} without saving, {why}; {self._last_good_checkpoint()}: "
-            "continue with --resume auto and a smaller --lr, or other data"
+            "continue with --resume auto and a smaller --lr or different data"
         )
 
     def _last_good_step(self) -> int:
-        """The newest step known to be good: the step after it was not skipped."""
+        """Return the newest step known to be good: the step after it was not skipped."""
         return self.run.detector.last_good_step - 1
 
     def _last_good_checkpoint(self) -> str:
@@ -324,9 +324,9 @@ class Trainer:
 
     @contextmanager
     def _save_on_error(self):
-        """Save the run before an error between two weight updates ends it.
+        """Save the run if an error between two weight updates ends it.
 
-        After a stop request, errors are only logged: a signal to the process group also kills the compiler, and the
+        After a stop request, errors are only logged: a signal to the process group also kills the compiler, so the
         compilation fails.
         """
         try:
@@ -358,7 +358,7 @@ class Trainer:
         return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
     def _announce(self, dtype: torch.dtype, provider: str):
-        """Log the setup of the run, and compile the model if requested and possible."""
+        """Log the run's setup, and compile the model if requested and possible."""
         options, config, device, model = self.options, self.config, self.device, self.run.model
         total, active = model.num_parameters()
         kind = "dense baseline" if config.dense else f"MoE, {config.num_experts} routed experts, top-2, 1 shared expert"
@@ -377,16 +377,16 @@ class Trainer:
         say(f"data: {len(self.shards.paths)} shards, {rows:,} rows of {self.shards.row_length}")
         say(f"{epoch:,} tokens per epoch, {options.tokens_per_step:,} per step")
         if not self.tokenizer_checked:
-            say(f"note: {options.data_dir} has no {METADATA} to check {self.tokenizer_path} against")
+            say(f"note: {options.data_dir} has no {METADATA}, so {self.tokenizer_path} cannot be checked")
         if self.resumed_from:
             say(f"continuing from {self.resumed_from}, step {self.run.steps}")
 
 
 @torch.no_grad()
 def validate(run: Run, shards: Shards, text_bytes: ByteCounter | None, should_stop: Callable[[], bool]) -> dict | None:
-    """val_loss in nats per token over the held-out batches; with `text_bytes`, also val_bits_per_byte.
+    """Return val_loss in nats per token over the held-out batches and, with `text_bytes`, val_bits_per_byte.
 
-    Both are None if the loss is not finite. The result is None if `should_stop` became true before the end.
+    Both are None if the loss is not finite. The result is None if `should_stop` returned true before the end.
     """
     model, options = run.model, run.options
     loader, num_batches = validation_loader(
@@ -423,11 +423,11 @@ def _move_aside(path: Path):
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
         free = next(name for name in names if not name.exists())
         path.replace(free)
-        say(f"note: {path} is from another run: renamed to {free.name}")
+        say(f"note: {path} is from a different run: renamed to {free.name}")
 
 
 def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
-    """The preset with its vocabulary size. Raises InputError if that is unknown or too small for the tokenizer."""
+    """Return the preset with its vocabulary size. Raises InputError if it is unknown or too small for the tokenizer."""
     entries = num_ids(tokenizer) if tokenizer else None
     overrides = {"debug_force_load_balance": options.debug_force_load_balance}
     if options.vocab_size:
@@ -440,7 +440,7 @@ def model_config(options: TrainOptions, tokenizer) -> ModelConfig:
     if entries and entries > config.vocab_size:
         raise InputError(
             f"the tokenizer has {entries} entries, more than the model's vocabulary of {config.vocab_size}: "
-            "pass a larger --vocab_size or another --tokenizer"
+            "pass a larger --vocab_size or a different --tokenizer"
         )
     return config
 

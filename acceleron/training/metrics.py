@@ -1,4 +1,4 @@
-"""Metrics of a run, for metrics.jsonl, TensorBoard and the terminal."""
+"""Metrics of a run, written to metrics.jsonl, TensorBoard and the terminal."""
 
 import errno
 import json
@@ -17,16 +17,16 @@ from ..log import say
 
 
 def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -> int:
-    """FLOPs of forward and backward: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
+    """Forward and backward FLOPs: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
 
-    The embedding counts once, as the head. Recomputation does not count.
+    The embedding counts once, as the output head. Recomputation does not count.
     """
     norms = (2 * config.num_layers + 1) * config.d_model
     return 6 * (active_parameters - norms) + 6 * config.num_layers * config.d_model * seq_len
 
 
 def expert_health(tokens_per_expert_LE: Tensor) -> dict:
-    """Expert load: smallest and largest share of a layer's assignments, mean entropy, number of dead experts.
+    """Return the smallest and largest share of a layer's assignments, the mean entropy, and the number of dead experts.
 
     Uniform routing has shares of 1/E and entropy 1 (normalized by log E). A dead expert received no tokens.
     """
@@ -43,7 +43,7 @@ def expert_health(tokens_per_expert_LE: Tensor) -> dict:
 class Metrics:
     """Appends records to metrics.jsonl, one JSON object per line, and to TensorBoard if it is installed.
 
-    Drops the lines after `step`, where the run resumes: it will write them again. If the disk is
+    Drops the lines after `step`, because the resumed run writes them again. If the disk is
     full, a line is written later, together with the next one. Raises OSError if the directory is not writable.
     """
 
@@ -82,7 +82,7 @@ class Metrics:
             say(f"warning: {self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
 
     def flush(self, to_disk: bool = False):
-        """Write all pending lines. `to_disk` makes them survive a power failure."""
+        """Write all pending lines. With `to_disk`, they survive a power failure."""
         try:
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -114,7 +114,7 @@ class Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """The line's step; infinite for a damaged or partial line."""
+    """Return the line's step, or infinity for a damaged or partial line."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -122,7 +122,7 @@ def _step_of(line: bytes) -> float:
 
 
 def format_line(record: dict, max_steps: int, seconds_left: float) -> str:
-    """The record as a log line for the terminal."""
+    """Format the record as a log line for the terminal."""
 
     def number(name: str, form: str) -> str:
         return "not finite" if record[name] is None else format(record[name], form)

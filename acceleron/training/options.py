@@ -34,7 +34,7 @@ class TrainOptions:
     eval_interval: int = option(1000, "steps between validation loss evaluations", minimum=1)
     save_interval: int = option(5000, "steps between checkpoints", minimum=1)
     keep_last: int = option(
-        0, "number of checkpoints to keep, at least one of them followed by a good step; 0 keeps all", minimum=0
+        0, "number of checkpoints to keep; at least one is followed by a good step; 0 keeps all", minimum=0
     )
     save_dir: str = option("checkpoints", "directory for checkpoints, metrics.jsonl and TensorBoard files")
     resume: str | None = option(None, "checkpoint to continue from; auto: the newest valid one in save_dir, if any")
@@ -42,15 +42,15 @@ class TrainOptions:
     bad_data: str = option("fail", "on an unreadable row: fail, or skip it", ("fail", "skip"))
     max_bad_steps: int = option(
         10,
-        "stop after this many skipped steps in a row; checked at this interval, which synchronizes the GPU",
+        "stop after this many skipped steps in a row; also the number of steps between checks, which sync the GPU",
         minimum=1,
     )
     skip_spikes: bool = option(False, "skip the update if the loss is 6 sigma above its running mean")
-    seed: int = option(42, "seed of the initial weights and the data order", minimum=0)
+    seed: int = option(42, "random seed for the initial weights and the data order", minimum=0)
     tokenizer: str | None = option(
-        None, "tokenizer.json (default: the one in data_dir, else pile_tokenizer.json next to train.py)"
+        None, "tokenizer.json (default: the one in data_dir, or else pile_tokenizer.json next to train.py)"
     )
-    vocab_size: int | None = option(None, "embedding rows (default: the size's; for nano, the tokenizer's)", minimum=1)
+    vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
     dtype: str = option(
         "auto",
@@ -75,7 +75,7 @@ class TrainOptions:
                 raise InputError(f"--{name} {value}: choose one of {', '.join(meta['choices'])}")
             # This form also rejects NaN.
             if meta.get("minimum") is not None and value is not None and not meta["minimum"] <= value < float("inf"):
-                raise InputError(f"--{name} {value}: must be at least {meta['minimum']}, and finite")
+                raise InputError(f"--{name} {value}: must be finite and at least {meta['minimum']}")
         if self.seed >= 2**64:
             raise InputError(f"--seed {self.seed}: must be below 2**64")
         if self.batch_size > MAX_BATCH_SIZE:
@@ -99,7 +99,7 @@ class TrainOptions:
 
 
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
-    """TrainOptions from a command line. Raises InputError for an unknown flag or a bad value."""
+    """Parse a command line into TrainOptions. Raises InputError for an unknown flag or a bad value."""
     parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
     for f in fields(TrainOptions):
         flag, about = f"--{f.name}", f.metadata["help"]

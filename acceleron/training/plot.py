@@ -10,9 +10,9 @@ from ..flags import Parser, nonempty
 
 
 def read_curves(path: Path) -> list[list[tuple[float, float]]]:
-    """The training and the validation curve as (tokens, loss) pairs. NaN stands for a loss that was not finite.
+    """Return the training and validation curves as (tokens, loss) pairs. A non-finite loss is NaN.
 
-    Skips an incomplete last line, because the run may still be writing it. Raises InputError.
+    Skips an incomplete last line: the run may still be writing it. Raises InputError for an invalid file.
     """
 
     def number(value) -> float:
@@ -32,7 +32,7 @@ def read_curves(path: Path) -> list[list[tuple[float, float]]]:
 
 
 def plot_losses(run_dir: Path) -> Path:
-    """Plot training loss (the mean of each log interval) and validation loss over tokens. Raises InputError."""
+    """Plot the training loss (mean per log interval) and validation loss against tokens. Raises InputError."""
     path, picture = run_dir / "metrics.jsonl", run_dir / "loss.png"
     if not run_dir.is_dir():
         raise path_error("RUN_DIR", run_dir, "directory")

@@ -12,9 +12,9 @@ from .options import TrainOptions
 
 
 def check_paths(options: TrainOptions) -> TrainOptions:
-    """The options with --resume as a path or "auto". Raises InputError for a path that does not exist.
+    """Return the options with --resume as a path or "auto". Raises InputError for a path that does not exist.
 
-    Runs before the lock creates save_dir, which the error would list among the existing files.
+    Must run before the lock creates save_dir. Otherwise the error would list save_dir among the existing files.
     """
     if not Path(options.data_dir).is_dir():
         raise path_error("--data_dir", options.data_dir, "directory")
@@ -31,7 +31,7 @@ def check_paths(options: TrainOptions) -> TrainOptions:
 
 
 def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
-    """The checkpoint to continue from, (path, contents), if any. Raises InputError if save_dir has conflicting ones."""
+    """Return the checkpoint to resume from, (path, contents), if any. Raises InputError for conflicting checkpoints."""
     save_dir = Path(options.save_dir)
     existing = {} if options.memory_test else list_checkpoints(save_dir)
     if options.resume == "auto":
@@ -39,14 +39,14 @@ def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
     if options.resume is None:
         if existing:
             raise InputError(
-                f"--save_dir {save_dir} holds the checkpoints of another run: continue it with --resume auto, "
+                f"--save_dir {save_dir} has checkpoints of a different run: continue it with --resume auto, "
                 "or choose another directory"
             )
         return None, None
     path = Path(options.resume)
     checkpoint = load_checkpoint(path)
     if existing and path.resolve().parent != save_dir.resolve():
-        raise InputError(f"--save_dir {save_dir} holds the checkpoints of another run: choose another directory")
+        raise InputError(f"--save_dir {save_dir} has checkpoints of a different run: choose another directory")
     if existing and max(existing) > checkpoint["step"]:
         raise InputError(
             f"--resume {path} is at step {checkpoint['step']}, but {save_dir} has {existing[max(existing)].name}: "
@@ -66,4 +66,4 @@ def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dic
     for name, value in environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:
-            say(f"warning: {name} is {value}, but was {short_repr(before)} before: results will differ bitwise")
+            say(f"warning: {name} is {value}, but was {short_repr(before)} before: results will not be bitwise equal")

@@ -1,4 +1,4 @@
-"""The optimizer steps of a run, and the state that a checkpoint keeps."""
+"""The optimizer steps of a run, and the state that is saved in a checkpoint."""
 
 import math
 import os
@@ -27,14 +27,14 @@ from .options import TrainOptions
 from .schedule import learning_rate
 
 POLL_SECONDS = 0.2
-STALL_SECONDS = 60.0  # of waiting for data before each warning
+STALL_SECONDS = 60.0  # seconds without data before each warning
 MAX_ROW_WARNINGS = 20  # skipped rows that are logged individually
 
 
 class Run:
-    """A model in training. Its statistics stay on the device until `read_statistics`.
+    """A training run in progress. Its statistics stay on the device until `read_statistics` is called.
 
-    Enter `context()` around the steps. `steps` and `tokens` count completed work. Raises InputError for a seq_len that
+    Run the steps inside `context()`. `steps` and `tokens` count completed work. Raises InputError for a seq_len that
     does not divide the shards' row length.
     """
 
@@ -54,7 +54,7 @@ class Run:
             num_workers=options.num_workers,
             pin_memory=device.type == "cuda",
         )
-        # Nothing uses Python's and numpy's global generators today. Seeding them keeps a future use reproducible.
+        # Nothing uses Python's or numpy's global generators today. Seeding them keeps future uses reproducible.
         random.seed(options.seed)
         np.random.seed(options.seed % 2**32)
         torch.manual_seed(options.seed)
@@ -80,7 +80,7 @@ class Run:
 
     @contextmanager
     def context(self):
-        """A single-use context for the steps."""
+        """Context manager for the steps. Use it only once."""
         with ExitStack() as stack:
             if self.options.deterministic:
                 stack.enter_context(deterministic_algorithms())
@@ -89,9 +89,9 @@ class Run:
             yield
 
     def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for the batches of the next step. Returns False if `should_stop` became true first.
+        """Wait for the batches of the next step. Return False if `should_stop` returned true first.
 
-        The step has not started yet, so the run can be saved while the data stalls. Raises InputError for unreadable
+        The step has not started yet, so the run can be saved during a data stall. Raises InputError for unreadable
         data.
         """
         start = time.perf_counter()
@@ -104,7 +104,7 @@ class Run:
         return True
 
     def next_batch(self, loader: Loader, should_stop: Callable[[], bool]) -> Tensor | None:
-        """Wait for a batch and log stalls and skipped rows. Returns None if `should_stop` became true first."""
+        """Wait for a batch, and log stalls and skipped rows. Return None if `should_stop` returned true first."""
         start = last_warning = time.perf_counter()
         batch = None
         while batch is None and not should_stop():
@@ -120,14 +120,14 @@ class Run:
             say(f"warning: skipped: {complaint}")
             self._row_warnings_left -= 1
             if not self._row_warnings_left:
-                say("warning: further skipped rows are not logged; skipped_rows counts those of the training data")
+                say("warning: further skipped rows are not logged; skipped_rows counts those in the training data")
         loader.warnings.clear()
         return batch
 
     def step(self, lr: float):
         """Train on the next batches. Raises InputError for unreadable data.
 
-        A failure before the optimizer update leaves the run unchanged and `consistent`.
+        A failure before the optimizer update leaves the run unchanged, and `consistent` stays True.
         """
         self.fetch()
         losses, tokens_per_expert_LE = torch.zeros_like(self._losses), torch.zeros_like(self._tokens_per_expert_LE)
@@ -161,20 +161,20 @@ class Run:
         self.consistent = True
 
     def read_anomalies(self) -> list[Anomaly]:
-        """The skipped steps and loss spikes since the last call. Synchronizes with the device."""
+        """Return the skipped steps and loss spikes since the last call. Synchronizes with the device."""
         anomalies = self.detector.read()
         self.skipped_steps += sum(anomaly.skipped for anomaly in anomalies)
         return anomalies
 
     def origin(self, anomaly: Anomaly) -> str:
-        """The shards and rows of the step's batches."""
+        """Return the shards and rows of the step's batches."""
         starts = (anomaly.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
         return "; ".join(self.loader.describe_rows(start) for start in starts)
 
     def read_statistics(self) -> dict:
-        """Mean losses and expert load since the last call. Synchronizes with the device.
+        """Return the mean losses and expert load since the last call. Synchronizes with the device.
 
-        The means exclude steps with a non-finite loss. They are None if all steps had one.
+        The means exclude steps with a non-finite loss. They are None if no step had a finite loss.
         """
         means = (self._losses / self._micro_batches).tolist() if self._micro_batches else [None] * 3
         record = dict(zip(("loss", "z_loss", "balance_loss"), means, strict=True))
@@ -188,7 +188,7 @@ class Run:
         return record
 
     def state_dict(self) -> dict:
-        """Everything that the next steps depend on. Call `read_anomalies` first."""
+        """Return everything that later steps depend on. Call `read_anomalies` first."""
         return {
             "step": self.steps,
             "tokens": self.tokens,
@@ -218,7 +218,7 @@ class Run:
         saved, ours = checkpoint["statistics"], self.state_dict()["statistics"]
         if saved.keys() != ours.keys() or not all(_is_like(saved[name], ours[name]) for name in ours):
             raise InputError(f"{path}: damaged: its statistics do not fit the model")
-        # Copies, because the loaded tensors are memory-mapped from the file.
+        # Copy the tensors, because they are memory-mapped from the file.
         copies = {name: value.to(self.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)}
         self._losses, self._tokens_per_expert_LE = copies["losses"], copies["counts"]
         self._micro_batches, self._grad_norm = copies["micro_batches"], copies["grad_norm"]
@@ -231,7 +231,7 @@ class Run:
             raise InputError(f"{path}: damaged: its random generator states are invalid") from error
 
     def memory_test(self):
-        """Run two steps, because the optimizer state exists only after the first, and print the peak memory."""
+        """Run two steps and print the peak memory. The optimizer state does not exist until after the first step."""
         with self.context():
             for _ in range(2):
                 self.step(learning_rate(self.steps, self.options))
@@ -247,7 +247,7 @@ def _is_like(value, example) -> bool:
 
 
 def rng_state(device: torch.device) -> dict:
-    """The states of all random generators, as tensors and plain values."""
+    """Return the states of all random generators as tensors and plain values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate()}
     if device.type == "cuda":

@@ -14,14 +14,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignals:
-    """Context in which STOP_SIGNALS request a stop. Signals that were ignored before (nohup) stay ignored.
+    """Context manager that turns STOP_SIGNALS into stop requests. Signals ignored by nohup stay ignored.
 
     `requested` is the name of the first signal, or None. Until `has_progress` is set, a signal calls `before_exit` and
     ends the process immediately with status STOPPED. A second SIGINT always ends the process immediately.
 
     A separate thread handles the signals, because the main thread can spend minutes in C++ (compiling, for example),
-    where Python's own handlers do not run. The context does nothing outside the main thread, where Python cannot
-    install handlers.
+    where Python's own handlers do not run. The context manager does nothing outside the main thread, because
+    Python can install handlers only there.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class StopSignals:
             self._reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
             self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            # Python writes a signal to the pipe only if the signal has a Python handler.
+            # Python writes a signal to the pipe only if it has a Python handler for it.
             handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
             threading.Thread(target=self._watch, name="stop signals", daemon=True).start()

@@ -38,7 +38,7 @@ def as_set(chunks):
 
 
 def shards_of(chunks):
-    """The shard index of each chunk."""
+    """Return the shard index of each chunk."""
     return np.searchsorted(np.cumsum(ROWS) * ROW_LENGTH, np.asarray(chunks)[..., 0], side="right")
 
 
@@ -48,6 +48,6 @@ def make_validation(shards, **changes):
 
 
 def held_out_order(seq_len):
-    """The held-out chunks in validation order, computed without the loader."""
+    """Return the held-out chunks in validation order, computed without the loader."""
     chunks = all_rows()[1].reshape(-1, seq_len)
     return torch.from_numpy(chunks[np.random.default_rng([0, 0]).permutation(len(chunks))])

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that published models use."""
+"""Small tokenizers of the kinds used by published models."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def byte_fallback(prepend_scheme: str, split: bool = True) -> Tokenizer:
 
 
 def llama_2() -> Tokenizer:
-    """Like transformers' conversion of a SentencePiece BPE: no pre-tokenizer, a prefix mark, byte fallback."""
+    """Matches transformers' conversion of a SentencePiece BPE: no pre-tokenizer, a prefix mark, byte fallback."""
     tokenizer = byte_fallback("always")
     tokenizer.pre_tokenizer = None
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -63,10 +63,10 @@ DAMAGE = {
     "truncated": (truncate_last_row, r"truncated to 13,247 of 13,248 bytes"),  # 128 + 205 * 16 * 4
     "emptied": (lambda path: os.truncate(path, 0), r"damaged or not a \.npy file"),
     "other rows": (lambda path: replace(path, np.load(path)[:-1]), r"from \(205, 16\) int32 to \(204, 16\) int32"),
-    "other dtype": (lambda path: replace(path, np.load(path).astype(np.int64)), r"from .* int32 to .* int64"),
+    "different dtype": (lambda path: replace(path, np.load(path).astype(np.int64)), r"from .* int32 to .* int64"),
     # Same file and inode: the bytes at the old offset can look like tokens.
     "overwritten": (lambda path: np.save(path, np.load(path).astype(np.int64)), r"from .* int32 to .* int64"),
-    "other content": (lambda path: replace(path, np.load(path)[::-1]), "its content changed since the start"),
+    "different content": (lambda path: replace(path, np.load(path)[::-1]), "its content changed since the start"),
     "floats": (lambda path: replace(path, np.load(path).astype(np.float32)), "but the dtype is float32"),
     "a directory": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "a named pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "Illegal seek"),
@@ -100,7 +100,7 @@ def test_restored_shard_is_readable_again(shards):
 
 @pytest.mark.parametrize("row", [0, 102, 204])
 def test_changed_shard_content_raises(shards, row):
-    """The checksum covers the first, middle and last row. An unchanged row of a changed shard raises too."""
+    """The checksum covers the first, middle and last row. Unchanged rows of a changed shard also raise."""
     path = shards.paths[BAD]
     assert np.array_equal(read(shards, BAD, 50), row_of(BAD, 50))
     np.lib.format.open_memmap(path, mode="r+")[row, 3] += 1
@@ -143,7 +143,7 @@ def test_io_error_is_retried_once_then_raised(shards, monkeypatch):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc/self/fd")
 def test_concurrent_reads_keep_few_files_open(tmp_path, monkeypatch):
-    """With at most one open file, every read closes a file that another thread can be reading."""
+    """With at most one open file, every read closes a file that another thread may be reading."""
     monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 1)
     before, wrong, most = len(os.listdir("/proc/self/fd")), [], []
     shards = write_shards(tmp_path / "data", (4,) * 32)
@@ -193,7 +193,7 @@ def test_bad_data_fail_raises_only_when_the_batch_is_requested(tmp_path, case, n
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_bad_data_skip_replaces_rows_from_the_moment_of_damage(shards, case):
+def test_bad_data_skip_replaces_rows_once_they_are_damaged(shards, case):
     intact = list(islice(make_loader(shards), 30))
     loader = make_loader(shards, bad_data="skip")
     for batch in intact[:10]:
@@ -208,7 +208,7 @@ def test_bad_data_skip_replaces_rows_from_the_moment_of_damage(shards, case):
 
 
 def write_bad_ids(path, rows):
-    """Write too-large ids inside every other row, and negative ids at the end of the rest."""
+    """Write ids that are too large inside every second row, and negative ids at the end of the other rows."""
     array = np.load(path)
     array[rows[::2], 5] = VOCAB_SIZE
     array[rows[1::2], -1] = -1
@@ -222,7 +222,7 @@ def test_token_ids_outside_the_vocabulary_raise(shards):
         message = rf"{shards.paths[0]}: row {row} contains token id {token}, .* {VOCAB_SIZE};"
         with pytest.raises(ShardError, match=message):
             chunks.batch([1, row])
-    halves = Chunks(shards, ROW_LENGTH // 2, VOCAB_SIZE).batch([7, 18])  # the good halves of the rows
+    halves = Chunks(shards, ROW_LENGTH // 2, VOCAB_SIZE).batch([7, 18])  # the undamaged halves of the rows
     assert torch.equal(halves, torch.from_numpy(np.stack([row_of(0, 3)[8:], row_of(0, 9)[:8]])))
     assert torch.equal(chunks.batch([2, 4]), torch.from_numpy(np.stack([row_of(0, 2), row_of(0, 4)])))
 
@@ -236,7 +236,7 @@ def damage_two_shards(shards):
 
 
 def is_bad(row, bad_rows):
-    """Whether this row of the intact shards is now bad."""
+    """Return whether this row of the original shards is now bad."""
     return shards_of(row) == BAD or row[0] // ROW_LENGTH in bad_rows
 
 
@@ -270,7 +270,7 @@ def test_skipping_replaces_only_bad_rows_with_good_rows(shards, num_workers):
 def test_substitutes_are_drawn_uniformly(shards):
     shards.paths[0].unlink()
     chunks = Chunks(shards, ROW_LENGTH, VOCAB_SIZE, bad_data="skip", seed=1)
-    batch = chunks.batch(np.arange(128))  # the whole first shard
+    batch = chunks.batch(np.arange(128))  # all of the first shard
     good = all_rows()[0][128:, 0].tolist()
     counts = np.array([(batch[:, 0] == first).sum().item() for first in good])
     assert counts.sum() == 128
@@ -378,7 +378,7 @@ def test_known_shard_keeps_its_rows_when_it_becomes_unusable(shards, capsys, cas
 
 def test_directory_without_any_known_shard_is_rejected(shards, tmp_path):
     known = write_shards(tmp_path / "longer", row_length=2 * ROW_LENGTH).fingerprint()
-    with pytest.raises(InputError, match=r"cannot resume: .*other shards.* \(130, 16\), previously \(130, 32\)"):
+    with pytest.raises(InputError, match=r"cannot resume: .*different shards.* \(130, 16\), previously \(130, 32\)"):
         Shards(shards.paths[0].parent, known)
 
 
@@ -432,7 +432,7 @@ def test_named_pipe_is_not_a_shard(shards):
 
 @pytest.mark.parametrize("dtype", ["<i4", ">i4", "<u2", "|u1", "<i8"])
 def test_standard_headers_are_parsed_without_pythons_compiler(tmp_path, monkeypatch, dtype):
-    """Python 3.11's compiler fails at random when two threads use it, and a good shard would seem damaged."""
+    """Python 3.11's compiler fails at random when two threads use it, which would make a valid shard seem damaged."""
     array = np.arange(96, dtype=dtype).reshape(6, 16)
     np.save(tmp_path / "shard_00000.npy", array)
 

@@ -91,7 +91,7 @@ def download(output, port, *, repo="someone/Some", shards=2):
 
 
 def requested_files(hub):
-    """Names of the files requested from the hub."""
+    """Return the names of the files requested from the hub."""
     return [name for method, name, _ in hub.log if method == "GET" and name in FILES]
 
 
@@ -109,7 +109,7 @@ def assert_rejected(run, culprit, output):
 
 
 def test_download_fetches_the_first_shards_and_skips_complete_files(hub, tmp_path):
-    """A shard from a folder of the repository is saved at the top level of the output."""
+    """A shard in a folder of the repository is saved at the top level of the output."""
     hub.files["data/shard_00000.npy"] = hub.files.pop("shard_00000.npy")
     wanted = ["shard_00000.npy", "shard_00001.npy", "tokenizer.json"]
     run = download(tmp_path / "out", hub.server_port)
@@ -124,8 +124,8 @@ def test_download_fetches_the_first_shards_and_skips_complete_files(hub, tmp_pat
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
 
-def test_output_with_other_shards_is_rejected(hub, tmp_path):
-    """This holds for repositories with and without shards.json. An identical shards.json is accepted."""
+def test_output_with_different_shards_is_rejected(hub, tmp_path):
+    """This applies to repositories with and without shards.json. An identical shards.json is accepted."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "shards.json").write_bytes(b"[1]")
@@ -133,7 +133,7 @@ def test_output_with_other_shards_is_rejected(hub, tmp_path):
         hub.files = FILES | theirs
         run = download(output, hub.server_port)
         assert run.returncode == 2
-        assert f"error: --output {output} contains the shards.json of other shards" in run.stderr
+        assert f"error: --output {output} contains a shards.json for different shards" in run.stderr
         assert contents(output) == {"shards.json": b"[1]"}
     hub.files["shards.json"] = b"[1]"
     assert download(output, hub.server_port).returncode == 0
@@ -190,7 +190,7 @@ def test_unknown_proxy_scheme_is_an_error(hub, tmp_path, monkeypatch):
 
 def test_unreachable_server_is_an_error(tmp_path):
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # reserved, but not listening
+        closed.bind(("127.0.0.1", 0))  # a reserved port without a listener
         run = download(tmp_path / "out", closed.getsockname()[1])
     assert_rejected(run, "--repo someone/Some: ", tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""Hostile tokenizer files raise an error that names the culprit, or load safely."""
+"""Hostile tokenizer files either raise an error that names the cause or load safely."""
 
 import base64
 import json
@@ -84,7 +84,7 @@ def test_library_panic_becomes_an_input_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(os.mkfifo, "is neither a file nor a directory"), (os.mkdir, "is a directory: name a file")]
+    ("make", "reason"), [(os.mkfifo, "is neither a file nor a directory"), (os.mkdir, "is a directory: pass a file")]
 )
 def test_tokenizer_must_be_a_regular_file(tmp_path, make, reason):
     for name in ("data", "scripts"):

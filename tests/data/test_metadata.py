@@ -59,7 +59,7 @@ def test_check_tokenizer_compares_content(path, tmp_path):
 )
 def test_damaged_value_is_quoted_in_the_error(path, changes, reason):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert re.match(re.escape(f"{path}: damaged or from another version ({reason}"), error_for(path))
+    assert re.match(re.escape(f"{path}: damaged or from a different version ({reason}"), error_for(path))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

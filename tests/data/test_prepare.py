@@ -29,7 +29,7 @@ def tokenizer():
     return train([random_text(0)], 400)
 
 
-# Any Unicode text, and text from the characters that decide splits and byte-level pre-tokenization.
+# Any Unicode text, and text made of characters that affect splits and byte-level pre-tokenization.
 anything = st.text().filter(lambda text: END_OF_TEXT not in text and PAD not in text)
 mostly_spaces = st.text(st.sampled_from("ab1'.\n\r\t \x1c\x85\xa0\u2028\u3000\u200bé🙂"), max_size=200)
 
@@ -74,7 +74,7 @@ def test_all_shards_but_the_last_are_full(tmp_path, monkeypatch):
 
 
 def test_shards_that_differ_from_shards_json_are_rejected(tmp_path, monkeypatch):
-    """A shard of another size and an extra shard are errors. Missing shards are fine: downloads can be partial."""
+    """Shards with a different size and extra shards are errors. Missing shards are fine: downloads can be partial."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 3)
     write(tmp_path / "in.txt", random_text(0))
     prepare([str(tmp_path / "in.txt")], str(tmp_path / "out"), vocab_size=400)
@@ -161,7 +161,7 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path, capsys):
     log = capsys.readouterr().err
     for path in (source / "b" / "loop", source / "copy.txt", *inputs[2:]):
         assert f"skipped: {path} (the same file as " in log
-    assert f"skipped: {source / 'c.txt'} (named twice)" in log
+    assert f"skipped: {source / 'c.txt'} (given twice)" in log
     assert log.count("skipped:") == 5
 
 
@@ -195,7 +195,7 @@ def test_unusual_but_valid_json_lines_are_read(tmp_path):
 
 
 def test_splitting_long_documents_keeps_their_tokens(tmp_path, monkeypatch):
-    """Tokenizers that mark the start of the text: one that allows splits, and one that does not."""
+    """Covers two tokenizers that mark the start of the text. Only one of them allows splits."""
     for kind in ("Llama 2", "tokens that span words"):
         documents = [random_text(seed, 3000) for seed in range(3)]
         tokenizer = TOKENIZERS[kind]()
@@ -211,7 +211,7 @@ def test_splitting_long_documents_keeps_their_tokens(tmp_path, monkeypatch):
 
 
 def test_given_tokenizer_is_used_and_copied(tmp_path, tokenizer):
-    """Truncation and padding settings, as fine-tuning leaves them, must not change the text."""
+    """Truncation and padding settings, which fine-tuning can leave in a file, must not change the text."""
     text = "Short." + END_OF_TEXT + random_text(1)
     (tmp_path / "in.txt").write_text(text, encoding="utf-8", newline="")
     other = Tokenizer.from_str(tokenizer.to_str())
@@ -257,7 +257,7 @@ def test_token_bytes_are_zero_for_special_and_missing_ids(tokenizer):
 def test_split_keeps_pre_tokenizer_words(tokenizer, text, size):
     parts = list(split_document(text, size))
     assert "".join(parts) == text
-    # Merges never cross words, so equal words mean equal tokens for every vocabulary.
+    # Merges never cross word boundaries, so equal words mean equal tokens for every vocabulary.
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     assert [word for part in parts for word, _ in split(part)] == [word for word, _ in split(text)]
 
@@ -275,7 +275,7 @@ def test_find_tokenizer_prefers_the_flag_then_the_first_directory(tmp_path):
     for directory, name in ((scripts, "pile_tokenizer.json"), (data, "pile_tokenizer.json"), (data, "tokenizer.json")):
         directory.mkdir(exist_ok=True)
         (directory / name).touch()
-        assert find_tokenizer(None, data, scripts) == directory / name  # preferred over all earlier ones
+        assert find_tokenizer(None, data, scripts) == directory / name  # takes precedence over all files above
     assert find_tokenizer("mine.json", data, scripts).name == "mine.json"
 
 
@@ -392,7 +392,7 @@ def test_output_with_shards_is_not_overwritten(tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_output_with_another_tokenizer_is_not_overwritten(tmp_path, monkeypatch, capsys, tokenizer):
+def test_output_with_a_different_tokenizer_is_not_overwritten(tmp_path, monkeypatch, capsys, tokenizer):
     """Passing the existing file with --tokenizer is allowed."""
     write(tmp_path / "in.txt", LONG)
     own = tmp_path / "out" / "tokenizer.json"
@@ -402,7 +402,7 @@ def test_output_with_another_tokenizer_is_not_overwritten(tmp_path, monkeypatch,
     content = own.read_bytes()
     arguments = ("--input", tmp_path / "in.txt", "--output", own.parent)
     for choice in ((), ("--tokenizer", tmp_path / "other.json")):
-        assert "out already contains another tokenizer.json" in error_line(monkeypatch, capsys, *arguments, *choice)
+        assert "out already contains a different tokenizer.json" in error_line(monkeypatch, capsys, *arguments, *choice)
     assert [path.name for path in own.parent.iterdir()] == ["tokenizer.json"]
     prepare([str(tmp_path / "in.txt")], str(own.parent), tokenizer_path=str(own))
     assert own.read_bytes() == content
@@ -419,7 +419,7 @@ def test_failed_prepare_removes_only_directories_it_created(tmp_path):
 
 
 def test_late_failure_leaves_the_output_unchanged(tmp_path, monkeypatch):
-    """The first shards are already written, but only to the staging directory."""
+    """The first shards are written by then, but only to the staging directory."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(LONG, encoding="utf-8")

@@ -55,7 +55,7 @@ def arguments(tmp_path):
 
 @contextmanager
 def stalled_prepare(program, arguments):
-    """Run the command and yield its process once it waits with a partial output."""
+    """Run the command and yield its process while it is paused with partial output."""
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -111,7 +111,7 @@ def test_existing_staging_directory_is_rejected_without_file_locks(tmp_path, mon
     ],
 )
 def test_closed_and_full_standard_streams(arguments, tmp_path, redirected, status, message):
-    """The data is prepared anyway. Only the final message cannot be printed."""
+    """The data is still prepared. Only the final message cannot be printed."""
     command = f'{sys.executable} -m acceleron.data "$@" {redirected}'
     run = subprocess.run(
         ["bash", "-c", command, "bash", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT

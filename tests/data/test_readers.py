@@ -27,7 +27,7 @@ def readers():
 
 @contextmanager
 def assert_readers_end():
-    """Wait for leftover readers of other tests first. On exit, all readers must end."""
+    """Wait for leftover readers from other tests first. On exit, all readers must have ended."""
     gc.collect()
     for thread in readers():
         thread.join(TIMEOUT)
@@ -50,7 +50,7 @@ def test_readers_start_with_the_first_batch_and_end_with_close(shards, monkeypat
         loader.close()
         assert not readers()
         loader.close()
-        assert torch.equal(next(loader), expected[1])  # continues where it stopped
+        assert torch.equal(next(loader), expected[1])  # the loader continues where it stopped
         loader.load_state_dict(loader.state_dict())
         loader.close()
 

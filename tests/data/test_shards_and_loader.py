@@ -72,7 +72,7 @@ def test_single_row_shards_still_hold_out_one_row(tmp_path):
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_resuming_continues_with_the_next_batch(shards, num_workers):
     loader = make_loader(shards, num_workers=num_workers)
-    for _ in range(70):  # into the second epoch; the readers have prefetched more
+    for _ in range(70):  # stops in the second epoch, after the readers have prefetched more
         next(loader)
     state = json.loads(json.dumps(loader.state_dict()))  # plain values, as in a checkpoint
     expected = list(islice(loader, 3))
@@ -85,7 +85,7 @@ def test_resuming_continues_with_the_next_batch(shards, num_workers):
         assert torch.equal(next(resumed), batch)
 
 
-def test_resuming_with_another_world_size_and_batch_size_is_exact(shards):
+def test_resuming_with_a_different_world_size_and_batch_size_is_exact(shards):
     ranks = [make_loader(shards, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
     seen = [batch for rank in ranks for batch in islice(rank, 30)]  # 180 of 337 chunks
     assert ranks[0].state_dict() == ranks[1].state_dict()
@@ -95,7 +95,7 @@ def test_resuming_with_another_world_size_and_batch_size_is_exact(shards):
     assert as_set(np.concatenate(seen)) == as_set(all_rows()[0])
 
 
-def test_resuming_with_other_data_or_flags_is_rejected(shards, tmp_path):
+def test_resuming_with_different_data_or_flags_is_rejected(shards, tmp_path):
     state = make_loader(shards).state_dict()
     fewer_rows = write_shards(tmp_path / "rows", (130, 1, 205, 6))
     longer_rows = write_shards(tmp_path / "length", row_length=2 * ROW_LENGTH)
@@ -105,10 +105,10 @@ def test_resuming_with_other_data_or_flags_is_rejected(shards, tmp_path):
     for loader, message in (
         (make_loader(shards, seed=2), "seed 1, not 2"),
         (make_loader(shards, seq_len=4), "seq_len 16, not 4"),
-        (make_loader(fewer_rows), "other shards: shard_00003.npy has 6 rows of 16, previously 7 of 16;"),
-        (make_loader(longer_rows), "other shards: shard_00000.npy has 130 rows of 32, .* shard_00001.*; and 2 more;"),
-        (make_loader(more_shards), "other shards: shard_00004.npy is new;"),
-        (make_loader(fewer_shards), "other shards: shard_00003.npy is missing;"),
+        (make_loader(fewer_rows), "different shards: shard_00003.npy has 6 rows of 16, previously 7 of 16;"),
+        (make_loader(longer_rows), "different shards: shard_00000.npy has 130 rows of 32, .* shard_00001.*; and 2 "),
+        (make_loader(more_shards), "different shards: shard_00004.npy is new;"),
+        (make_loader(fewer_shards), "different shards: shard_00003.npy is missing;"),
         (
             make_loader(longer_first),
             "shard_00000.npy has 131 rows of 16, .*; shard_00001.npy has different content; and 2 more;",
@@ -179,10 +179,10 @@ def test_describe_rows_lists_the_rows_of_a_batch(shards, seq_len, batch_size, ra
 
 
 def test_epoch_reads_each_chunk_once_and_opens_each_shard_once(tmp_path, monkeypatch):
-    """Checks loading speed without a clock: the loader reads only the chunk's bytes."""
+    """Checks loading efficiency without a clock: the loader reads only the chunk's bytes."""
     chunks = Chunks(write_shards(tmp_path), ROW_LENGTH // 4, VOCAB_SIZE, seed=1)
     open_file, read, opened, sizes = os.open, os.preadv, [], []
-    this_thread = threading.current_thread()  # leftover readers of other tests can still be reading
+    this_thread = threading.current_thread()  # leftover readers from other tests may still be reading
 
     def open_counted(path, *args):
         if threading.current_thread() is this_thread:

@@ -35,12 +35,12 @@ def tokenizer(kind):
 
 
 def representable(kind: str, text: str) -> str:
-    """The text with whatever spacing this kind can represent."""
+    """Return the text with the spacing that this kind can represent."""
     return " ".join(text.split()) if kind == "WordPiece" else text
 
 
 def test_byte_counts_match_the_text(kind, tokenizer):
-    """Two documents in one row, and the same tokens as rows of two."""
+    """Tests two documents in one row, and the same tokens split into rows of two."""
     counter = ByteCounter(tokenizer, 1024)
     documents = [representable(kind, random_text(seed, 2000)) for seed in range(2)]
     ids = [counter.end_id]

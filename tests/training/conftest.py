@@ -13,7 +13,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def kill_children():
-    """After a failed test, child processes can wait forever."""
+    """Kill child processes that a failed test left waiting."""
     yield
     for process in multiprocessing.active_children():
         process.kill()
@@ -21,5 +21,5 @@ def kill_children():
 
 @pytest.fixture
 def small_nano(monkeypatch):
-    """A model whose steps take milliseconds, for tests that do not depend on what it learns."""
+    """A model that trains a step in milliseconds, for tests that do not depend on what it learns."""
     monkeypatch.setitem(PRESETS, "nano", SMALL_NANO)

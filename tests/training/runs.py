@@ -19,7 +19,7 @@ from acceleron.errors import run_command
 from acceleron.model import Acceleron
 from acceleron.training import TrainOptions, train
 
-# The fork server has imported everything, so that children start in milliseconds.
+# The fork server has imported everything, so child processes start in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["acceleron.training", "torch.utils.tensorboard", "torch._dynamo"])
 SMALL_NANO = dataclasses.replace(
@@ -52,7 +52,7 @@ def records(save_dir: Path) -> list[dict]:
 
 
 def final_state(save_dir: Path, step: int) -> tuple[list[dict], dict]:
-    """The log and the checkpoint contents of a run, which interruptions must not change."""
+    """Return a run's log and checkpoint contents. Interruptions must not change them."""
     log = [{name: value for name, value in line.items() if name not in MEASURED} for line in records(save_dir)]
     contents = load_checkpoint(save_dir / f"checkpoint_{step}.pt")
     kept = ("step", "tokens", "config", "model", "optimizer", "data", "statistics", "rng")
@@ -60,7 +60,7 @@ def final_state(save_dir: Path, step: int) -> tuple[list[dict], dict]:
 
 
 def assert_bitwise_equal(found, expected, where: str = ""):
-    """Compare nested dicts and lists with tensors, and name the first difference."""
+    """Assert that nested dicts and lists with tensors are equal. The message names the first difference."""
     assert type(found) is type(expected), where
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
@@ -72,14 +72,14 @@ def assert_bitwise_equal(found, expected, where: str = ""):
             assert_bitwise_equal(a, b, f"{where}[{index}]")
     elif isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, where
-        # Compare bytes, so that NaN equals NaN and 0.0 differs from -0.0.
+        # Compare bytes, so NaN equals NaN and 0.0 differs from -0.0.
         assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
     else:
         assert found == expected, where
 
 
 def shrink_nano():
-    """Like the fixture small_nano, in a child process."""
+    """Does the same as the fixture small_nano, but in a child process."""
     PRESETS["nano"] = SMALL_NANO
 
 
@@ -101,7 +101,7 @@ class SplitWriter:
 
 
 def call_during_writes(between: Callable[[], None]):
-    """Call `between` halfway through every write of a checkpoint; one checkpoint takes hundreds of writes."""
+    """Call `between` halfway through every write to a checkpoint. Each checkpoint takes hundreds of writes."""
     save = torch.save
     torch.save = lambda contents, file: save(contents, SplitWriter(file, between))
 
@@ -113,7 +113,7 @@ def pause(gate: str):
 
 
 def pause_at_step(step: int, gate: str):
-    """Hook: pause before this step, counted from 1."""
+    """Hook: pause before this step (the first step is 1)."""
     shrink_nano()
     forward, steps = Acceleron.forward, itertools.count(1)
 
@@ -136,7 +136,7 @@ def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None)
 
 
 class Child:
-    """A child process that runs train() like train.py does. `output` is the file for its output."""
+    """A child process that runs train() like train.py does. `output` is the path of its output file."""
 
     def __init__(self, settings: TrainOptions, output: Path, hook: Callable[[], None] | None = None):
         self.output = output
@@ -153,7 +153,7 @@ class Child:
         os.kill(self.process.pid, number)
 
     def status(self) -> int:
-        """Wait for the process to end and return its exit status."""
+        """Wait for the process to exit and return its exit status."""
         self.process.join(TIMEOUT)
         assert not self.process.is_alive(), self.output.read_text()
         return self.process.exitcode

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small_nano")
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Apply `change` to the model's output in these training micro-batches, counted from 1."""
+    """Apply `change` to the model's output for these training micro-batches (the first is 1)."""
 
     def set_up(batches, change):
         forward, count = Acceleron.forward, [0]
@@ -52,7 +52,7 @@ def nan_loss(output):
 
 
 def inf_gradient(output):
-    """The value of the loss stays the same."""
+    """The loss keeps its value."""
     return output._replace(loss=output.loss + (output.loss - output.loss.detach()) * math.inf)
 
 
@@ -85,7 +85,7 @@ def test_skipped_step_leaves_weights_and_state_unchanged(data_dir, tmp_path, poi
 
 
 def test_skipped_step_is_logged_with_its_rows_and_excluded_from_means(data_dir, tmp_path, poison, capsys):
-    """The logged rows of the shard hold the two micro-batches of that step."""
+    """The logged rows of the shard contain the step's two micro-batches."""
     settings = dict(max_steps=4, batch_size=2, grad_accum=2, log_interval=4, seq_len=256)
     train(options(data_dir, tmp_path / "good", **settings | {"log_interval": 1}))
     losses = [line["loss"] for line in records(tmp_path / "good")]
@@ -105,7 +105,7 @@ def test_skipped_step_is_logged_with_its_rows_and_excluded_from_means(data_dir, 
         assert named == {row.astype(np.int32).tobytes() for row in batch.numpy()}
     (line,) = records(tmp_path / "bad")
     assert line["skipped_steps"] == 1
-    # The first two steps equal the good run's. The fourth starts from the weights after the second.
+    # The first two steps equal the good run's. The fourth starts from the weights after the second step.
     assert line["loss"] == pytest.approx(np.mean([*losses[:2], losses[2]]), abs=0.05)
     assert "NaN" not in (tmp_path / "bad" / "metrics.jsonl").read_text()
 
@@ -195,7 +195,7 @@ def test_consecutive_skips_are_counted_across_a_resume(data_dir, tmp_path, poiso
     ],
 )
 def test_error_in_a_step_saves_all_previous_steps(data_dir, tmp_path, poison, error, raised, message):
-    """The resumed run equals one without the error."""
+    """The resumed run equals a run without the error."""
 
     def fail(output):
         raise error
@@ -214,7 +214,7 @@ def test_error_in_a_step_saves_all_previous_steps(data_dir, tmp_path, poison, er
 
 
 def test_error_after_a_stop_request_counts_as_the_stop(data_dir, tmp_path, poison, monkeypatch):
-    """For example if the compiler got the signal too. The error can be empty, and the step can be saved already."""
+    """Happens if the compiler also gets the signal. The error can be empty, and the step may already be saved."""
     handle, handled = StopSignals._handle, threading.Event()
     monkeypatch.setattr(StopSignals, "_handle", lambda stop, number: handle(stop, number) or handled.set())
 
@@ -238,7 +238,7 @@ def check_losses(losses, skip_spikes=False):
 
 
 def test_spike_threshold_matches_the_weighted_mean_and_deviation():
-    """Compared with their definitions: weights of 0.99**age, after a plain mean of the first hundred steps."""
+    """Compares both with their definitions: weights of 0.99**age, after a plain mean of the first hundred steps."""
     rng = np.random.default_rng(0)
     losses = 3 + 0.1 * rng.standard_normal(400)
     losses[[250, 251, 300, 350]] = [3.5, 9.0, 3.55, 9.0]
@@ -264,7 +264,7 @@ def test_spike_threshold_matches_the_weighted_mean_and_deviation():
     assert [a.position for a in found] == [10 * step for step, _ in expected]
 
 
-def test_falling_or_persistently_high_loss_is_no_spike():
+def test_falling_or_persistently_high_loss_is_not_a_spike():
     rng = np.random.default_rng(1)
     falling = 10 * np.exp(-np.arange(1000) / 200) + 0.02 * rng.standard_normal(1000)
     assert check_losses(falling)[0] == []

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("small_nano")
 
 
 class FullDisk:
-    """A file on a disk with `room` bytes left."""
+    """A file on a disk with `room` bytes of free space."""
 
     def __init__(self, file, room: int):
         self.file, self.room = file, room
@@ -42,7 +42,7 @@ class FullDisk:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Make these saves, counted from 1, fail in the middle."""
+    """Make these saves fail halfway (the first save is 1)."""
 
     def fill(*failing: int):
         save, attempts = torch.save, iter(range(1, 1000))
@@ -72,7 +72,7 @@ def test_save_writes_a_snapshot_in_the_background(tmp_path, monkeypatch):
     gate, write = threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda given, file: write(given, SplitWriter(file, lambda: gate.wait(TIMEOUT))))
     manager = CheckpointManager(tmp_path)
-    for step in (1, 2):  # the second reuses the buffers of the first
+    for step in (1, 2):  # the second save reuses the buffers of the first
         given = contents(step, seed=step)
         gate.clear()
         manager.save(given, step)
@@ -163,7 +163,7 @@ def test_moved_directory_is_created_again(tmp_path):
 
 
 def test_flipped_bits_are_detected_in_every_record(tmp_path):
-    """In the first, middle and last byte of each record. torch.load alone accepts any bit flip in a tensor."""
+    """Tests the first, middle and last byte of each record. torch.load alone accepts any flipped bit in a tensor."""
     save(CheckpointManager(tmp_path), 1)
     path = tmp_path / "checkpoint_1.pt"
     original = path.read_bytes()
@@ -200,7 +200,7 @@ def test_full_disk_costs_a_checkpoint_but_not_the_run(data_dir, tmp_path, monkey
     for warning in warnings:
         assert "could not be written (No space left on device: it needs " in warning
         assert f"; the last good checkpoint is {first}" in warning
-    assert list(list_checkpoints(tmp_path / "run")) == [4, 10, 12]  # neither 8 nor the immediate retry at 9
+    assert list(list_checkpoints(tmp_path / "run")) == [4, 10, 12]  # not 8, or 9 (the immediate retry)
     assert not any((tmp_path / "run").glob("*.partial"))
     assert_bitwise_equal(final_state(tmp_path / "run", 12)[1], final_state(tmp_path / "expected", 12)[1])
 
@@ -220,7 +220,7 @@ def test_failed_final_save_names_the_last_good_checkpoint(data_dir, tmp_path, mo
 
 @pytest.mark.parametrize("stop_at", [math.inf, 100.0])
 def test_final_save_is_retried_at_growing_intervals(data_dir, tmp_path, monkeypatch, capsys, full_disk, stop_at):
-    """For 15 minutes or until a stop is requested. One warning gives the space needed."""
+    """Retries last 15 minutes or until a stop is requested. One warning shows the space needed."""
     now, starts = [0.0], []
 
     def sleep(seconds: float):
@@ -275,7 +275,7 @@ def test_log_line_is_written_later_after_a_full_disk(tmp_path, monkeypatch, caps
 
 
 def test_pending_log_lines_are_written_before_a_checkpoint(data_dir, tmp_path, monkeypatch):
-    """Otherwise a kill after the checkpoint would lose the lines for good."""
+    """Otherwise, a kill after the checkpoint would lose the lines permanently."""
     write, full = Metrics.write, [False]
 
     def write_while_full(self, record):
@@ -301,7 +301,7 @@ def test_pending_log_lines_are_written_before_a_checkpoint(data_dir, tmp_path, m
     assert list(list_checkpoints(tmp_path)) == [5]
 
 
-def test_log_of_another_run_is_renamed(data_dir, tmp_path):
+def test_log_of_a_different_run_is_renamed(data_dir, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "precious": true}\n')
     train(options(data_dir, tmp_path, max_steps=1))
     assert (tmp_path / "metrics.1.jsonl").read_text() == '{"step": 1, "precious": true}\n'
@@ -324,7 +324,7 @@ def test_tensorboard_thread_fails_without_a_traceback(tmp_path, capsys):
 
 
 def test_auto_does_not_skip_an_unreadable_checkpoint(tmp_path, monkeypatch):
-    """It may be valid. Continuing from an older one would lose its progress."""
+    """The file may be valid. Continuing from an older one would lose its progress."""
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):
         save(manager, step)

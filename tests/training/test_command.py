@@ -1,4 +1,4 @@
-"""train.py as a command."""
+"""Tests train.py as a command."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and restarted ends with the same result as an uninterrupted one.
+"""A run that is killed at any moment and restarted gives the same result as an uninterrupted run.
 
 CRASH_KILLS and SOAK_STEPS set the length of the slow tests.
 """
@@ -45,7 +45,7 @@ def settings(data_dir, save_dir):
 
 
 def valid_checkpoints(save_dir: Path) -> list[int]:
-    """The steps of all checkpoints. Raises InputError if one is invalid."""
+    """Return the steps of all checkpoints. Raises InputError if one is invalid."""
     for path in list_checkpoints(save_dir).values():
         load_checkpoint(path)
     return list(list_checkpoints(save_dir))
@@ -97,7 +97,7 @@ def test_run_survives_many_kills(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_memory_and_open_files_do_not_grow(tmp_path):
-    """A nano run with checkpoints and evaluations uses no more in its second half than in its first."""
+    """A nano run with checkpoints and evaluations uses no more of them in its second half than in its first."""
     steps = int(os.environ.get("SOAK_STEPS", 2000))
     data_dir = write_shard(tmp_path / "data", rows=2000)
     intervals = dict(log_interval=10, eval_interval=50, save_interval=50, keep_last=2)
@@ -110,17 +110,17 @@ def test_memory_and_open_files_do_not_grow(tmp_path):
         samples.append(resources(child.process.pid))
         wait_until(lambda size=size: log.stat().st_size > size or not child.process.is_alive())
     assert child.status() == 0, child.output.read_text()
-    memory, files = np.array(samples[:-1]).T  # the process may be exiting at the last one
+    memory, files = np.array(samples[:-1]).T  # the process may be exiting during the last sample
     assert len(memory) > steps // 20
     first, second = np.array_split(memory[len(memory) // 5 :], 2)
     print(f"{first.mean() / 1e6:.1f} MB, then {second.mean() / 1e6:.1f} MB; files {set(files)}")
     assert second.mean() < 1.02 * first.mean()
-    # The minimum, because a checkpoint write briefly opens one or two files. A leak raises the minimum for good.
+    # Use the minimum: a checkpoint write briefly opens one or two files, but a leak raises the minimum permanently.
     assert min(files[len(files) // 2 :]) <= min(files[: len(files) // 2])
     assert max(files) <= min(files) + 2
 
 
 def resources(pid: int) -> tuple[int, int]:
-    """Resident bytes and number of open files of a process."""
+    """Return the resident bytes and the number of open files of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))

@@ -1,4 +1,4 @@
-"""Training on a GPU. Collected only if there is one."""
+"""Training on a GPU. Collected only if a GPU is available."""
 
 import dataclasses
 

@@ -34,7 +34,7 @@ def data_dir(tmp_path):
 
 @pytest.fixture
 def before_batch(monkeypatch):
-    """Call `fault` before the reader thread's batch `number`, counted from 1."""
+    """Call `fault` before the reader thread's batch `number` (the first is 1)."""
 
     def set_up(number: int, fault):
         read, count = Chunks.batch, [0]
@@ -51,7 +51,7 @@ def before_batch(monkeypatch):
 
 
 def write_invalid_ids(path):
-    """Not in the rows that identify the shard."""
+    """Damages none of the rows that identify the shard."""
     ids = np.load(path)
     ids[1:25] = ids[26:49] = 64
     np.save(path, ids)
@@ -95,7 +95,7 @@ def test_run_continues_identically_after_the_shard_is_repaired(data_dir, tmp_pat
 
 
 def test_unreadable_rows_are_skipped_identically_after_a_resume(data_dir, tmp_path, before_batch, monkeypatch, capsys):
-    """The shard is missing from the fourth batch on."""
+    """The shard is missing starting with the fourth batch."""
     gone = data_dir / "shard_00001.npy"
     settings = dict(max_steps=12, eval_interval=12, save_interval=6, log_interval=3, bad_data="skip")
     run = options(data_dir, tmp_path / "uninterrupted", **settings)
@@ -109,7 +109,7 @@ def test_unreadable_rows_are_skipped_identically_after_a_resume(data_dir, tmp_pa
     assert skipped[0] == 0
     assert 12 < skipped[-1] < 36  # about half of the 36 sequences in 9 batches
 
-    # A run resumed from step 6 misses the shard from the start.
+    # For a run resumed from step 6, the shard is missing from the start.
     for name in ("metrics.jsonl", "checkpoint_6.pt"):
         (tmp_path / "resumed").mkdir(exist_ok=True)
         (tmp_path / "resumed" / name).write_bytes((tmp_path / "uninterrupted" / name).read_bytes())

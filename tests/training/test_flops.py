@@ -1,4 +1,4 @@
-"""flops_per_token against torch's FlopCounterMode on a model of plain GEMMs, forward and backward.
+"""Tests flops_per_token against torch's FlopCounterMode on a model of plain GEMMs, forward and backward.
 
 The counter sees matmuls and F.linear, but neither custom ops nor SDPA on a CPU. This model therefore runs each expert
 as F.linear on its own rows, and attention as two batched matmuls over all pairs of positions.
@@ -14,7 +14,7 @@ from acceleron.kernels import torch_ops
 from acceleron.training.metrics import flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
-# All widths differ, so that no two terms are equal.
+# All widths differ, so no two terms are equal.
 CONFIG = dict(vocab_size=160, d_model=48, num_layers=3, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=40)
 CONFIG |= dict(d_ff_shared=28, max_seq_len=32)
 CONFIGS = {
@@ -42,7 +42,7 @@ def plain_moe(moe, x_TD):
 
 
 def plain_attention(attention, x, model):
-    """Causal attention by matmuls over all pairs. A causal kernel computes only half of them."""
+    """Causal attention with matmuls over all pairs. A causal kernel computes only half of them."""
     config = model.config
     qkv = F.linear(x, attention.qkv.weight).unflatten(-1, (-1, config.head_dim))
     q, k, v = qkv.split(attention.splits, dim=-2)
@@ -67,7 +67,7 @@ def plain_cross_entropy(model, ids):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_per_token_equals_torchs_count_with_half_the_attention(name):
-    """Exact, including the router. The head counts for every position, including the last, which has no target."""
+    """The match is exact, even for the router. The head counts for all positions, even the last, which has no label."""
     config = CONFIGS[name]
     torch.manual_seed(0)
     model = Acceleron(config)

@@ -1,4 +1,4 @@
-"""Malicious checkpoints are refused: absurd values, code, memory exhaustion, compression."""
+"""Malicious checkpoints are rejected: absurd values, code, memory exhaustion, compression."""
 
 import functools
 import operator
@@ -14,7 +14,7 @@ from acceleron.errors import InputError
 
 
 def test_unmodified_checkpoint_is_accepted(small_run, small_checkpoint):
-    """Otherwise a loader that refuses everything would pass."""
+    """Without this test, a loader that rejects everything would pass."""
     use_checkpoint(small_run, small_checkpoint)
     assert small_run.steps == 3
 
@@ -41,7 +41,7 @@ def test_unmodified_checkpoint_is_accepted(small_run, small_checkpoint):
         (["rng", "python"], [3, [2**40], None]),
     ],
 )
-def test_checkpoint_with_an_absurd_value_is_refused(small_run, small_checkpoint, tmp_path, keys, value):
+def test_checkpoint_with_an_absurd_value_is_rejected(small_run, small_checkpoint, tmp_path, keys, value):
     contents = torch.load(small_checkpoint, weights_only=True)
     *path, last = keys
     functools.reduce(operator.getitem, path, contents)[last] = value
@@ -65,7 +65,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("case", CODE)
-def test_pickle_that_would_run_code_is_refused_by_name(small_checkpoint, tmp_path, monkeypatch, case):
+def test_pickle_that_would_run_code_is_rejected_by_name(small_checkpoint, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     rewrite(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, CODE[case] if "data.pkl" in name else c)])
     with pytest.raises(
@@ -94,15 +94,15 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("case", MEMORY)
-def test_pickle_that_exhausts_memory_is_refused(small_checkpoint, tmp_path, case):
+def test_pickle_that_exhausts_memory_is_rejected(small_checkpoint, tmp_path, case):
     rewrite(small_checkpoint, tmp_path / "bad.pt", lambda name, c: [(name, MEMORY[case] if "data.pkl" in name else c)])
     with limits(case), pytest.raises(InputError, match=r"bad\.pt"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("level", [0, 9])
-def test_compressed_record_is_refused(small_checkpoint, tmp_path, level):
-    """Both a zip bomb and valid weights, which torch would read in their compressed form."""
+def test_compressed_record_is_rejected(small_checkpoint, tmp_path, level):
+    """Covers a zip bomb, and valid weights that torch would read in compressed form."""
 
     def change(name, content):
         return [(name, bytes(1 << 28) if level and name.endswith("data/0") else content)]
@@ -114,7 +114,7 @@ def test_compressed_record_is_refused(small_checkpoint, tmp_path, level):
 
 
 @pytest.mark.parametrize("extra", [torch.zeros(1).expand(10**10), [torch.zeros(10**5)] * 100])
-def test_checkpoint_with_tensors_larger_than_the_file_is_refused(small_checkpoint, tmp_path, extra):
+def test_checkpoint_with_tensors_larger_than_the_file_is_rejected(small_checkpoint, tmp_path, extra):
     torch.save(torch.load(small_checkpoint, weights_only=True) | {"extra": extra}, tmp_path / "bad.pt")
     with pytest.raises(InputError, match=r"bad\.pt: damaged: its tensors are larger than the file"):
         load_checkpoint(tmp_path / "bad.pt")

@@ -15,7 +15,7 @@ from acceleron.training import train
 from acceleron.training.lock import DirectoryLock
 
 
-def test_second_run_is_refused_with_the_pid_and_host_of_the_first(data_dir, tmp_path):
+def test_second_run_is_rejected_with_the_pid_and_host_of_the_first(data_dir, tmp_path):
     run = options(data_dir, tmp_path / "run", resume="auto")
     first = Child(run, tmp_path / "output", partial(pause_at_step, 2, str(tmp_path / "no gate")))
     first.wait_for("paused")
@@ -30,7 +30,7 @@ def test_second_run_is_refused_with_the_pid_and_host_of_the_first(data_dir, tmp_
 
 
 def test_lock_of_a_killed_run_is_stale(data_dir, tmp_path):
-    """Even if another process has the same pid."""
+    """Holds even if a different process has the same pid."""
     run = options(data_dir, tmp_path / "run", max_steps=1, resume="auto")
     killed = Child(run, tmp_path / "output", partial(pause_at_step, 1, str(tmp_path / "no gate")))
     killed.wait_for("paused")
@@ -63,7 +63,7 @@ def test_file_system_without_locks_causes_only_a_warning(tmp_path, monkeypatch, 
         assert "does not support locks (No locks available)" in capsys.readouterr().err
 
 
-def test_refused_run_leaves_no_directory(data_dir, tmp_path):
+def test_rejected_run_leaves_no_directory(data_dir, tmp_path):
     with pytest.raises(InputError, match="--seq_len"):
         train(options(data_dir, tmp_path / "a" / "b" / "run", seq_len=48))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Gradient clipping and skipped steps inside the fused AdamW, against torch's separate clipping."""
+"""Tests gradient clipping and skipped steps in the fused AdamW against torch's separate clipping."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from acceleron.training.optimizer import build_optimizer, update
 
 
-# Norms above and below the limit; 0 is no limit. The gradients' scale varies, because AdamW ignores a constant one.
+# Norms above and below the limit; 0 means no limit. The gradient scale varies, because AdamW ignores a constant scale.
 @pytest.mark.parametrize("clip", [0.5, 1e3, 0.0])
 def test_clipping_matches_torchs(clip):
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The plot of metrics.jsonl."""
+"""Plots of metrics.jsonl."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def test_plot_works_with_any_directory_name_and_backend(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["[1, 2]", "{}", '"x"', "9" * 400, "1e308", "Infinity"])
-def test_loss_that_is_not_a_finite_number_is_refused(tmp_path, loss):
+def test_loss_that_is_not_a_finite_number_is_rejected(tmp_path, loss):
     (tmp_path / "metrics.jsonl").write_text(f'{{"tokens": 1, "loss": {loss}}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl: not a metrics file of train\.py"):
         plot_losses(tmp_path)

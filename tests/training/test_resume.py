@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("small_nano")
 
 
 def delete_checkpoints_after(save_dir, step: int):
-    """As if the process had died before the next save."""
+    """Simulate a process that died before the next save."""
     for path in save_dir.glob("checkpoint_*.pt"):
         if int(path.stem.split("_")[1]) > step:
             path.unlink()
@@ -50,7 +50,7 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, case):
 
 
 def test_evaluation_changes_only_the_log(data_dir, tmp_path):
-    """Compiled with static shapes: a batch of another shape is compiled separately."""
+    """The model is compiled with static shapes: a batch with a different shape is compiled separately."""
     settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1) | SETTINGS["compiled"]
     train(options(data_dir, tmp_path / "often", eval_interval=1, **settings))
     train(options(data_dir, tmp_path / "once", eval_interval=4, **settings))
@@ -60,7 +60,7 @@ def test_evaluation_changes_only_the_log(data_dir, tmp_path):
     assert ["val_loss" in line for line in often + once] == [True] * 4 + [False] * 3 + [True]
 
 
-def test_auto_resumes_from_the_newest_valid_checkpoint_and_warns_of_others(data_dir, tmp_path, capsys):
+def test_auto_resumes_from_the_newest_valid_checkpoint_and_warns_about_others(data_dir, tmp_path, capsys):
     train(options(data_dir, tmp_path, max_steps=9, save_interval=3))
     expected = final_state(tmp_path, 9)
     newest, middle = tmp_path / "checkpoint_9.pt", tmp_path / "checkpoint_6.pt"
@@ -98,7 +98,7 @@ def test_auto_never_replaces_damaged_checkpoints(data_dir, tmp_path):
     assert (tmp_path / "checkpoint_1.pt").read_bytes() == b"damaged"
 
 
-def test_resuming_with_other_flags_uses_them_and_warns(data_dir, tmp_path, capsys):
+def test_resuming_with_different_flags_uses_them_and_warns(data_dir, tmp_path, capsys):
     train(options(data_dir, tmp_path, max_steps=6))
     checkpoint = str(tmp_path / "checkpoint_6.pt")
     capsys.readouterr()
@@ -121,8 +121,8 @@ def test_resuming_with_other_flags_uses_them_and_warns(data_dir, tmp_path, capsy
         (dict(data_dir="others"), "shard_00000.npy has different content"),
     ],
 )
-def test_resuming_refuses_another_model_or_other_data(data_dir, tmp_path, changes, message):
-    """Including other data of the same shape."""
+def test_resuming_rejects_a_different_model_or_data(data_dir, tmp_path, changes, message):
+    """Covers different data with the same shape."""
     train(options(data_dir, tmp_path / "run", max_steps=1))
     (tmp_path / "others").mkdir()
     np.save(tmp_path / "others" / "shard_00000.npy", np.load(data_dir / "shard_00000.npy")[:, ::-1].copy())
@@ -136,16 +136,16 @@ def test_change_of_the_machine_is_a_warning(data_dir, tmp_path, capsys):
     train(options(data_dir, tmp_path, max_steps=1))
     torch.set_num_threads(2)
     train(options(data_dir, tmp_path, max_steps=2, resume="auto"))
-    assert "warning: threads is 2, but was 1 before: results will differ bitwise" in capsys.readouterr().err
+    assert "warning: threads is 2, but was 1 before: results will not be bitwise equal" in capsys.readouterr().err
 
 
-def test_resumed_run_never_mixes_with_another(data_dir, tmp_path):
-    """Neither with a run in another directory nor with later checkpoints of its own."""
+def test_resumed_run_never_mixes_with_a_different_run(data_dir, tmp_path):
+    """Covers a run in a different directory, and later checkpoints of the same run."""
     for name in ("one", "two"):
         train(options(data_dir, tmp_path / name, max_steps=2, save_interval=1))
     before = (tmp_path / "two" / "checkpoint_2.pt").read_bytes()
     for save_dir, checkpoint in (("two", "one/checkpoint_2.pt"), ("two", "two/checkpoint_1.pt")):
-        with pytest.raises(InputError, match=r"another run|has checkpoint_2\.pt"):
+        with pytest.raises(InputError, match=r"different run|has checkpoint_2\.pt"):
             train(options(data_dir, tmp_path / save_dir, max_steps=3, resume=str(tmp_path / checkpoint)))
     assert (tmp_path / "two" / "checkpoint_2.pt").read_bytes() == before
     # A new directory is allowed.
@@ -154,7 +154,7 @@ def test_resumed_run_never_mixes_with_another(data_dir, tmp_path):
 
 
 def test_log_has_every_step_once(data_dir, tmp_path):
-    """Also after a process died between two checkpoints, in the middle of a line."""
+    """Holds even if the process dies between two checkpoints, in the middle of a line."""
     run = options(data_dir, tmp_path, max_steps=6, save_interval=2)
     train(run)
     delete_checkpoints_after(tmp_path, 2)

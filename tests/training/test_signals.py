@@ -84,7 +84,7 @@ def stall_data(gate: str):
 
 
 def pause_first_write(gate: str):
-    """Hook: pause while writing the first checkpoint, of step 3. Training continues."""
+    """Hook: pause while writing the first checkpoint, at step 3. Training continues."""
     shrink_nano()
     writes = itertools.count(1)
     call_during_writes(lambda: pause(gate) if next(writes) == 1 else None)
@@ -95,7 +95,7 @@ PHASES = {  # hook that pauses the run in a phase, and the steps at which it can
     "evaluation": (pause_evaluation, {10}),
     "data stall": (stall_data, {5}),
     "data stall in an evaluation": (partial(pause_evaluation, stalls=True), {10}),
-    "writing a checkpoint": (pause_first_write, {3, 4, 5, 6}),  # the checkpoint of step 6 waits for this one
+    "writing a checkpoint": (pause_first_write, {3, 4, 5, 6}),  # the checkpoint at step 6 waits for this one
 }
 
 
@@ -200,7 +200,7 @@ def compile_evaluation_with(compiler: str, gate: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_that_also_kills_the_compiler_loses_nothing(data_dir, tmp_path, compiler, number):
-    """Terminals and schedulers signal the whole process group, here while the first evaluation compiles."""
+    """Terminals and schedulers signal the entire process group. Here the first evaluation is compiling at that time."""
     run = settings(data_dir, tmp_path / "run", no_compile=False, batch_size=8, eval_interval=2, log_interval=1)
     gate = compiler.with_name("pause")
     child = Child(run, tmp_path / "output", partial(compile_evaluation_with, str(compiler), str(gate)))

@@ -22,7 +22,7 @@ ONE_STEP = dict(vocab_size=320, max_steps=1)
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """Path of a tokenizer that, like SentencePiece, prepends a space that is not in the text."""
+    """Path of a tokenizer that, like SentencePiece, adds a leading space that is not in the text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -78,34 +78,34 @@ def test_tokenizer_of_the_shards_is_accepted_under_any_name(data_dir, tokenizer,
     assert METADATA not in capsys.readouterr().err
 
 
-def test_tokenizer_that_did_not_make_the_shards_is_refused(data_dir, tmp_path):
-    """Whether it is passed by flag, found next to the scripts, or replaces the one in data_dir."""
+def test_tokenizer_that_did_not_make_the_shards_is_rejected(data_dir, tmp_path):
+    """Covers a tokenizer passed by flag, one next to the scripts, and one that replaces the one in data_dir."""
     scripts, path = tmp_path / "scripts", tmp_path / "scripts" / "pile_tokenizer.json"
     scripts.mkdir()
     train_tokenizer([TEXT], 270).save(str(path))
     own = data_dir / "tokenizer.json"
 
-    def refused(path, **changes):
+    def assert_rejected(path, **changes):
         with pytest.raises(InputError) as raised:
             train(options(data_dir, tmp_path / "run", **ONE_STEP | changes), scripts)
         assert str(raised.value) == (
             f"{path} is not the tokenizer of these shards; {data_dir / METADATA} records one with 150 ids: "
-            "pass the tokenizer.json that `prepare` wrote beside them"
+            "pass the tokenizer.json that `prepare` wrote next to them"
         )
         assert not (tmp_path / "run").exists()
 
-    refused(path, tokenizer=str(path))
+    assert_rejected(path, tokenizer=str(path))
     own.unlink()
-    refused(path)
+    assert_rejected(path)
     shutil.copy(path, own)
-    refused(own)
+    assert_rejected(own)
 
 
 @pytest.mark.usefixtures("small_nano")
 def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     (data_dir / METADATA).unlink()
     train(options(data_dir, tmp_path / "run", **ONE_STEP))
-    note = f"note: {data_dir} has no shards.json to check {data_dir / 'tokenizer.json'} against"
+    note = f"note: {data_dir} has no shards.json, so {data_dir / 'tokenizer.json'} cannot be checked"
     assert capsys.readouterr().err.count(note) == 1
 
 
@@ -124,7 +124,7 @@ def test_shards_without_metadata_train_with_a_note(data_dir, tmp_path, capsys):
     ],
     ids=range(9),
 )
-def test_damaged_metadata_is_refused(data_dir, tmp_path, content):
+def test_damaged_metadata_is_rejected(data_dir, tmp_path, content):
     (data_dir / METADATA).write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from another version \(.*\); prepare the data"):
+    with pytest.raises(InputError, match=rf"{METADATA}: damaged or from a different version \(.*\); rerun `prepare`"):
         train(options(data_dir, tmp_path / "run", **ONE_STEP))

@@ -50,7 +50,7 @@ def test_run_learns_and_writes_all_metrics_and_checkpoints(data_dir, tmp_path, m
 def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, data_dir, tmp_path):
     """Compiled training keeps the parameter names of the uncompiled model.
 
-    The shapes equal those of test_resume.py's compiled runs, so that torch's compile cache is used.
+    The shapes equal those of test_resume.py's compiled runs, so torch's compile cache is used.
     """
     train(options(data_dir, tmp_path, batch_size=8, max_steps=1, no_compile=False, no_gradient_checkpointing=True))
     contents = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
@@ -60,7 +60,7 @@ def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, dat
 
 
 def test_accumulation_equals_a_larger_batch(data_dir, tmp_path):
-    """With the dense baseline, because the balance loss is a product of means over the micro-batch."""
+    """Uses the dense baseline, because the balance loss is a product of means over the micro-batch."""
     train(options(data_dir, tmp_path / "one", dense=True, batch_size=4, max_steps=3))
     train(options(data_dir, tmp_path / "two", dense=True, batch_size=2, grad_accum=2, max_steps=3))
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
@@ -68,7 +68,7 @@ def test_accumulation_equals_a_larger_batch(data_dir, tmp_path):
 
 
 def test_forced_load_balance_gives_equal_expert_shares(data_dir, tmp_path):
-    """In training and evaluation. A checkpoint from before this option also loads."""
+    """Applies in both training and evaluation. Checkpoints from before this option existed also load."""
     train(options(data_dir, tmp_path, debug_force_load_balance=True, max_steps=2))
     shares = {record[name] for record in records(tmp_path) for name in ("expert_least_share", "expert_most_share")}
     assert shares == {1 / 8}
@@ -81,7 +81,7 @@ def test_forced_load_balance_gives_equal_expert_shares(data_dir, tmp_path):
 
 
 def test_golden_losses(data_dir, tmp_path):
-    """20 steps: bitwise equal on the machine that recorded them, close elsewhere.
+    """20 steps are bitwise equal on the machine that recorded them, and close elsewhere.
 
     To record new losses after an intended change, delete golden_losses.json and run this test.
     """
@@ -97,7 +97,7 @@ def test_golden_losses(data_dir, tmp_path):
     if golden["machine"] == machine:
         assert losses == golden["losses"]
     else:
-        # Other hardware rounds differently, and training amplifies it: between AVX2 and AVX-512, 3e-5 up to step 9,
+        # Hardware differs in rounding, and training amplifies it: between AVX2 and AVX-512, 3e-5 up to step 9,
         # then 3e-4 for the cross-entropy and 4e-3 for the rest.
         losses, golden = np.array(losses), np.array(golden["losses"])
         assert losses[:9] == pytest.approx(golden[:9], rel=1e-4)
@@ -154,7 +154,7 @@ def test_learning_rate_schedules():
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0
     assert rates[109] == pytest.approx(0.1)
-    middle = 10 + 99 / 3  # a third of the cosine: cos(pi / 3) = 1/2
+    middle = 10 + 99 / 3  # one third of the way through the cosine: cos(pi / 3) = 1/2
     assert rates[int(middle)] == pytest.approx(0.1 + 0.9 * 0.75)
     assert all(a >= b for a, b in pairwise(rates[10:]))
     wsd = dataclasses.replace(cosine, schedule="wsd", max_steps=100)
@@ -199,7 +199,7 @@ def test_expert_health_reports_shares_entropy_and_dead_experts():
 @pytest.mark.slow
 @pytest.mark.skipif(not (REAL_DATA / "wikitext2-valid.txt").exists(), reason="needs the wikitext data")
 def test_real_text_loss_falls_below_the_unigram_entropy(tmp_path):
-    """wikitext with the 50,000-entry tokenizer."""
+    """Uses wikitext with the 50,000-entry tokenizer."""
     tokenizer, text = REAL_DATA / "pile_tokenizer.json", REAL_DATA / "wikitext2-valid.txt"
     prepare([str(text)], str(tmp_path / "data"), tokenizer_path=str(tokenizer))
     shard = np.load(tmp_path / "data" / "shard_00000.npy")
