@@ -1,11 +1,11 @@
-# `make demo` trains and samples a small model on this machine; `make test` runs the checks of a few minutes, and
-# `make test-all` the slow ones.
+# `make demo` trains a small model on this machine and samples from it. `make test` runs the fast checks, which take a
+# few minutes; `make test-all` runs the slow ones.
 PYTHON ?= python3
-# Any release from 2.11 on will do: `make setup TORCH=torch` takes the newest.
+# Any release since 2.11 works: `make setup TORCH=torch` installs the newest.
 TORCH ?= torch==2.13.0
-# The Triton of that torch on Linux. torch's GPU wheels bring their own, and then this one is not installed.
+# The Triton release that matches this torch on Linux. Skipped if torch's wheel already installed Triton.
 TRITON ?= triton==3.7.1
-# The oldest release that the kernels must compile with.
+# The oldest Triton release that the kernels must compile with.
 OLD_TRITON := triton==3.6.0
 BIN := .venv/bin
 DEMO := demo
@@ -21,7 +21,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Text that is available wherever Python is: packages of its own library.
+# Standard library packages, used as training text because every machine has them.
 PACKAGES := asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml
 
 demo: setup
@@ -52,7 +52,7 @@ test-all: setup
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 
-# Lines of Python per folder, without symbolic links, and words of the documents.
+# Count the lines of Python per folder, excluding symlinks, and the words in the documentation.
 lines:
 	@for folder in kernels acceleron bench tests; do \
 		printf '%-9s %6d lines\n' $$folder $$(find $$folder -name '*.py' -type f -exec cat {} + | wc -l); done

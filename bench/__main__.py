@@ -11,7 +11,7 @@ import sys
 if __name__ == "__main__":
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while imports run, which take seconds
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports, which take seconds
 
 from acceleron.errors import InputError, did_you_mean, run_command
 

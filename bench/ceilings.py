@@ -17,7 +17,7 @@ QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temp
 
 
 def gpu_state() -> str:
-    """The GPU's current clocks, power limit and temperature, as nvidia-smi prints them; empty without nvidia-smi."""
+    """Return the GPU's current clocks, power limit and temperature from nvidia-smi, or nothing without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

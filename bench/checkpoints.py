@@ -1,9 +1,9 @@
-"""The cost of a background checkpoint: wall clock of --interval steps with one / the same steps without.
+"""The cost of a background checkpoint: time of --interval steps with one / time of the same steps without one.
 
 A timed interval starts with a save, as in train.py, and ends once the checkpoint is on disk (in TMPDIR) and verified.
 The details are medians: interval_seconds (without a checkpoint), blocked_seconds (how long training waits) and
-write_seconds. The error is the number of checkpoints that do not equal the saved state bit for bit. The exit status is
-1 if there are any.
+write_seconds. The error is the number of checkpoints that differ from the saved state in any bit. The exit status is 1
+unless it is 0.
 """
 
 import tempfile
@@ -32,12 +32,12 @@ LEARNING_RATE = 3e-4
 
 
 def snapshot(state: dict) -> dict:
-    """A copy of the nested state. Each tensor becomes its (dtype, shape, bytes)."""
+    """Copy a nested state, with each tensor replaced by its (dtype, shape, bytes)."""
     return tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.detach().cpu().numpy().tobytes()), state)
 
 
 def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
-    """An entry of `run_entries`."""
+    """Yield an entry for `run_entries`."""
     run, manager, baseline, blocked, written, wrong = trainer.run, trainer.checkpoints, [], [], [], 0
     yield row
 
@@ -58,7 +58,7 @@ def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
         manager.wait()
         seconds, result = time.perf_counter() - start, manager.result()
         if result.error:
-            raise RunFailed(f"cannot write a checkpoint to TMPDIR ({result.error}): set TMPDIR to another directory")
+            raise RunFailed(f"cannot write a checkpoint to TMPDIR ({result.error}): choose a different TMPDIR")
         written.append(result.seconds)
         loaded = snapshot(load_checkpoint(result.path))
         wrong += any(loaded[name] != value for name, value in saved.items())

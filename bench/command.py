@@ -1,4 +1,4 @@
-"""Shared by the commands: flags, and interleaved rounds of entries that are then checked."""
+"""Flags and measurement rounds shared by the commands."""
 
 import argparse
 import math
@@ -22,9 +22,9 @@ CHOICES = {"model_size": tuple(PRESETS), "dtype": ("auto", *DTYPES), "kernels": 
 
 
 def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argparse.Namespace:
-    """Parse flags with these defaults, plus --device and --output; `dtype` becomes a torch.dtype.
+    """Parse flags with these defaults, plus --device and --output. `dtype` becomes a torch.dtype.
 
-    A default that is a type makes a flag of that type, None by default; a list makes a flag that takes several values.
+    A type as the default makes a flag of that type with default None; a list makes a flag that takes several values.
     choices: allowed values by flag, in addition to CHOICES. Raises InputError for a bad value.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +59,7 @@ def parse(doc: str, choices: dict[str, tuple] | None = None, **defaults) -> argp
 
 @contextmanager
 def record_failure(row: Row):
-    """Record an exception as the row's `failed` or `absent` and carry on with the other rows."""
+    """Record an exception as the row's `failed` or `absent` and continue with the remaining rows."""
     try:
         yield
     except Exception as error:
@@ -89,7 +89,7 @@ def run_entries(entries: list[Iterator], rounds: int, results: Results, ours: in
     for row, entry in zip(rows, progress(entries, "checking"), strict=True):
         with record_failure(row):
             if not row.failed:
-                next(entry, None)  # an absent entry has already ended
+                next(entry, None)  # an absent entry has already finished
         passed.append(results.write(row))
     print_rows(rows, baseline=rows[0].provider)
     print(f"wrote {results.path}")

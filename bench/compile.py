@@ -4,7 +4,7 @@ The ops run on fake tensors up to their launches, which compile into Triton's ca
 kernels that training launches, and a run with the same TRITON_CACHE_DIR reuses them. The token counts match `bench
 throughput`. Triton specializes on arguments that are 1 or multiples of 16, so --check compiles two more variants for
 sm_90: 256 tokens, and pointers that are not 16-byte aligned. The exit status is 1 if a kernel does not compile. With
---check it is also 1 if an sm_90 kernel spills, has serialized wgmmas, or lacks wgmma or TMA where it should use them,
+--check it is also 1 if an sm_90 kernel spills, has serialized wgmmas, or does not use wgmma or TMA where it should,
 or if a kernel exceeds its GPU's shared memory.
 """
 
@@ -50,12 +50,12 @@ from .worker import Failure, pool
 
 RUN = JITFunction.run
 SIZES = ("tiny", "small", "medium", "large")
-# No tile divides these widths, so most loads use pointers.
+# No tile size divides these widths, so most loads use pointers.
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
-# Parts of a size compile in parallel, longest first: each GEMM kernel alone, then each module's other kernels.
+# Parts of a size compile in parallel, longest first: each GEMM kernel alone, then each module's remaining kernels.
 GEMMS = ("_up_kernel", "_rows_kernel", "_weight_grad_kernel")
 MODULES = ("router", "routing", "dispatch", "grouped_gemm", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,7 +66,7 @@ EXECUTABLE, NOP, BAR = 4, 0x918, 0xB1D
 class Target(NamedTuple):
     triton: GPUTarget
     processors: int
-    shared_bytes: int  # limit per program
+    shared_bytes: int  # shared memory limit per program
 
 
 # H100 SXM, A100, B200 and MI300X.
@@ -79,7 +79,7 @@ TARGETS = {
 
 
 class LaunchMode(TorchDispatchMode):
-    """Run custom ops up to their launches. On fake tensors they would otherwise only run their fakes."""
+    """Run custom ops up to their launches. On fake tensors only their fake implementations would run otherwise."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "acceleron_triton":
@@ -124,9 +124,9 @@ def compile_only(function: JITFunction, *args, warmup: bool, **kwargs):
 
 
 def kernel_stats(arch: str, function: JITFunction, kernel, arguments: dict) -> dict:
-    """Resources per program or per thread, and instruction counts, from a compiled kernel's binary.
+    """Return a kernel's resources per program or thread and its instruction counts, read from its binary.
 
-    Instructions and barriers are static counts, and 0 on AMD, where nothing counts them.
+    Instructions and barriers are static counts. They are 0 on AMD, where they are not counted.
     """
     wgmma, tma, serialized, instructions, barriers = 0, 0, False, 0, 0
     if arch.startswith("gfx"):
@@ -150,7 +150,7 @@ def kernel_stats(arch: str, function: JITFunction, kernel, arguments: dict) -> d
 
 
 def opcodes(cubin: bytes) -> np.ndarray:
-    """The opcode of every instruction in the ELF code sections: the lowest 12 of its 128 bits, since Volta."""
+    """Return each instruction's opcode in the ELF code sections: since Volta, the low 12 of its 128 bits."""
     (headers,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
     sections = [struct.unpack_from("<QQQQ", cubin, headers + i * size + 8) for i in range(count)]
     code = b"".join(cubin[offset : offset + length] for flags, _, offset, length in sections if flags & EXECUTABLE)
@@ -158,7 +158,7 @@ def opcodes(cubin: bytes) -> np.ndarray:
 
 
 def _nvidia_tool(tool: str, *arguments: str, file: bytes | str) -> str:
-    """Run a tool of Triton's wheel on a file with these contents and return its output."""
+    """Run a tool from Triton's wheel on a file with these contents and return its output."""
     with tempfile.NamedTemporaryFile() as temporary:
         temporary.write(file if isinstance(file, bytes) else file.encode())
         temporary.flush()
@@ -207,7 +207,7 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
 
 
 def problems(row: dict) -> list[str]:
-    """The reasons why a kernel is not fit to ship."""
+    """List the reasons why a kernel is not ready to ship."""
     limit, on_hopper = TARGETS[row["arch"]].shared_bytes, row["arch"] == "sm_90"
     gemm = on_hopper and row["dtype"] != "fp32" and row["kernel"] in GEMMS
     with_tma = gemm and row["aligned"] and row["size"] != "odd" and row["kernel"][1:-7] not in configs.without_tma()
@@ -226,8 +226,8 @@ def main():
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--model_size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tokens", type=int, help="overrides the size's token count and compiles no other variants")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a kernel is not fit to ship")
+    parser.add_argument("--tokens", type=int, help="override the size's token count and compile only this variant")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a kernel is not ready to ship")
     arguments = parser.parse_args()
     if arguments.tokens is not None and arguments.tokens < 1:
         raise InputError(f"--tokens {arguments.tokens}: expected at least 1")

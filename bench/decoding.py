@@ -1,8 +1,8 @@
 """Tokens/s of greedy decoding at batch 1, against transformers' generate with the same weights.
 
 The check compares the last round's tokens with the fp32 reference: given the tokens before it, each token's logit must
-be close to the largest. The error is the mean distance in standard deviations of the logits, which is about 4 for
-random tokens. The exit status is 1 if ours fails.
+be close to the maximum. The error is the mean gap in standard deviations of the logits, about 4 for random tokens. The
+exit status is 1 if our model fails.
 """
 
 import time
@@ -21,13 +21,13 @@ from .peers import PEERS, load_weights, transformers_model
 from .rows import Results, Row
 
 PROMPT_TOKENS, TOKENS = 16, 60
-# In bf16 a token with nearly tied router logits can select another expert. That has moved 1 of 60 tokens by 3.
+# In bf16 a token with nearly tied router logits can select a different expert. This has moved 1 of 60 tokens by 3.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @torch.no_grad()
 def model_with_large_weights(size: str) -> Acceleron:
-    """A model that does not just repeat its last token, as one does at initialization, where embeddings dominate."""
+    """Build a model that does not just repeat its last token. At initialization embeddings dominate, so it would."""
     torch.manual_seed(0)
     model = Acceleron(ModelConfig.preset(size))
     for name, weight in model.named_parameters():
@@ -38,7 +38,7 @@ def model_with_large_weights(size: str) -> Acceleron:
 
 @torch.no_grad()
 def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
-    """The error of the tokens that follow a prompt (1, S)."""
+    """Return the error of the tokens that follow a prompt (1, S)."""
     ids = torch.cat([prompt, torch.tensor([tokens], device=prompt.device)], dim=1)
     logits = model(ids).logits[0, prompt.shape[1] - 1 : -1]
     chosen = logits.gather(1, ids[0, prompt.shape[1] :, None])[:, 0]
@@ -46,7 +46,7 @@ def distance(model: Acceleron, prompt: Tensor, tokens: list[int]) -> float:
 
 
 def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Callable[[], list[int]]:
-    """A function that generates TOKENS tokens after the prompt (1, S). source: "Acceleron" or PEERS[False]."""
+    """Return a function that generates TOKENS tokens after the prompt (1, S). source: "Acceleron" or PEERS[False]."""
     model = model_with_large_weights(size)
     if source == "Acceleron":
         model = prepare_for_inference(model, dtype).to(prompt.device)
@@ -60,7 +60,7 @@ def decoder(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Calla
 
 
 def entry(source: str, size: str, dtype: torch.dtype, prompt: Tensor) -> Iterator:
-    """An entry of `run_entries`."""
+    """Yield an entry for `run_entries`."""
     case = {"size": size, "dtype": dtype_name(dtype), "batch_size": 1, "tokens": TOKENS}
     row, tokens = Row("decoding", source, case, "tokens/s", group="decoding"), []
     yield row

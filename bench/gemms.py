@@ -16,7 +16,7 @@ from acceleron.kernels.torch_ops import grouped_gemm
 
 
 class Gemm(NamedTuple):
-    """The Triton and the plain PyTorch function of `tensors`. Both return a tensor or a tuple of tensors."""
+    """The Triton and plain PyTorch functions of `tensors`. Each returns a tensor or a tuple of tensors."""
 
     ours: Callable[..., Tensor | tuple[Tensor, ...]]
     plain: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -24,7 +24,7 @@ class Gemm(NamedTuple):
 
 
 def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
-    """The GEMMs at a model's widths, on random unit-scale data in `dtype` and random routing."""
+    """Build the GEMMs at a model's widths, with random unit-scale data in `dtype` and random routing."""
     T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
     generator = torch.Generator(device).manual_seed(0)
 

@@ -6,12 +6,12 @@ bench/gpu.sh --stage rest --output DIR             260 s: resume, peers, memory,
 bench/gpu.sh --stage tune --output DIR             200 s: tuned GEMM configurations, and throughput with them
 bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU: small shapes, interpreted kernels
 
-A stage is a list of parts. Each part runs in its own process group with a time limit: the time that is left, minus the
+A stage is a list of parts. Each part runs in its own process group with a time limit: the remaining time minus the
 planned time of the parts after it. Parts that no longer fit are skipped. Later parts with the same DIR avoid kernels
 that failed their check. DIR receives results.jsonl, log.txt, summary.txt (failures first, the headline table last),
-report.md with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part fails, 2 for bad input.
+report.md with its plots, and the tuned table: at most 8 files. The exit status is 1 if a part fails, 2 on bad input.
 
-The stages need torch, Triton and the project's dependencies, but no network and no installation. This module imports
+The stages need torch, Triton and the project's dependencies, but no network or installation. This module imports
 only the standard library, so a broken installation is reported like any other failure.
 """
 
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     environment: dict[str, str] | None = None
 
 
-# Arguments on a GPU, and on a CPU. The CPU avoids bf16: the interpreter truncates to bf16 where a GPU rounds.
+# Arguments for a GPU, and for a CPU. The CPU avoids bf16: the interpreter truncates to bf16, but a GPU rounds.
 GPU = {
     "one": "tiny",
     "two": "tiny small",
@@ -73,7 +73,7 @@ PROVIDERS = ("triton", "reference", "liger-kernel", "moe-ops")
 
 
 def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
-    """The parts of a stage, in order. Planned for 16 cores; imports take 8 s, and a CUDA context 3 s."""
+    """Return a stage's parts in order. Times assume 16 cores; imports take 8 s and a CUDA context 3 s."""
     arguments, interpreted = SMOKE if smoke else GPU, {"TRITON_INTERPRET": "01"[smoke]}
 
     def bench(command: str, *flags: str) -> list[str]:
@@ -106,7 +106,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     if stage == "full":
         return [
             Part("compile", 35, [*compiled, "--model_size", *arguments["all"].split()]),
-            # 30 s until every process has checked its model, then 18 (tiny), 20, 36 and 70 s (large).
+            # 30 s until all processes have checked their models, then 18 (tiny), 20, 36 and 70 s (large).
             Part("throughput", 205, bench("throughput --model_size {all} {train} --profile")),
             report,
         ]
@@ -140,7 +140,7 @@ class Log:
 def run_part(part: Part, limit: float, log: Log) -> str:
     """Run a part. At the limit its process group gets SIGTERM, then SIGKILL after GRACE seconds.
 
-    Returns the reason of a failure, or an empty string.
+    Returns the reason for a failure, or an empty string.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (part.environment or {})
     process = subprocess.Popen(
@@ -172,7 +172,7 @@ def run_part(part: Part, limit: float, log: Log) -> str:
 def run(planned: list[Part], seconds: float, output: Path, log: Log, old_rows: int = 0) -> list[str]:
     """Run the parts within `seconds`. Returns "name: reason" for each part that failed or was skipped.
 
-    old_rows: the number of rows in `output` whose fallbacks do not apply.
+    old_rows: the number of leading rows in `output` with fallbacks to ignore.
     """
     deadline, failed = time.monotonic() + seconds, []
     while sum(part.seconds for part in planned) > seconds and len(planned) > 2:
@@ -206,13 +206,13 @@ def apply_fallbacks(rows: list[dict]):
 
 
 def partial_line(output: Path) -> bytes:
-    """The partial line that a killed process left at the end of the results."""
+    """Return the partial line that a killed process left at the end of the results."""
     path = output / "results.jsonl"
     return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
 
 
 def read_rows(output: Path) -> list[dict]:
-    """The valid rows so far."""
+    """Read the valid rows so far."""
     rows = []
     with suppress(OSError):
         for line in (output / "results.jsonl").read_text(errors="replace").splitlines():
@@ -224,7 +224,7 @@ def read_rows(output: Path) -> list[dict]:
 
 
 def summary(failed: list[str], rows: list[dict]) -> list[str]:
-    """The lines of summary.txt: failures, the most expensive kernels, and last the headline table."""
+    """Return the lines of summary.txt: failures, the most expensive kernels, then the headline table."""
     lines = [f"FAILED {reason}" for reason in failed] or ["all parts succeeded"]
     for row in rows:
         if row.get("failed") and row["benchmark"] != "part":
@@ -253,7 +253,7 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
 def main():
     parser = argparse.ArgumentParser(
         prog="bench/gpu.sh",
-        usage=argparse.SUPPRESS,  # it is in the description, and keeps errors to one line
+        usage=argparse.SUPPRESS,  # the description shows the usage, and errors stay on one line
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--stage", choices=SECONDS)
     parser.add_argument("--seconds", type=float, help="time for all parts; default 200 to 260")
     parser.add_argument("--output", metavar="DIR")
-    parser.add_argument("--smoke", action="store_true", help="run on a CPU at small shapes, with 10 times the time")
+    parser.add_argument("--smoke", action="store_true", help="run on a CPU with small shapes and 10 times the time")
     arguments = parser.parse_args()
     if not (arguments.stage and arguments.output):  # `required=True` would hide an unknown flag's name
         parser.error("--stage and --output are required")
@@ -269,7 +269,7 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not (shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia[0-9]*")]):
         parser.error("no NVIDIA GPU found; --smoke runs the stage on a CPU")
-    # torch.compile would otherwise move Triton's cache, and kernels from the first parts would compile again.
+    # Otherwise torch.compile would move Triton's cache, and kernels from the first parts would compile again.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     default = SECONDS[arguments.stage] * (10 if arguments.smoke else 1)
     seconds = default if arguments.seconds is None else arguments.seconds
@@ -281,9 +281,9 @@ def main():
         (output / "tuned.jsonl").touch()  # an empty table, in case nothing is tuned
         log = Log(output / "log.txt")
     except OSError as error:
-        parser.error(f"--output {output}: cannot be written ({error.strerror}): name another directory")
+        parser.error(f"--output {output}: cannot be written ({error.strerror}): choose another directory")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_part then ends its process group
-    # The first stage ignores older fallbacks; the other stages apply them.
+    # The first stage ignores older fallbacks; later stages apply them.
     old_rows = len(read_rows(output)) if arguments.stage == "first" else 0
     failed = run(parts(arguments.stage, arguments.smoke, output), seconds, output, log, old_rows)
     for line in (output / "summary.txt").read_text().splitlines():

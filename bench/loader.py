@@ -1,7 +1,7 @@
 """Tokens/s of the data loader with one reader thread and cached files.
 
 The check reads the full batches of one epoch. The error is the number of sequences that repeat an earlier one or are
-not a chunk of a training row, as sliced by numpy. The exit status is 1 if there are any.
+not a chunk of a training row, sliced with numpy. The exit status is 1 unless it is 0.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ BATCH_SIZE, SEQ_LENS = 32, (2048, 256)
 
 
 def wrong_sequences(loader: Loader, directory: Path, seq_len: int) -> int:
-    """The number of sequences in an epoch that are wrong or repeated."""
+    """Count the sequences in an epoch that are wrong or repeated."""
     train_rows = ROWS * 99 // 100  # the rest is held out
     rows = np.concatenate([np.load(path)[:train_rows] for path in directory.glob("*.npy")])
     chunks = {chunk.tobytes() for chunk in rows.astype(np.int64).reshape(-1, seq_len)}
@@ -31,7 +31,7 @@ def wrong_sequences(loader: Loader, directory: Path, seq_len: int) -> int:
 
 
 def entry(directory: Path, seq_len: int) -> Iterator:
-    """An entry of `run_entries`."""
+    """Yield an entry for `run_entries`."""
     case = {"seq_len": seq_len, "batch_size": BATCH_SIZE}
     row = Row("loader", f"Loader, seq_len {seq_len}", case, "tokens/s", group=f"loader, {seq_len}")
     yield row

@@ -1,12 +1,12 @@
-"""Memory: the bytes that a block saves for its backward pass, and the peak of a training step.
+"""Memory: the bytes that a block saves for its backward pass, and the peak memory of a training step.
 
 `what` in a row's case names the measured value:
-  saved  bytes that autograd holds after the block's forward pass. Each storage counts once. The input counts, but not
-         parameters, their copies in the compute dtype (`weight_copies` in the details), or RoPE tables.
+  saved  bytes that autograd holds after the block's forward pass. Each storage counts once. The input counts;
+         parameters, their copies in the compute dtype (`weight_copies` in the details) and RoPE tables do not.
   peak   peak bytes that torch allocates for the model and two steps of forward, backward and AdamW.
 
-`formula_bytes` in the details is the minimum that the Triton kernels must save. --tokens is the batch: up to 2048, or a
-multiple of 2048. The exit status is 1 if one of ours fails.
+`formula_bytes` in the details is the minimum that the Triton kernels must save. --tokens is the batch size: up to 2048,
+or a multiple of 2048. The exit status is 1 if one of our models fails.
 """
 
 import gc
@@ -39,7 +39,7 @@ VARIANTS = ({}, {"dense": True}, {"checkpointing": True}, {"compiled": True})
 
 
 def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> int:
-    """Bytes per token that an MoE block on the Triton kernels saves for its backward pass, by design.
+    """Return the bytes per token that an MoE block on the Triton kernels should save for its backward pass.
 
     The MoE: x; pre-activations (2 F) of K routed experts and the shared expert; the shared expert's activation; 4 bytes
     per logit; 4 bytes each for the score, id, gather index and scatter index of K assignments. The rest of the block:
@@ -54,7 +54,7 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
 
 
 def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
-    """The "bytes" that autograd saves in the block's calls during run(), and those of "weight_copies"."""
+    """Count the "bytes" that autograd saves in the block's calls during run(), and the "weight_copies" bytes."""
     tensors, parameters, call = {}, list(block.parameters()), type(block).__call__
 
     def keep(tensor: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
 
 
 def peak_bytes(run: Callable, device: torch.device) -> int:
-    """Peak bytes allocated by torch during run(), minus the bytes allocated before."""
+    """Return the peak bytes that torch allocates during run(), minus the bytes allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -103,7 +103,7 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
 
 
 def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The bytes and further details, and the gradients to check."""
+    """Return the bytes, more details, and the gradients to check."""
     if contender.block:
         model, run, gradients = contender.build(device)
         layers = model.model.layers if contender.source == "transformers" else model.blocks
@@ -122,7 +122,7 @@ def measure(contender: Contender, device: torch.device) -> tuple[dict[str, int],
 
 
 def measure_row(contender: Contender, device: torch.device) -> Row:
-    """A contender's row: measured and checked, or with the reason of its failure."""
+    """Return a contender's row, measured and checked, or with the reason for its failure."""
     tokens, checkpointing = contender.batch_size * contender.seq_len, contender.checkpointing
     case = dict(what="saved", part="block") if contender.block else dict(what="peak", part="model step")
     case |= dict(tokens=tokens, checkpointing=checkpointing, compiled=contender.compiled)

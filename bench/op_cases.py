@@ -1,4 +1,4 @@
-"""The benchmarked ops: inputs, outputs and FLOPs of each at a shape."""
+"""The benchmarked ops: the inputs, outputs and FLOPs of each op at a shape."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ PUBLISHED = {
 
 
 class RandomTensors:
-    """Random unit-scale tensors with a fixed seed, so every provider gets the same inputs."""
+    """Generates random unit-scale tensors from a fixed seed, so every provider gets the same inputs."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -33,7 +33,7 @@ class RandomTensors:
         return values.to(dtype or self.dtype).requires_grad_(grad)
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A matrix, or one per expert, scaled to give unit-scale products."""
+        """Return a matrix, or one per expert, scaled for unit-scale products."""
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
     def routing(self, T: int, E: int) -> Routing:
@@ -47,7 +47,7 @@ class RandomTensors:
 class Case:
     """An op at a shape.
 
-    precision: the dtype it computes in. make: makes the inputs, with requires_grad where they have gradients. flops:
+    precision: the compute dtype. make: builds the inputs, with requires_grad for those that have gradients. flops:
     FLOPs of the forward GEMMs; backward has two GEMMs for each of them. scalar_grad: the gradient of scalar outputs.
     ours, plain: a GEMM kernel's Triton and plain PyTorch functions of the inputs.
     """
@@ -65,9 +65,9 @@ class Case:
 
 
 def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> list[Case]:
-    """All ops at a model's shapes, for `tokens` tokens in sequences of at most max_seq_len.
+    """Build all ops at a model's shapes, for `tokens` tokens in sequences of at most max_seq_len.
 
-    The most expensive ops come first, in case a run has little time.
+    The most expensive ops come first, in case time runs out.
     """
     T, D, E, F, V = tokens, config.d_model, config.num_experts, config.d_ff, config.vocab_size
     W, H, G, C, fp32 = config.d_ff_shared, config.num_heads, config.num_kv_heads, config.head_dim, torch.float32
@@ -148,12 +148,12 @@ GEMMS = {
 
 
 def gemm_kernel(op: str) -> str:
-    """The GEMM kernel that an op of GEMMS launches, by its name in ACCELERON_NO_TMA."""
+    """Return the GEMM kernel that an op in GEMMS launches, by its name in ACCELERON_NO_TMA."""
     return "rows" if op == "hidden_grad" else op.partition("-")[0]
 
 
 def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:
-    """One grouped GEMM. Make the inputs before calling `ours` or `plain`, which use their routing."""
+    """Build the case of a grouped GEMM. Call `make` before `ours` or `plain`, which use its routing."""
     made = {}
 
     def make(randn: RandomTensors) -> tuple:
@@ -167,7 +167,7 @@ def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torc
 
 
 def select_cases(sizes: Iterable[str], ops: Iterable[str], tokens: int, dtype: torch.dtype) -> list[Case]:
-    """The cases of `ops` at named sizes, GEMM kernels first. Published shapes include only expert_mlp."""
+    """Build the cases of `ops` at named sizes, GEMM kernels first. Published shapes have only expert_mlp."""
     found = []
     for size in sizes:
         if size in PUBLISHED:

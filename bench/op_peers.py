@@ -28,9 +28,9 @@ FACTOR = 1.5
 
 
 class Provider(NamedTuple):
-    """An implementation of an op, or the reason why it is `absent`.
+    """An implementation of an op, or the reason it is `absent`.
 
-    factor: the largest allowed error, in units of the reference's error. Values above FACTOR have a comment.
+    factor: the largest allowed error, as a multiple of the reference's error. Comments explain values above FACTOR.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Provider(NamedTuple):
 
 
 def ours(op: str, functions: dict[str, Callable]) -> Callable:
-    """Our op as a function of the case's inputs. functions: the ops of one backend, by name."""
+    """Return our op as a function of the case's inputs. functions: a backend's ops, by name."""
     if op == "expert_mlp":
-        # Includes the dispatch plan, because the peers build theirs inside the op.
+        # The call includes the dispatch plan, because the peers build theirs inside the op.
         def run(x_TD, topk_scores_TK, topk_ids_TK, w13_E2FD, w2_EDF):
             plan = functions["dispatch_plan"](topk_ids_TK, w13_E2FD.shape[0])
             return functions["expert_mlp"](x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)
 
         return run
     if op == "moe":
-        # With learned routing, tokens near a tie can select other experts, which would fail the check.
+        # With learned routing, tokens near a tie can select different experts, which would fail the check.
         return lambda *inputs: functions["moe"](*inputs, force_load_balance=True)
     if op == "rms_norm":
         return lambda x_TD, weight_D, residual_TD: functions["rms_norm"](x_TD, weight_D, EPS, residual_TD)
@@ -57,7 +57,7 @@ def ours(op: str, functions: dict[str, Callable]) -> Callable:
 
 
 def plain(case: Case) -> Callable:
-    """The op in plain PyTorch, the ground truth."""
+    """Return the op in plain PyTorch, the ground truth."""
     if case.op == "attention":
         return partial(sdpa, backend=SDPBackend.MATH)
     return case.plain or ours(case.op, vars(torch_ops))
@@ -114,7 +114,7 @@ PEERS = {
 
 
 def peer(distribution: str, maker: Callable, device: torch.device) -> Provider:
-    """A peer's provider, or the reason why its package is absent or unusable."""
+    """Return a peer's provider, or one with the reason its package is absent or unusable."""
     try:
         version(distribution)
         if device.type != "cuda":
@@ -122,7 +122,7 @@ def peer(distribution: str, maker: Callable, device: torch.device) -> Provider:
         run, factor = maker()
     except PackageNotFoundError:
         return Provider(distribution, absent="not installed")
-    except Exception as error:  # importing a third-party package can raise anything
+    except Exception as error:  # a third-party package can raise anything on import
         return Provider(distribution, absent=f"cannot be imported ({describe(error)})")
     return Provider(distribution, run, factor=factor)
 
@@ -143,7 +143,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, function: Callable) -> Tensor:
 
 
 def attention_providers(device: torch.device) -> list[Provider]:
-    """The model's attention, each SDPA backend, and the flash-attn packages."""
+    """Return the model's attention, each SDPA backend, and the flash-attn packages."""
     on_gpu = device.type == "cuda"
 
     def model_attention(q, k, v):
@@ -163,7 +163,7 @@ def attention_providers(device: torch.device) -> list[Provider]:
 
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
-    """All providers of a case's op, including absent ones."""
+    """Return all providers of a case's op, including absent ones."""
     if case.op == "attention":
         return attention_providers(device)
     absent = ops.triton_unavailable(device)
@@ -173,6 +173,6 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         return found
     compiler = missing_compiler(device)
     absent = f"torch.compile needs {compiler}" if compiler else None
-    compiled = cache(lambda: torch.compile(plain(case), dynamic=False))  # lazy: torch.compile imports for seconds
+    compiled = cache(lambda: torch.compile(plain(case), dynamic=False))  # torch.compile imports slowly
     found.append(Provider("reference compiled", lambda *inputs: compiled()(*inputs), absent))
     return found + [peer(name, maker, device) for name, maker in PEERS.get(case.op, {}).items()]

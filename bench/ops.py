@@ -3,13 +3,13 @@
 python -m bench ops [--model_size tiny ...] [--op expert_mlp ...] [--provider triton ...] [--check_only]
 
 Each provider is checked, then timed in interleaved rounds. The shapes are those of the model sizes and, for expert_mlp,
-those that its peers publish. "forward" saves nothing for backward, as in an evaluation. expert_mlp starts from the
+the shapes that its peers publish. "forward" saves nothing for backward, as in evaluation. expert_mlp starts from the
 top-k ids, so every provider builds its own dispatch plan.
 
 Checks and timings run in a separate process: a crash, a hang or an out-of-memory error costs one provider at one shape.
---check_only times nothing and also checks each grouped GEMM alone. It retries a kernel that fails with TMA without TMA,
-and replaces an op that still fails with the reference. A `fallbacks` row records the values of ACCELERON_NO_TMA and
-ACCELERON_REFERENCE_OPS that do the same in training.
+--check_only times nothing and also checks each grouped GEMM alone. A kernel that fails with TMA is retried without it,
+and an op that still fails falls back to the reference. A `fallbacks` row records the values of ACCELERON_NO_TMA and
+ACCELERON_REFERENCE_OPS for these fallbacks in training.
 """
 
 import os
@@ -43,7 +43,7 @@ MAX_ERROR = 0.05
 
 
 class Settings(NamedTuple):
-    """All that a worker needs to build the cases of its parent."""
+    """Everything a worker needs to rebuild its parent's cases."""
 
     sizes: tuple[str, ...]
     ops: tuple[str, ...]
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The expected results of a case. errors: those of plain PyTorch in the case's dtype, by result name."""
+    """The expected results of a case. errors: the errors of plain PyTorch in the case's dtype, by result name."""
 
     results: dict[str, Tensor]
     output_grads: list[Tensor | None]
@@ -64,7 +64,7 @@ class Truth(NamedTuple):
 
 
 def _copies(inputs: tuple, dtype: torch.dtype | None = None) -> tuple:
-    """Detached copies as new leaves. dtype: converts the floating-point tensors."""
+    """Return detached copies as new leaves. dtype: converts the floating-point tensors."""
 
     def copy(x):
         if not isinstance(x, Tensor):
@@ -81,13 +81,13 @@ def _outputs(run: Callable, inputs: tuple) -> tuple[Tensor, ...]:
 
 
 def _leaves(case: Case, inputs: tuple) -> dict[str, Tensor]:
-    """The inputs that require gradients, by name."""
+    """Return the inputs that require gradients, by name."""
     named = zip(case.inputs, inputs, strict=False)
     return {name: x for name, x in named if isinstance(x, Tensor) and x.requires_grad}
 
 
 def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list[Tensor | None]) -> tuple:
-    """The outputs, and the gradients of the leaves."""
+    """Return the outputs and the gradients of the leaves."""
     outputs = _outputs(run, inputs)
     pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
     grads = torch.autograd.grad([out for out, _ in pairs], leaves, [g.to(out.dtype) for out, g in pairs])
@@ -95,7 +95,7 @@ def _both(run: Callable, inputs: tuple, leaves: list[Tensor], output_grads: list
 
 
 def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> dict[str, Tensor]:
-    """By name: outputs under no_grad ("... alone"), outputs with a graph, and gradients."""
+    """Return by name the outputs under no_grad ("... alone"), the outputs with a graph, and the gradients."""
     with torch.no_grad():
         results = {f"{name} alone": x for name, x in zip(case.outputs, _outputs(run, inputs), strict=True)}
     if leaves := _leaves(case, inputs):
@@ -106,7 +106,7 @@ def _results(case: Case, run: Callable, inputs: tuple, output_grads: list) -> di
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
-    """Relative RMS error; for integers, the fraction that differs."""
+    """Return the relative RMS error or, for integers, the fraction that differs."""
     if result.shape != truth.shape:
         raise ValueError(f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
     if not truth.is_floating_point():
@@ -115,7 +115,7 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 
 def compute_truth(case: Case, inputs: tuple, randn: RandomTensors) -> Truth:
-    """The results of plain PyTorch on the same inputs in float64, or in float32 for 16-bit ops on CUDA."""
+    """Run plain PyTorch on the same inputs in float64, or in float32 for 16-bit ops on CUDA."""
     fp32 = randn.device.type == "cuda" and case.precision.itemsize == 2
     wide = _copies(inputs, torch.float32 if fp32 else torch.float64)
     outputs = _outputs(plain(case), wide)
@@ -129,8 +129,8 @@ def compute_truth(case: Case, inputs: tuple, randn: RandomTensors) -> Truth:
 
 
 def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[str, float, float]:
-    """Compare a provider's results with the truth. Returns (check, error, allowed error) of the worst result."""
-    # A floor for results where the reference happens to be exact: eps / 8, plus a few fp32 roundings.
+    """Compare results with the ground truth. Returns (check, error, allowed error) of the worst result."""
+    # A floor for results that the reference happens to compute exactly: eps / 8, plus a few fp32 roundings.
     floor = torch.finfo(case.precision).eps / 8 + 8 * torch.finfo(torch.float32).eps
     checked = []
     for name, result in _results(case, provider.run, _copies(inputs), truth.output_grads).items():
@@ -143,7 +143,7 @@ def check(case: Case, provider: Provider, inputs: tuple, truth: Truth) -> tuple[
 
 
 def warm_calls(case: Case, provider: Provider, inputs: tuple, output_grads: list) -> dict[str, Callable]:
-    """The functions to time, by pass. Each has run once."""
+    """Return the functions to time, by pass. Each has already run once."""
     leaves, forward = list(_leaves(case, inputs).values()), torch.no_grad()(lambda: _outputs(provider.run, inputs))
     grads = [None if g is None else g.to(out.dtype, copy=True) for out, g in zip(forward(), output_grads, strict=True)]
     calls = {FORWARD: forward}
@@ -154,7 +154,7 @@ def warm_calls(case: Case, provider: Provider, inputs: tuple, output_grads: list
 
 
 def min_bytes(case: Case, inputs: tuple) -> dict[str, int]:
-    """The minimum memory traffic by pass: all inputs, outputs and gradients move once."""
+    """Return the minimum memory traffic by pass: all inputs, outputs and gradients move once."""
     with torch.no_grad():
         outputs = _outputs(plain(case), inputs)
     floats = [x for x in outputs if x.is_floating_point()]
@@ -164,7 +164,7 @@ def min_bytes(case: Case, inputs: tuple) -> dict[str, int]:
 
 
 def roofline_details(case: Case, step: str, moved: int, seconds: list[float], ceilings: tuple[float, float]) -> dict:
-    """A row's details: FLOPs, bytes, whether compute or memory bounds the op, and its share of the measured ceiling."""
+    """Return a row's details: FLOPs, bytes, whether compute or memory is the limit, and the share of that ceiling."""
     flops = case.flops * (3 if step == BOTH else 1)
     limits = {"compute": flops / ceilings[0], "memory": moved / ceilings[1]}
     bound = max(limits, key=limits.get)
@@ -173,7 +173,7 @@ def roofline_details(case: Case, step: str, moved: int, seconds: list[float], ce
 
 @lru_cache(maxsize=1)  # consecutive calls share a case
 def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider], tuple, Truth]:
-    """A case with its providers, inputs and truth."""
+    """Build a case with its providers, inputs and ground truth."""
     torch.compiler.reset()  # dynamo stops compiling a function at its ninth shape
     case, randn = settings.cases()[number], RandomTensors(settings.dtype, settings.device)
     inputs = case.make(randn)
@@ -185,13 +185,13 @@ def prepare(settings: Settings, number: int) -> tuple[Case, dict[str, Provider],
 
 
 def find_min_bytes(settings: Settings, number: int) -> dict[str, int]:
-    """`min_bytes` of a case."""
+    """Return `min_bytes` of a case."""
     case, _, inputs, _ = prepare(settings, number)
     return min_bytes(case, inputs)
 
 
 def check_provider(settings: Settings, number: int, name: str, timed: bool) -> tuple[str, float, float]:
-    """`check` of a provider. timed: also run the calls to time once."""
+    """Run `check` on a provider. timed: also run each timed call once."""
     case, named, inputs, truth = prepare(settings, number)
     result = check(case, named[name], inputs, truth)
     if timed:
@@ -200,7 +200,7 @@ def check_provider(settings: Settings, number: int, name: str, timed: bool) -> t
 
 
 def time_providers(settings: Settings, number: int, names: list[str], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds per call by pass and name, one value per round."""
+    """Time calls. Returns seconds per call by pass and name, one value per round."""
     case, named, inputs, truth = prepare(settings, number)
     calls = {name: warm_calls(case, named[name], inputs, truth.output_grads) for name in names}
     passes = {step: {name: call[step] for name, call in calls.items()} for step in calls[names[0]]}
@@ -208,7 +208,7 @@ def time_providers(settings: Settings, number: int, names: list[str], rounds: in
 
 
 class Checker:
-    """The parent's side of a worker: turns cases into rows, and disables TMA where it fails."""
+    """The parent's side of a worker: turns cases into rows and disables TMA for kernels that fail with it."""
 
     def __init__(self, settings: Settings, rounds: int, limit: float):
         self.settings, self.rounds, self.limit = settings, rounds, limit
@@ -219,7 +219,7 @@ class Checker:
         return self.worker.ask((function, (self.settings, *arguments)), self.limit)
 
     def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
-        """Check and time a case. Returns a row per provider and pass; without rounds, only rows of the last pass."""
+        """Check and time a case. Returns a row per provider and pass, or only the last pass without rounds."""
         steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
         if not names:
             return []
@@ -234,7 +234,7 @@ class Checker:
             if self.rounds and timed:
                 seconds = self.ask(time_providers, number, timed, self.rounds)
         except Failure as failure:
-            prefix = "" if passed or reasons else "the truth: "
+            prefix = "" if passed or reasons else "the ground truth: "
             reasons |= {name: f"{prefix}{failure}" for name in names if name not in reasons}
         rows = []
         for step, name in product(steps if self.rounds else list(steps)[-1:], names):
@@ -262,7 +262,7 @@ class Checker:
             reason, kernel = str(failure), "all"  # each further crash or hang would cost a process
         say(f"{case.op}, {case.shape}: fails with TMA ({reason}); retrying without TMA")
         os.environ["ACCELERON_NO_TMA"] = ",".join([*without_tma(), kernel])
-        self.worker.close()  # the next process inherits the variable
+        self.worker.close()  # the next worker process inherits the variable
         what, error, allowed = self.ask(check_provider, number, name, bool(self.rounds))
         return f"{what} (without TMA; with TMA: {reason})", error, allowed
 
@@ -276,15 +276,15 @@ def can_disable_tma(case: Case, name: str) -> bool:
 
 
 def fallbacks(rows: list[Row]) -> dict[str, str]:
-    """Environment variables that disable the kernels that failed."""
+    """Return the environment variables that disable the failed kernels."""
     wrong = {row.case["op"] for row in rows if row.provider == "triton" and row.failed}
-    wrong -= {row.case["op"] for row in rows if row.failed.startswith("the truth")}
+    wrong -= {row.case["op"] for row in rows if row.failed.startswith("the ground truth")}
     names = (wrong & set(OPS)) | ({"expert_mlp", "moe", "grouped_gemm"} if wrong & set(GEMMS) else set())
     return {"ACCELERON_NO_TMA": ",".join(without_tma()), "ACCELERON_REFERENCE_OPS": ",".join(sorted(names))}
 
 
 def run_cases(checker: Checker, selected: Sequence[str] | None, results: Results) -> list[Row]:
-    """Check all cases and, with rounds, time them. Writes each row at once and returns all rows."""
+    """Check all cases and, if rounds > 0, time them. Writes each row immediately and returns all rows."""
     rows, absent, env = [], {}, None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
         found = [p for p in providers(case, checker.settings.device) if not selected or p.name in selected]

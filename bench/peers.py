@@ -1,7 +1,7 @@
 """Tokens/s of forward and backward: MoE and dense baseline against transformers' models with the same weights.
 
 Our models are compiled if a compiler is installed. No optimizer runs. The check compares the gradients of the last
-round with the fp32 reference. The exit status is 1 if one of ours fails.
+round with the fp32 reference. The exit status is 1 if one of our models fails.
 
 All contenders compute the same function: bf16 represents every weight exactly, and the router losses have weight 0,
 because transformers defines them differently.
@@ -27,7 +27,7 @@ from .command import parse, run_entries
 from .rows import Results, Row
 
 PEERS = {False: "transformers GraniteMoeShared, grouped_mm experts", True: "transformers Llama"}  # by `dense`
-# transformers' names for our parameters. Ours concatenates several of theirs along the first dimension.
+# transformers' names for our parameters. Each of ours concatenates one or more of theirs along dimension 0.
 THEIR_NAMES = {
     "embedding": ["embed_tokens.weight"], "norm.weight": ["norm.weight"],
     "attention_norm.weight": ["input_layernorm.weight"], "ffn_norm.weight": ["post_attention_layernorm.weight"],
@@ -40,7 +40,7 @@ THEIR_NAMES = {
     "mlp.w13": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.w2": ["mlp.down_proj.weight"],
 }  # fmt: skip
 # The allowed relative RMS error is FACTOR times the reference's error in the same dtype, plus FLOOR. transformers also
-# rounds the router logits, which takes its error up to 1.7 times the reference's.
+# rounds the router logits, which raises its error to as much as 1.7 times the reference's.
 FACTOR, FLOOR = 3, {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 
 
@@ -65,9 +65,9 @@ class Contender:
         return Row(benchmark, provider, case, unit, group=self.size + ", block" * self.block)
 
     def build(self, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
-        """The model, a function that runs forward and backward, and one that returns CPU gradients by our names.
+        """Return the model, a function that runs forward and backward, and one that returns CPU gradients by our names.
 
-        Raises ImportError if the model needs transformers and it is not installed.
+        Raises ImportError if the model needs transformers but it is not installed.
         """
         overrides = dict(num_layers=1, vocab_size=1024) if self.block else {}
         config = ModelConfig.preset(self.size, self.dense, z_loss_coef=0.0, balance_loss_coef=0.0, **overrides)
@@ -116,10 +116,10 @@ def _gradients(contender: Contender, device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceleron:
-    """A model with bf16-representable weights whose routers rank the experts by leading embedding values.
+    """Build a model with bf16-representable weights. Its routers rank the experts by the first embedding values.
 
-    With random routers, tokens near a tie select other experts in bf16 than in fp32. That changes gradients by up to
-    40 % and hides wrong ones.
+    With random routers, tokens near a tie select different experts in bf16 and fp32. That changes gradients by up to
+    40% and hides wrong ones.
     """
     model, experts = Acceleron(config, compute_dtype=dtype), config.num_experts
     model.embedding[:, :experts] = 0.5 * torch.rand(config.vocab_size, experts).argsort(dim=1)
@@ -131,7 +131,7 @@ def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceler
 
 
 def transformers_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """transformers' GraniteMoeShared or, for a dense config, Llama, with parameters in `dtype`."""
+    """Build transformers' GraniteMoeShared or, for a dense config, Llama, with parameters in `dtype`."""
     import transformers  # slow to import
 
     fields = dict(
@@ -165,7 +165,7 @@ def load_weights(peer: nn.Module, model: Acceleron) -> dict[str, list[Tensor]]:
 
 
 def entry(contender: Contender, device: torch.device) -> Iterator:
-    """An entry of `run_entries`."""
+    """Yield an entry for `run_entries`."""
     shape = dict(batch_size=contender.batch_size, seq_len=contender.seq_len)
     row = contender.row("peers", "tokens/s", **shape)
     yield row

@@ -1,11 +1,11 @@
-"""Train the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compare them.
+"""Train the MoE and its dense baseline on the same tokens in the same order, with several seeds, and compare both.
 
 Tuning runs select each model's learning rate, with half of the steps and a separate seed. The final runs use it: for
 every seed, both models on the full token budget and the MoE on smaller ones, each with a complete schedule. Results:
-  - the difference in validation loss at equal tokens, paired by seed, with a 95 % confidence interval;
-  - the MoE's wall clock to the dense baseline's final loss / the dense baseline's wall clock. Per seed, the tokens come
+  - the difference in validation loss at equal tokens, paired by seed, with a 95% confidence interval;
+  - the MoE's time to the dense baseline's final loss / the dense baseline's training time. Per seed, the tokens come
     from the MoE runs' losses, interpolated over log(tokens), and the seconds per token from the longest MoE run.
-Wall clock is tokens / median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
+Time is tokens / median tokens/s, which excludes compilation and validation. A CPU trains two runs at a time.
 """
 
 import math
@@ -82,7 +82,7 @@ def train(row: Row, plan: Namespace, data: str, save_dir: str, started: list[sub
 
 @torch.no_grad()
 def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
-    """The loss on all held-out text, and on the part that train.py validates on."""
+    """Return the loss on all held-out text and on the part that train.py validates on."""
     contents, batch_size = load_checkpoint(checkpoint), plan.flags["batch_size"]
     model = Acceleron(contents["config"]).to(plan.device)
     assign_weights(model, contents, checkpoint, assign=False)
@@ -97,19 +97,19 @@ def score(checkpoint: str, data: str, plan: Namespace) -> tuple[float, float]:
 
 
 def final_runs(rows: list[Row]) -> list[pd.DataFrame]:
-    """The valid final runs, one frame per command."""
+    """Collect the valid final runs, one frame per command."""
     final = [r for r in rows if r.benchmark == "quality" and r.case["purpose"] == "final" and not r.problem()]
     lines = [row.about | row.case | row.details | {"model": row.provider, "loss": row.median} for row in final]
     return [runs for _, runs in pd.DataFrame(lines).groupby(["device", "size", "dtype", "date"])] if lines else []
 
 
 def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and 95 % confidence interval (Student's t). NaN if a value is NaN; one value has a NaN interval."""
+    """Return the mean and 95% confidence interval (Student's t). NaN propagates; one value has a NaN interval."""
     return values.mean(skipna=False), *ttest_1samp(values, 0).confidence_interval()
 
 
 def tokens_to_reach(loss: float, losses: pd.Series) -> float:
-    """Tokens to reach `loss`, interpolating losses (index: tokens) over log(tokens); NaN far outside their range."""
+    """Interpolate the tokens to reach `loss` over log(tokens). losses: by tokens. NaN far outside their range."""
     if len(losses) < 2 or not (losses.diff()[1:] < 0).all():
         return math.nan
     found = math.exp(make_interp_spline(losses[::-1], np.log(losses.index[::-1]), k=1)(loss))
@@ -117,7 +117,7 @@ def tokens_to_reach(loss: float, losses: pd.Series) -> float:
 
 
 def summary(runs: pd.DataFrame) -> dict[str, str]:
-    """The two comparisons of one command's final runs, NaN if unknown. Skips seeds that lack a model."""
+    """Return the two comparisons for a command's final runs, NaN if unknown. Skips seeds with a missing model."""
     budget = runs.tokens.max()
     full = runs[runs.tokens == budget].pivot_table(["loss", "seconds"], "seed", "model")
     full = full.reindex(
@@ -133,7 +133,7 @@ def summary(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def run_all(plan: Namespace, data: str, results: Results, purpose: str, runs: list[tuple]) -> list[Row]:
-    """Train and score each (model, seed, lr, share of the budget). Returns the rows that succeed."""
+    """Train and score each (model, seed, lr, share of the budget). Returns the successful rows."""
 
     def run(model: str, seed: int, lr: float, share: float) -> Row:
         tokens = round(plan.steps * share) * plan.flags["batch_size"] * plan.flags["seq_len"]
@@ -158,10 +158,10 @@ def main():
     arguments = parse(__doc__)
     plan = Namespace(**PRESETS[arguments.device.type], **vars(arguments))
     results = Results(plan.output, plan.device)
-    ops.set_backend("reference", plan.device)  # the scores check those of train.py
+    ops.set_backend("reference", plan.device)  # the scores check train.py's losses
     torch.set_num_threads(max(1, torch.get_num_threads() // plan.at_once))  # per run, and for the scores
     with tempfile.TemporaryDirectory() as data:
-        say("preparing the text")
+        say("preparing the corpus")
         say(write_corpus(data, plan.flags["vocab_size"], plan.characters, packages=plan.device.type == "cuda"))
         seeds, runs = range(1, plan.seeds + 1), [(model, 1000, lr, 0.5) for lr in plan.lr for model in ("MoE", "dense")]
         tuned = run_all(plan, data, results, "tuning", runs)

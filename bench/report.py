@@ -23,28 +23,28 @@ from .rows import FILE, Row, default_directory, number, ranged, ratio, read, spr
 KEYS = ["benchmark", "provider", "case", "device", "switches"]  # rows with equal keys measure the same thing
 UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2**20), "FLOP/s": ("TFLOP/s", 1e12), "bytes/s": ("GB/s", 1e9)}
 HIDDEN = {"flops", "bytes", "flops_per_token", "peak_flops", "ceiling_flops", "ceiling_bytes", "val_tokens", "loss"}
-RANGES = "Ranges: p20 .. p80, or 95 % confidence over seeds. `relative`: to the row with 1 in the same rounds."
-# Runs on one machine differ by more than their rounds do. Smaller relative changes are ignored; losses vary less.
+RANGES = "Ranges: p20 .. p80, or 95% confidence over seeds. `relative`: ratio to the row with 1 in the same rounds."
+# Runs vary more than rounds within a run do, so smaller relative changes are ignored. Losses vary less.
 FLOOR, LOSS_FLOOR = 0.05, 0.005
 STYLE = {"svg.hashsalt": "0", "svg.fonttype": "none", "text.parse_math": False, "figure.constrained_layout.use": True}
 
 
 def escape(value: object) -> str:
-    """One line of escaped Markdown. `number` formats floats; NaN becomes an empty string."""
+    """Return one line of escaped Markdown. `number` formats floats; NaN becomes an empty string."""
     if isinstance(value, float):
         return "" if value != value else number(value)
     return re.sub(r"([\\`*_|\[\]#~$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def table(lines: list[dict] | pd.DataFrame) -> str:
-    """A Markdown table, or an empty string if there are no lines."""
+    """Return a Markdown table, or an empty string if there are no lines."""
     frame = pd.DataFrame(lines)
     cells = [frame.columns, ["---"] * len(frame.columns), *frame.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in cells) if len(frame) else ""
 
 
 def latest(rows: list[Row]) -> pd.DataFrame:
-    """The latest row for each of KEYS. `why` is "FAILED: ...", "absent: ..." or, for a valid row, empty."""
+    """Return the latest row per KEYS. `why` is "FAILED: ...", "absent: ..." or, for a valid row, empty."""
     lines = []
     for row in rows:
         why = ("absent: " if row.absent else "FAILED: ") + row.problem() if row.problem() else ""
@@ -56,7 +56,7 @@ def latest(rows: list[Row]) -> pd.DataFrame:
 
 
 def baseline(row: Row, rows: list[Row]) -> Row | None:
-    """The row to compare with, from the same case and rounds: the fastest dense row, or else the first row."""
+    """Return the row to compare with, from the same case and rounds: the fastest dense row if any, or the first row."""
     key = row.group, row.about.get("date"), row.case
     same = [r for r in rows if row.group and (r.group, r.about.get("date"), r.case) == key]
     if row.benchmark == "throughput":
@@ -65,7 +65,7 @@ def baseline(row: Row, rows: list[Row]) -> Row | None:
 
 
 def speed(rows: list[Row]) -> list[dict]:
-    """MoE and dense baseline of each size, in the mode with the fastest dense baseline; "balanced" is a fallback."""
+    """Pair MoE and dense baseline of each size, in the baseline's fastest mode; "balanced" only as a last resort."""
     pairs = [(row, baseline(row, rows)) for row in rows if (row.benchmark, row.provider[:3]) == ("throughput", "MoE")]
     pairs = [(row.case["mode"] != "balanced", dense.median, row.median, row, dense) for row, dense in pairs if dense]
     best = {}
@@ -78,7 +78,7 @@ def speed(rows: list[Row]) -> list[dict]:
 
 
 def section(rows: list[Row], sources: list[dict]) -> str:
-    """A table of one benchmark's rows."""
+    """Return a table of one benchmark's rows."""
     lines = []
     for row in rows:
         (unit, size), base = UNITS.get(row.unit, (row.unit, 1)), baseline(row, rows)
@@ -95,10 +95,10 @@ def section(rows: list[Row], sources: list[dict]) -> str:
 
 
 def changes(here: list[Row], there: list[Row]) -> list[dict]:
-    """Regressions and improvements since `there` beyond the spread of both. A new failure is a regression."""
+    """List changes since `there` beyond the spread of both: regressions, including new failures, and improvements."""
     both = latest(there).query("why == ''").merge(latest(here), on=KEYS, suffixes=("_before", ""))
     if both.empty:
-        raise InputError("--compare: no row here matches a row there in benchmark, provider, case, device and switches")
+        raise InputError("--compare: no row has the same benchmark, provider, case, device and switches in both")
     lines = []
     for line in both.itertuples():
         mark, before, now = "regression" if line.why.startswith("FAILED") else "", "", line.why
@@ -113,7 +113,7 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
 
 
 def bars(rows: list[Row]) -> Figure:
-    """Bars of tokens/s with p20 and p80, one panel per size and device."""
+    """Plot bars of tokens/s with p20 and p80, one panel per size and device."""
     frame = pd.DataFrame([row.case | row.about | {"row": row} for row in rows])
     panels = list(frame.groupby(["size", "device"], sort=False).row)
     figure = Figure(figsize=(9, 0.25 * len(frame) + len(panels)))
@@ -128,17 +128,17 @@ def bars(rows: list[Row]) -> Figure:
 
 
 def losses(commands: list[pd.DataFrame]) -> Figure:
-    """Validation loss against tokens after a fifth of the budget, a panel per command: seeds (thin) and their mean."""
+    """Plot validation loss against tokens after 20% of the budget, a panel per command: seeds (thin) and their mean."""
     figure = Figure(figsize=(7 * len(commands), 4))
     for axis, runs in zip(figure.subplots(1, len(commands), squeeze=False).flat, commands, strict=True):
         full = runs[runs.tokens == runs.tokens.max()]
-        for model, label, colour in (("dense", "dense baseline", "#e69f00"), ("MoE", "MoE", "#0072b2")):
+        for model, label, color in (("dense", "dense baseline", "#e69f00"), ("MoE", "MoE", "#0072b2")):
             curves = np.array([*full[full.model == model].curve])  # (seeds, points, 3: tokens, seconds, loss)
             if len(curves):
                 curves = curves[:, curves.shape[1] // 5 :]
                 tokens, _, mean = curves.mean(0).T
-                axis.plot(tokens, curves[:, :, 2].T, color=colour, linewidth=0.6, alpha=0.5)
-                axis.plot(tokens, mean, color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} seeds")
+                axis.plot(tokens, curves[:, :, 2].T, color=color, linewidth=0.6, alpha=0.5)
+                axis.plot(tokens, mean, color=color, linewidth=2, label=f"{label}, mean of {len(curves)} seeds")
         axis.set(xlabel="tokens", ylabel="validation loss (nats per token)")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.legend(title=", ".join(map(str, full.iloc[0][["size", "dtype"]])))
@@ -147,7 +147,7 @@ def losses(commands: list[pd.DataFrame]) -> Figure:
 
 
 def report(rows: list[Row], output: Path, changed: list[dict] | None = None) -> str:
-    """The text of report.md. Writes its plots to `output`."""
+    """Return the text of report.md. Writes its plots to `output`."""
     frame = latest(rows)
     missing = frame[frame.why != ""].groupby(["why", "benchmark", "provider"], as_index=False).case.agg("; ".join)
     failed, absent = (table(missing[missing.why.str.startswith(start)]) for start in ("FAILED", "absent"))

@@ -5,7 +5,7 @@ bench/trace.py traces a step of the MoE and of its dense baseline. A table lists
   gap ms        the part of the bound above the FLOP time: memory traffic that no faster kernel avoids
   predicted ms  the time at rates measured in training steps on an H200, at least 3 us per launch
 The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
-limiting kernel is the MoE-only kernel whose predicted time exceeds its bound the most. bench/LOG.md, 2026-11-26,
+limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/LOG.md, 2026-11-26,
 compares predictions with measurements.
 """
 
@@ -22,7 +22,7 @@ from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
 
 # Measured FLOP/s of an 8192^3 bf16 cuBLAS GEMM, and bytes/s of a copy.
 CEILINGS = {"h100": (798e12, 3.0e12), "h200": (796e12, 4.23e12)}
-USABLE_GIB = 79  # of an H100's memory
+USABLE_GIB = 79  # usable part of an H100's memory
 # Rates in profiled training steps on an H200 (bench/LOG.md, 2026-11-26): cuBLAS GEMMs, our grouped GEMMs, and attention
 # (forward, backward) by the tile width that cuDNN pads head_dim to.
 GEMM_RATE = 670e12
@@ -32,19 +32,19 @@ GROUPED_RATES = {
     "_weight_grad_kernel": dict(zip(SIZES, (716e12, 576e12, 624e12, 649e12), strict=True)),
 }
 ATTENTION_RATES = {64: (385e12, 335e12), 128: (470e12, 413e12)}
-# The share of the bandwidth ceiling that memory-bound kernels reach, and the minimum seconds per launch.
+# The share of peak bandwidth that memory-bound kernels reach, and the minimum seconds per launch.
 BANDWIDTH_SHARE, MIN_SECONDS = 0.95, 3e-6
-MIN_SHARE = 0.005  # kinds with less of the predicted time share one line
+MIN_SHARE = 0.005  # kinds below this share of the predicted time are merged into one line
 
 
 def bound(launch: Launch, gpu: str) -> float:
-    """The lower bound of a launch's time, in seconds."""
+    """Return a lower bound on a launch's time, in seconds."""
     flops_per_second, bytes_per_second = CEILINGS[gpu]
     return max(launch.flops / flops_per_second, launch.bytes_moved / bytes_per_second)
 
 
 def predicted(launch: Launch, size: str, gpu: str) -> float:
-    """The predicted time of a launch, in seconds."""
+    """Return the predicted time of a launch, in seconds."""
     rate, bytes_per_second = CEILINGS[gpu]  # other kernels are memory-bound, so their FLOP rate does not matter
     if launch.name in GROUPED_RATES:
         rate = GROUPED_RATES[launch.name][size]
@@ -57,7 +57,7 @@ def predicted(launch: Launch, size: str, gpu: str) -> float:
 
 
 def by_kind(launches: list[Launch], size: str, gpu: str) -> pd.DataFrame:
-    """The module docstring's table, sorted by predicted time. Small kinds share a row; the last row is the total."""
+    """Return the docstring's table, sorted by predicted time. Small kinds share a row; the last row is the total."""
     frame = pd.DataFrame(launches)
     table = pd.DataFrame({"name": frame.name, "launches": 1, "GFLOP": frame.flops / 1e9, "MB": frame.bytes_moved / 1e6})
     table["bound ms"] = [1e3 * bound(launch, gpu) for launch in launches]
@@ -72,7 +72,7 @@ def by_kind(launches: list[Launch], size: str, gpu: str) -> pd.DataFrame:
 
 
 def limiting_kernel(moe: Step, dense: Step, size: str, gpu: str) -> tuple[str, float]:
-    """The MoE-only kernel whose predicted time exceeds its bound the most, and the excess in seconds."""
+    """Return the MoE-only kernel with the largest gap between predicted time and bound, and the gap in seconds."""
     excess, common = Counter(), {launch.name for launch in dense.launches}
     for launch in moe.launches:
         if launch.name not in common:
@@ -81,7 +81,7 @@ def limiting_kernel(moe: Step, dense: Step, size: str, gpu: str) -> tuple[str, f
 
 
 def totals(size: str, gpu: str, moe: Step, dense: Step) -> pd.DataFrame:
-    """FLOP floors, bounds and predictions for the MoE and its dense baseline."""
+    """Return FLOP floors, bounds and predictions for the MoE and its dense baseline."""
     steps = {"MoE": moe, "dense baseline": dense}
     floor = {name: step.model_flops / CEILINGS[gpu][0] for name, step in steps.items()}
     times = {"FLOP floor": floor, "bound": {}, "predicted": {}}
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--model_size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--gpu", choices=CEILINGS, default="h100")
     for name in ("batch_size", "grad_accum", "seq_len"):
-        parser.add_argument(f"--{name}", type=int, help="default: that of bench throughput on a GPU")
+        parser.add_argument(f"--{name}", type=int, help="default: the batch shape of bench throughput on a GPU")
     arguments = parser.parse_args()
     shapes = {size: batch_shape(size, True, arguments) for size in arguments.model_size}
     reject_interpreter()

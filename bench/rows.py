@@ -1,6 +1,6 @@
 """Benchmark results: one row type for every command, appended as JSON lines to DIR/results.jsonl.
 
-A row is valid only if it passes a correctness check in the run that measures it. Failures are rows, too.
+A row is valid only if it passes a correctness check in the run that measures it. Failures are also rows.
 """
 
 import json
@@ -52,7 +52,7 @@ class Row:
         return spread(self.values)[0]
 
     def problem(self) -> str:
-        """Why the row is not valid: it failed, is absent, or did not pass its check. Empty if it is valid."""
+        """Return why the row is invalid (failed, absent, or wrong), or an empty string if it is valid."""
         if self.failed or self.absent:
             return self.failed or self.absent
         if not self.check or self.error is None or self.allowed is None:
@@ -65,17 +65,17 @@ class Row:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile, with linear interpolation."""
+    """Return the median, 20th and 80th percentiles, with linear interpolation."""
     return tuple(float(value) for value in np.percentile(values, [50, 20, 80]))
 
 
 def ratio(row: Row, other: Row) -> tuple[float, float, float]:
-    """Median, p20 and p80 of row / other, round by round, which cancels a slowdown of both."""
+    """Return median, p20 and p80 of the per-round ratio row / other. Slowdowns that hit both cancel out."""
     return spread([a / b for a, b in zip(row.values, other.values, strict=True)])
 
 
 def number(value: float) -> str:
-    """A number with four significant digits, or as an integer from 1,000 on."""
+    """Format a number with four significant digits, or as an integer if it is at least 1,000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -86,7 +86,7 @@ def ranged(values: tuple[float, float, float], size: float = 1) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """For example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
+    """Name the device, for example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -96,7 +96,7 @@ def device_name(device: torch.device) -> str:
 
 
 def default_directory() -> Path:
-    """The parent directory of results without --output. It is outside the checkout."""
+    """Return the parent directory for results without --output. It is outside the checkout."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acceleron" / "bench"
 
 
@@ -129,7 +129,7 @@ class Results:
             raise file_error(f"--output {self.directory}: cannot be written", error) from error
 
     def write(self, row: Row) -> bool:
-        """Append the row. Returns False if it failed. A row that fails its check keeps no `values`."""
+        """Append the row. Returns False if it is invalid. The `values` of a row that fails its check are dropped."""
         if not row.absent and row.problem():
             unchecked = {"unchecked_values": row.values} if row.values else {}  # for debugging; reports ignore them
             row.failed, row.values, row.details = row.problem(), [], row.details | unchecked
@@ -151,7 +151,7 @@ def read(directory: Path, what: str = "DIR") -> list[Row]:
     if not directory.is_dir():
         raise path_error(what, directory, "directory")
     if not path.is_file():
-        raise InputError(f"{what} {directory} has no {FILE}: name the --output directory of a benchmark")
+        raise InputError(f"{what} {directory} has no {FILE}: choose the --output directory of a benchmark")
     try:
         for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             fields = json.loads(line)
@@ -170,7 +170,7 @@ def read(directory: Path, what: str = "DIR") -> list[Row]:
 
 
 TERMINAL = bool(sys.stderr and sys.stderr.isatty())
-# A progress bar with an ETA. Without a terminal it prints a line at most every five seconds.
+# Return a progress bar with an ETA. Without a terminal it prints a line at most every five seconds.
 progress = partial(tqdm, dynamic_ncols=True, mininterval=0.1 if TERMINAL else 5.0)
 say = tqdm.write if TERMINAL else partial(print, flush=True)  # prints a line above the bar
 
@@ -181,7 +181,7 @@ def describe(error: BaseException) -> str:
 
 
 def print_rows(rows: list[Row], baseline: str = ""):
-    """Print a line per written row: median (p20 .. p80) and the ratio to the baseline provider, or the problem."""
+    """Print one line per written row: median (p20 .. p80) and the ratio to the baseline provider, or the problem."""
     width = max(len(row.provider) for row in rows)
     bases = {row.group: row for row in rows if row.provider == baseline and row.values}
     for row in rows:

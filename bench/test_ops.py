@@ -28,7 +28,7 @@ TESTS = [
 
 
 def clock() -> float:
-    """Wall-clock seconds, after the GPU is idle."""
+    """Return the wall-clock seconds once the GPU is idle."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

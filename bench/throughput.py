@@ -1,6 +1,6 @@
 """Training tokens/s of the MoE and its dense baseline in train.py's own loop, with optimizer and data loader.
 
-Each contender is a process that runs `train()` and pauses between interleaved rounds. Ratios are taken round by round,
+Each contender is a process that runs `train()` and pauses between interleaved rounds. Ratios are computed per round,
 which cancels slowdowns of the machine. Before training, a contender checks the loss and gradients of its model, in its
 mode, against the fp32 reference (acceleron/self_check.py).
 
@@ -54,7 +54,7 @@ MODES = {
     "predecessor": dict(batch_size=32, grad_accum=4),
 }
 BACKENDS = {"cuda": ["triton"], "cpu": ["reference"]}  # the default of --kernels
-GPU_MODES = ("deterministic", "predecessor")  # skipped on a CPU unless --mode names them
+GPU_MODES = ("deterministic", "predecessor")  # skipped on a CPU unless selected with --mode
 CORPUS_CHARACTERS = 4_000_000
 NEVER = 1 << 30
 
@@ -62,10 +62,10 @@ NEVER = 1 << 30
 def serve(connection, options: TrainOptions):
     """The worker of a contender: runs the check, then train.py's loop, which pauses between rounds."""
     device, step, left = torch.device(options.device), Run.step, 1
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them; the loop would save
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles signals; the loop would save a checkpoint
         signal.signal(number, signal.SIG_IGN)
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS's first GEMM, in the check
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the check runs cuBLAS's first GEMM
     connection.recv()
     compiler = devices.missing_compiler(device)
     if not options.no_compile and compiler:
@@ -128,7 +128,7 @@ def serve(connection, options: TrainOptions):
 
 
 def metrics(run: Run) -> dict:
-    """A contender's metrics after its rounds."""
+    """Return a contender's metrics after its rounds."""
     flops = flops_per_token(run.model.config, run.model.num_parameters()[1], run.options.seq_len)
     values = {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops}
     statistics = run.read_statistics() if run.unread_steps else {}
@@ -137,7 +137,7 @@ def metrics(run: Run) -> dict:
 
 
 def profile_step(step: Callable, device: torch.device) -> list[dict]:
-    """The 40 most expensive kernels of a step (on a CPU: ops), with their calls and seconds."""
+    """Return the 40 most expensive kernels (on a CPU: ops) of a step, with calls and seconds."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         step()
@@ -148,7 +148,7 @@ def profile_step(step: Callable, device: torch.device) -> list[dict]:
 
 
 class Contender:
-    """The parent's side of a training process. `row` collects its measurements, or `failed`."""
+    """The parent's side of a training process. `row` collects its measurements or its `failed` reason."""
 
     def __init__(self, options: TrainOptions, mode: str, limit: float):
         self.options, self.limit, self.step_seconds = options, limit, 0.0
@@ -182,7 +182,7 @@ class Contender:
         if with_profile and not row.failed:
             try:
                 row.details["profile"] = self.worker.ask("profile", self.limit)
-            except Failure as failure:  # the rounds can go on if the process is alive
+            except Failure as failure:  # the rounds can continue if the process is alive
                 row.details["profile_failed"] = str(failure)
 
     def round(self, seconds: float):
@@ -199,9 +199,9 @@ class Contender:
 
 
 def contenders(size: str, mode: str, directory: str, arguments: Namespace, stack: ExitStack) -> list[Contender]:
-    """The MoE and the dense baseline on each selected kernel backend, with the corpus in <directory>/data.
+    """Yield the MoE and dense baseline on each selected kernel backend, with the corpus in <directory>/data.
 
-    Leaving the stack ends their processes.
+    Their processes end when the stack closes.
     """
     device = arguments.device
     batch_size, grad_accum, seq_len = batch_shape(size, device.type == "cuda", arguments)
@@ -224,7 +224,7 @@ def run_rounds(found: list[Contender], rounds: int, seconds: float, peak: float,
     for contender in found:
         contender.start(with_profile and not contender.options.dense)
     for count in range(rounds):
-        for contender in found[:: -1 if count % 2 else 1]:  # alternate the order
+        for contender in found[:: -1 if count % 2 else 1]:  # alternate the order between rounds
             contender.round(seconds)
     for contender in found:
         contender.finish(peak)
@@ -252,7 +252,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         groups = (contenders(size, mode, directory, arguments, stack) for size, mode in product(sizes, modes))
         if on_gpu:
-            groups = list(groups)  # start all at once: imports take many seconds, and a GPU machine has the cores
+            groups = list(groups)  # start all together: imports take many seconds, and a GPU machine has enough cores
         print(write_corpus(f"{directory}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         checks = []
         if on_gpu:  # checks compile, so four run at a time; each takes up to 16 GB

@@ -7,13 +7,13 @@ from torch.utils.benchmark import Timer
 
 from .rows import progress
 
-# GEMM side and copied bytes for the ceilings. The CPU's copy exceeds its L3.
+# GEMM side length and copied bytes for the ceilings. The CPU's copy is larger than its L3 cache.
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds per call over about 10 ms of calls. CUDA: device events with a cold L2; CPU: wall clock."""
+    """Return the median seconds per call over about 10 ms of calls. CUDA: device events, cold L2; CPU: wall clock."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -23,7 +23,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(samples: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call all samples in turn, round by round. Returns one value per round, without the warm-up round."""
+    """Call the samples in interleaved rounds. Returns one value per round, without the warmup round."""
     values = {name: [] for name in samples}
     for count in progress(range(rounds + 1), desc="rounds", leave=False, disable=None):
         for name, sample in samples.items():
@@ -34,12 +34,12 @@ def interleave(samples: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def measure(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call, timed in interleaved rounds: one value per round."""
+    """Return the seconds per call, timed in interleaved rounds, with one value per round."""
     return interleave({name: lambda call=call: seconds_of(call, device) for name, call in calls.items()}, rounds)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large GEMM on random data, and bytes/s (read plus written) of a large copy: each the best of ten."""
+    """Return FLOP/s of a large GEMM and bytes/s (read + written) of a large copy, both the best of ten runs."""
     side, size = GEMM_SIDE[device.type], COPY_BYTES[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     source = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -1,7 +1,7 @@
 """Trace a training step without a GPU: the kernels it launches on a GPU, their FLOPs and bytes, and its peak memory.
 
-The step is train.py's own (`Run.step`), compiled, on fake tensors (`offline`). A step that waits for the device raises.
-Inductor compiles for Triton up to its schedule, which lists the fused kernels. Our custom ops run up to their launches.
+The step is train.py's own (`Run.step`), compiled, on fake tensors (`offline`). A step that waits for the device fails.
+Inductor compiles for Triton up to its schedule, which lists the fused kernels. Our custom ops run up to launch.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ from .compile import GEMMS, LaunchMode, offline
 
 
 class Launch(NamedTuple):
-    """One kernel launch. bytes_moved: bytes read and written; a gathered row counts each time."""
+    """One kernel launch. bytes_moved: bytes read and written; repeated reads of a gathered row all count."""
 
     name: str
     flops: float
@@ -52,20 +52,20 @@ class Step(NamedTuple):
 
 
 def nbytes(value) -> int:
-    """The bytes of a tensor, or of the part that a view shows; 0 for other values."""
+    """Return the bytes of a tensor, or of the part that a view covers; 0 for non-tensors."""
     value = value.base if isinstance(value, TensorDescriptor) else value
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def grouped_flops(name: str, a: dict) -> float:
-    """The FLOPs of a grouped GEMM kernel with arguments `a`."""
+    """Return the FLOPs of a grouped GEMM kernel with arguments `a`."""
     x = a["a" if name == "_weight_grad_kernel" else "x"]
     rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
     return 4 * rows * a["D"] * a["F"] if name == "_up_kernel" else 2 * rows * a["I"] * a["O"]
 
 
 def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) -> Launch:
-    """A launch of one of our kernels. Each argument is read or written once, except where noted."""
+    """Return a launch of one of our kernels. Each argument is read or written once unless noted."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
     if name == "_gather_kernel":
@@ -80,7 +80,7 @@ def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) ->
     return Launch(name, nbytes(logits) // 4 * 2 * a.get("D", 0), moved)  # 0 FLOPs unless it is a router GEMM
 
 
-# Torch ops, besides views, that launch nothing. Every other op counts as one launch.
+# Torch ops, in addition to views, that launch nothing. Every other op counts as one launch.
 SILENT = {
     "device", "empty", "empty_like", "new_empty", "scalar_tensor", "_unsafe_view", "_record_function_enter_new",
     "_record_function_exit",
@@ -89,7 +89,7 @@ LIBRARY_GEMMS = ("mm", "addmm", "bmm")  # inductor calls libraries for these and
 
 
 def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
-    """A launch of a torch op. It reads inputs, writes outputs, and does both to tensors that it changes in place."""
+    """Return a launch of a torch op. It reads inputs, writes outputs, and does both for tensors modified in place."""
     moved, flops, head_dim, known = 0.0, 0.0, 0, set()
     arguments = func._schema.arguments
     inputs = [*zip(arguments, args, strict=False), *((x, kwargs[x.name]) for x in arguments if x.name in kwargs)]
@@ -113,7 +113,7 @@ def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
 
 
 class Recorder(LaunchMode):
-    """A context that records `launches` and the peak memory of tensors, `peak_bytes`."""
+    """Context manager that records `launches` and `peak_bytes`, the peak memory of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class Recorder(LaunchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # lets compiled graphs run in this mode
+        return True  # lets compiled graphs run under this mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "acceleron_triton":
@@ -171,7 +171,7 @@ class Recorder(LaunchMode):
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """Run steps on fake tensors as if on an H100. The yielded context records them."""
+    """Run steps on fake tensors as if on an H100. The yielded object records them."""
     recorder = Recorder()
     torch._dynamo.reset()
     with (
@@ -188,7 +188,7 @@ def recording() -> Iterator[Recorder]:
 def trace_step(
     size: str, dense: bool = False, batch_size: int = 1, grad_accum: int = 1, seq_len: int = ROW_LENGTH
 ) -> Step:
-    """Trace the second bf16 training step of a size or its dense baseline. A step that waits for the device raises."""
+    """Trace the second bf16 training step of a size or its dense baseline. A step that waits for the device fails."""
     config = ModelConfig.preset(size, dense=dense)
     with tempfile.TemporaryDirectory() as directory:
         options = TrainOptions(
@@ -200,7 +200,7 @@ def trace_step(
         with recording() as recorder:
             run = Run(options, config, shards, torch.device("cpu"), torch.bfloat16)
             run.model.compile_blocks()
-            with closing(run.loader):  # a failing step must not leave reader threads
+            with closing(run.loader):  # a failing step must not leave reader threads behind
                 run.step(1e-3)  # compiles, and creates the optimizer state
                 run.fetch()
                 recorder.launches.clear()

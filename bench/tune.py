@@ -1,12 +1,12 @@
-"""Tune the grouped GEMMs on this GPU: write configurations that beat the default rule's to DIR/tuned.jsonl.
+"""Tune the grouped GEMMs on this GPU: write configurations that beat the default rule to DIR/tuned.jsonl.
 
 python -m bench tune [--model_size tiny ...] [--seconds 600] [--output DIR]; then set ACCELERON_TUNED=DIR/tuned.jsonl
 
 bench/candidates.jsonl has up to 12 candidates for each size and GEMM, best estimate first, as values of
 `configs.Config`. They differ from the rule's configuration and pass `bench compile --check` for sm_90 on Triton 3.6.0.
 All CPU cores compile candidates. The remaining time is divided equally among the remaining GEMMs. A separate process
-checks each candidate against plain PyTorch and times it in rounds interleaved with the rule's configuration. A
-candidate is written at once if it is the fastest so far and its p80 of candidate / rule is below 1.
+checks each candidate against plain PyTorch and times it against the rule in interleaved rounds. A
+candidate is written immediately if it is the fastest so far and its p80 of candidate / rule is below 1.
 """
 
 import json
@@ -66,7 +66,7 @@ def try_candidate(gemm: ops.Settings, config: Config, row: Row) -> tuple[Row, di
 
 
 def tune(candidates: dict[ops.Settings, list[Config]], results: Results, seconds: float, limit: float):
-    """Try candidates until the time is over. Appends each new best one to DIR/tuned.jsonl."""
+    """Try candidates until time runs out. Appends each new best candidate to DIR/tuned.jsonl."""
     end, compiled = time.monotonic() + seconds, {}
     with pool(max(1, (os.cpu_count() or 1) - 1)) as compilers, closing(Worker(serve_calls)) as timer:
         for gemm, listed in candidates.items():
@@ -101,7 +101,7 @@ def main():
     device, dtype = arguments.device, arguments.dtype
     at, x = launch.device_of(torch.empty(0, device=device)), torch.empty(0, 8, dtype=dtype, device=device)
     if not (at and configs.tma_available("rows", at, x)):
-        raise InputError("tuning needs a GPU of sm_90 or later and a 16-bit --dtype")
+        raise InputError("tuning needs a GPU with sm_90 or later and a 16-bit --dtype")
     lines = map(json.loads, CANDIDATES.read_text().splitlines())
     known = {(line["size"], line["op"]): [Config(*config) for config in line["configs"]] for line in lines}
     candidates = {}

@@ -17,15 +17,15 @@ START_SECONDS = 300  # limit for imports
 
 
 class Failure(Exception):
-    """The reason for a missing answer: an exception, the exit status of the process, or its time limit."""
+    """The reason an answer is missing: an exception, the exit status of the process, or its time limit."""
 
-    fatal = False  # True if the process has ended
+    fatal = False  # True if the process has exited
 
 
 class Worker:
     """Runs `serve(connection, *args)` in a spawned process. `serve` answers each message, possibly with a Failure.
 
-    If the process has ended, the next `ask` starts a new one. `close` raises EOFError in `serve`.
+    If the process has exited, the next `ask` starts a new one. `close` raises EOFError in `serve`.
     """
 
     def __init__(self, serve: Callable, *args):
@@ -40,7 +40,7 @@ class Worker:
         self.started = False
 
     def ask(self, message, seconds: float | None = None):
-        """Return the answer to a message, or raise Failure. The time limit excludes imports."""
+        """Return the answer to a message. Raises Failure. The time limit excludes imports."""
         if self.process is None:
             self.start()
         try:
@@ -74,7 +74,7 @@ class Worker:
             self.connection.close()
             self.process.join(patience)
             self.process.kill()
-            self.process.join(10)  # a process stuck in a driver never ends
+            self.process.join(10)  # a process stuck in a driver never exits
             self.process = None
 
 
@@ -82,7 +82,7 @@ def _run(serve: Callable, connection, args: tuple):
     try:
         connection.send("started")
         serve(connection, *args)
-    except (EOFError, ConnectionError):  # the parent closed the connection or ended
+    except (EOFError, ConnectionError):  # the parent closed the connection or exited
         return
     except Exception as error:
         traceback.print_exc()
@@ -96,7 +96,7 @@ def _run(serve: Callable, connection, args: tuple):
 def pool(processes: int) -> Iterator[Callable[..., Future]]:
     """Yields `call(function, *args, seconds=600)`, which returns a Future of the function's result or of a Failure.
 
-    A call that raises, hangs or ends its process loses only its own result. Leaving the context cancels pending calls.
+    A call that raises, hangs or ends its process loses only its own result. Pending calls are canceled on exit.
     """
     own, workers = threading.local(), []
 
@@ -125,5 +125,5 @@ def serve_calls(connection):
         except Exception as error:
             answer = Failure(describe(error))
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # raises, and so ends this process, if the CUDA context is lost
+                torch.cuda.synchronize()  # if the CUDA context is lost, this raises and ends the process
         connection.send(answer)

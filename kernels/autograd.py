@@ -1,4 +1,4 @@
-"""Helpers for the autograd Functions of both backends: no second derivative, no autocast, the scale of a mean."""
+"""Autograd helpers for both backends: block second derivatives, disable autocast, and scale the gradient of a mean."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of torch.autocast on this device; None if autocast is disabled."""
+    """Return the torch.autocast dtype on this device, or None if autocast is disabled."""
     enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Context with autocast disabled on this device."""
+    """Context manager that disables autocast on this device."""
     return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
 def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
-    """A mantissa in [0.5, 1) and a power of two with 1 / count = power / mantissa. Both are 0 if count is 0.
+    """Return a mantissa in [0.5, 1) and a power of two with 1 / count = power / mantissa. Both are 0 if count is 0.
 
-    For a mean whose gradients are formed in the forward pass. Forward divides by the mantissa only, which avoids
+    Used for a mean that computes its gradients in the forward pass. Forward divides by the mantissa only, which avoids
     underflow in fp16. Backward multiplies by the power, which is exact. count: a floating-point scalar.
     """
     mantissa = torch.frexp(count).mantissa
@@ -30,16 +30,16 @@ def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in grad's dtype. The scalar factor may exceed its range: a loss scale of 65,536 does in fp16."""
+    """Return grad * factor in grad's dtype. The scalar factor can exceed its range (a loss scale of 65,536 in fp16)."""
     # torch would round a zero-dimensional factor to grad's dtype first.
     return torch.mul(grad, factor[None], out=torch.empty_like(grad))
 
 
 def first_order(op: str) -> Callable:
-    """Decorator for the backward of an autograd Function without a second derivative.
+    """Decorator for the backward method of an autograd Function that has no second derivative.
 
-    Raises RuntimeError under `create_graph=True`. torch's `once_differentiable` silently returns a constant where only
-    the saved tensors require grad. The decorator also disables autocast.
+    Backward raises RuntimeError under `create_graph=True`. torch's `once_differentiable` silently returns a constant if
+    only the saved tensors require grad. The decorator also disables autocast.
     """
 
     def decorate(backward: Callable) -> Callable:

@@ -1,11 +1,11 @@
-"""Tile sizes of the grouped GEMMs, and whether they load their operands by TMA.
+"""Tile sizes of the grouped GEMMs, and whether they load their operands through TMA.
 
-A configuration comes from the tuned table, if it has an entry for the device, dtype and sizes, and else from `rule`.
+If the tuned table has an entry for the device, dtype and sizes, the configuration comes from it; otherwise from `rule`.
 Nothing is tuned during training. Environment variables:
-  ACCELERON_TUNED   the file of the tuned table (default: tuned.jsonl beside this module, if it exists), written by
+  ACCELERON_TUNED   path of the tuned table (default: tuned.jsonl next to this module, if it exists), written by
                     `python -m bench tune`. A line has arch, device (a name, or "any"), op, dtype, sizes (see below),
-                    the fields of `Config` and the median time. It applies where TMA is used.
-  ACCELERON_NO_TMA  the ops, separated by commas, that load through pointers instead of TMA: up, rows, weight_grad or
+                    the fields of `Config` and the median time. It is only used for launches with TMA.
+  ACCELERON_NO_TMA  comma-separated list of ops that load through pointers instead of TMA: up, rows, weight_grad or
                     all
 
 | op | sizes |
@@ -31,11 +31,11 @@ KEY = ("arch", "device", "op", "dtype", "sizes")
 
 
 class Config(NamedTuple):
-    """A tile of block_m x block_n outputs and block_k of the inner width. `up` has block_n gate and block_n up columns.
+    """Tile of block_m x block_n outputs and block_k inner columns. `up` has block_n gate and block_n up columns.
 
     programs: persistent programs per SM.
-    flatten: one pipelined loop over tiles and inner width: the first loads of a tile overlap the stores of the last.
-    split: shares of each expert's rows for which weight_grad computes separate sums.
+    flatten: one pipelined loop over tiles and inner blocks. A tile's first loads overlap the previous tile's stores.
+    split: number of shares of each expert's rows. weight_grad computes a separate sum for each share.
     """
 
     block_m: int
@@ -48,15 +48,15 @@ class Config(NamedTuple):
     split: int = 1
 
     def blocks(self) -> dict:
-        """Keyword arguments of every GEMM kernel."""
+        """Return the keyword arguments shared by all GEMM kernels."""
         blocks = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k)
         return blocks | dict(FLATTEN=self.flatten, num_warps=self.warps, num_stages=self.stages)
 
 
 def read_table() -> dict[tuple, Config]:
-    """KEY -> Config, from the file that ACCELERON_TUNED names.
+    """Read the table that maps KEY to Config from the file in ACCELERON_TUNED.
 
-    Raises ValueError for a missing file and for a line that is not a configuration.
+    Raises ValueError if the file is missing or a line is not a configuration.
     """
     named = os.environ.get("ACCELERON_TUNED")
     path = Path(named or Path(__file__).parent / "tuned.jsonl")
@@ -65,7 +65,7 @@ def read_table() -> dict[tuple, Config]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; set another file, or unset it") from error
+        raise ValueError(f"ACCELERON_TUNED={path}: {error.strerror}; set a different file or unset it") from error
     entries = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -79,7 +79,7 @@ def read_table() -> dict[tuple, Config]:
             key = (*(entry[name] for name in KEY[:-1]), tuple(entry["sizes"]))
             entries[key] = Config(*(entry[name] for name in Config._fields))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r}; remove the line, or tune again") from error
+            raise ValueError(f"{path}, line {number}: {error!r}; remove the line or rerun the tuner") from error
     return entries
 
 
@@ -88,7 +88,7 @@ table = cache(read_table)
 
 @cache
 def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
-    """With TMA, the table entry for the device name, or for \"any\" of its architecture; otherwise the rule."""
+    """With TMA, look up the device name, then \"any\" device of its architecture, in the table. Else use the rule."""
     if tma:
         for device_name in (device.name, "any"):
             key = (device.arch, device_name, op, str(dtype).removeprefix("torch."), sizes)
@@ -98,7 +98,7 @@ def find_config(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, .
 
 
 def without_tma() -> set[str]:
-    """The ops in ACCELERON_NO_TMA. Raises ValueError for an unknown name."""
+    """Return the ops in ACCELERON_NO_TMA. Raises ValueError for an unknown name."""
     names = os.environ.get("ACCELERON_NO_TMA", "")
     ops = {name.strip() for name in names.split(",") if name.strip()}
     if ops - {*OPS, "all"}:
@@ -107,9 +107,9 @@ def without_tma() -> set[str]:
 
 
 def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
-    """Whether TMA can load these operands and ACCELERON_NO_TMA does not exclude the op.
+    """Return True if TMA can load these operands and ACCELERON_NO_TMA does not exclude the op.
 
-    TMA needs Hopper or later, a 16-bit dtype, 16-byte aligned pointers, and rows of a multiple of 16 bytes.
+    TMA needs Hopper or later, a 16-bit dtype, 16-byte-aligned pointers, and rows that are a multiple of 16 bytes long.
     """
     if op in without_tma():
         return False
@@ -119,10 +119,10 @@ def tma_available(op: str, device: Device, *operands: Tensor) -> bool:
 
 
 def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operands: Tensor) -> tuple[Config, bool]:
-    """The configuration of a launch, and whether it uses TMA.
+    """Return the configuration of a launch, and whether it uses TMA.
 
-    operands: the tensors whose tiles the kernel loads, all of one dtype. inner: the inner width, which must be a
-    multiple of block_k for TMA; 0 if the inner axis is the rows, whose end TMA knows.
+    operands: the tensors that the kernel loads in tiles, all of one dtype. inner: the inner width, which must be a
+    multiple of block_k for TMA; 0 if the inner axis is the rows, because TMA handles their end.
     """
     dtype = operands[0].dtype
     if tma_available(op, device, *operands):
@@ -133,17 +133,17 @@ def choose(op: str, device: Device, sizes: tuple[int, ...], inner: int, *operand
 
 
 def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tma: bool) -> Config:
-    """The configuration for sizes without a table entry: it compiles without spills and fits in shared memory."""
+    """Return a configuration for sizes not in the table. It compiles without spills and fits in shared memory."""
     if device.arch == "interpreter":
         return Config(32, 32, 32, 4, 1, split=2)  # small: small tests have several tiles and shares
     if dtype == torch.float32:
-        # Without tensor cores. With the other number of warps a few bytes spill.
+        # No tensor cores. Swapping 4 and 8 warps spills a few bytes.
         return Config(64, 32, 16, 4, 2) if op == "up" else Config(64, 64, 32, 8 if op == "rows" else 4, 2)
     if device.arch.startswith("gfx"):
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
         return Config(128, 64 if op == "up" else 128, 32, 8, 3)
-    # Addresses and masks take the registers of a larger tile.
+    # Addresses and masks use the registers a larger tile would need.
     if not tma or any(size % 64 for size in sizes[1:3]):
         return Config(64, 32 if op == "up" else 64, 32, 4, 3)
     wide = sizes[2] > 128
@@ -154,17 +154,17 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         if op == "up":
             return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4)
         return Config(128, 256 if wide else 128, 64, 8, 4)
-    # Two programs per SM: the epilogue of one overlaps the GEMM of the other. This helps if the inner width is small.
+    # Two programs per SM let the epilogue of one overlap the GEMM of the other. This helps if the inner width is small.
     if op == "rows" and min(sizes[1:3]) > 1024:
         return Config(128, 256, 64, 8, 4, flatten=True)
     return Config(128, 64 if op == "up" else 128, 64, 4, 3, programs=2, flatten=True)
 
 
 def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:
-    """The fastest number of shares: more shares fill the last wave of tiles, but adding them up takes time.
+    """Return the fastest number of shares. More shares fill the last wave of tiles, but adding them up takes time.
 
     Each share is written and read in fp32, 8 E O I bytes, and the GEMM has 4 T O I FLOPs. At 65,536 tokens, 500 TFLOP/s
-    and 2.7 TB/s a share costs 0.57 % * E of the GEMM's time.
+    and 2.7 TB/s, a share costs 0.57% * E of the GEMM's time.
     """
     tiles = E * -(-O // config.block_m) * -(-I // config.block_n)
 

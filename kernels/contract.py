@@ -1,7 +1,7 @@
-"""Result types of the ops, and argument checks that acceleron/ops.py calls.
+"""Result types of the ops, and the argument checks that acceleron/ops.py calls.
 
-A check raises a ValueError that names the argument, where torch would silently broadcast, promote or read past the
-end. It never reads values on a device.
+A check raises a ValueError that names the argument in cases where torch would silently broadcast, promote or read past
+the end. It never reads values on a device.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, V vocabulary,
 N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
@@ -19,7 +19,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """Top-2 routing and unweighted losses. Scores and losses: fp32 (fp64 for fp64 logits); ids int32; counts int64."""
+    """Top-2 routing, unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32, counts int64."""
 
     topk_scores_TK: Tensor
     topk_ids_TK: Tensor
@@ -29,9 +29,9 @@ class Routing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The T * K assignments sorted by expert. Assignment t * K + k is the k-th choice of token t.
+    """The T * K assignments, sorted by expert. Assignment t * K + k is the k-th choice of token t.
 
-    gather_idx: int32 [N], the assignment in each expert-sorted row (a stable sort).
+    gather_idx: int32 [N], the assignment of each expert-sorted row (a stable sort).
     scatter_idx_TK: int32, the row of each assignment.
     offsets: int32 [E + 1]; expert e owns the rows offsets[e]:offsets[e + 1].
     """
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """The output of a Mixture-of-Experts layer, and the router's losses and counts as in `Routing`."""
+    """Output of a Mixture-of-Experts layer, with the router losses and counts of `Routing`."""
 
     y_TD: Tensor
     z_loss: Tensor
@@ -73,7 +73,7 @@ def check(
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, statistics and sums: float64 for float64, else float32."""
+    """Return the dtype of scores, statistics and sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -140,7 +140,7 @@ def check_swiglu(gate_up_N2F: Tensor):
     check("swiglu: gate_up_N2F", gate_up_N2F, [None] * max(1, gate_up_N2F.dim()))
     if gate_up_N2F.shape[-1] % 2:
         raise ValueError(
-            f"swiglu: gate_up_N2F: expected an even last axis, the gate and then up, but got {tuple(gate_up_N2F.shape)}"
+            f"swiglu: gate_up_N2F: expected an even last axis, gate then up, but got {tuple(gate_up_N2F.shape)}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The head's cross-entropy in chunks of tokens. The forward pass also computes the gradients.
+"""Output head and cross-entropy, computed in chunks of tokens. The forward pass also computes the gradients.
 
-Legend: T tokens, D model width, V vocabulary. torch computes the GEMMs; the kernel replaces the logits of a chunk by
-their gradient. The idea is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+Legend: T tokens, D model width, V vocabulary. torch computes the GEMMs; the kernel replaces the logits of a chunk with
+their gradient. The idea is from Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
 """
 
 import torch
@@ -14,11 +14,11 @@ from .autograd import first_order, scale_gradient, split_mean
 from .launch import INTERPRETED, check_launch, device_of
 
 # Logits per chunk: 1 GiB in bf16. Each chunk reads and writes the weight's fp32 gradient, V * D * 4 bytes: at 2**29
-# logits that costs about 5 % of the chunk's GEMM for tiny, and twice that at 2**28.
+# logits, that costs about 5% of the chunk's GEMM time for tiny, and twice that at 2**28.
 LOGITS_PER_CHUNK = 1 << 29
-# A row is read twice, and the second read should hit L2. With 16 logits per thread the kernel uses 42 registers, so an
-# SM of an H100 runs two rows at a time: 26 MB on all SMs. With 8 logits it uses 32 registers and runs four rows: 53 MB,
-# more than L2 holds.
+# A row is read twice, and the second read should hit L2. With 16 logits per thread, the kernel uses 42 registers, so an
+# H100 SM runs two rows at a time, which is 26 MB on all SMs. With 8 logits, it uses 32 registers and runs four rows,
+# which is 53 MB and does not fit in L2.
 BLOCK, WARPS = 8192, 16
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -26,21 +26,21 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _exp2(x):
-    """2**x. A GPU may flush subnormal results to 0; tl.exp2 keeps them, with three more instructions."""
+    """Return 2**x. A GPU may flush subnormal results to 0; tl.exp2 keeps them but takes three more instructions."""
     return tl.exp2(x) if _INTERPRETED else libdevice.exp2(x)
 
 
-# The labels and losses of a chunk have any alignment: without this, up to four variants would be compiled.
+# The labels and losses of a chunk can have any alignment. Without this, Triton would compile up to four variants.
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "losses_ptr"])
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, losses_ptr, mantissa_ptr, V, ignore_index,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: writes its loss, and (softmax - onehot) / mantissa over its logits.
+    """Each program writes the loss of one row and overwrites its logits with (softmax - onehot) / mantissa.
 
     The softmax is online (Milakov & Gimelshein 2018). Each thread keeps its own maximum and sum and rescales the sum
-    once per block; threads are reduced at the end of the row. Maxima are multiplied by log2(e), so a logit takes one
-    FMA and one exp2.
+    once per block. The threads are reduced at the end of the row. Maxima are multiplied by log2(e), so each logit takes
+    one FMA and one exp2.
     """
     row = tl.program_id(0).to(tl.int64)  # 64 bits: a chunk can have more than 2**31 values
     logits_ptr += row * V
@@ -61,7 +61,7 @@ def _cross_entropy_kernel(
         total = tl.zeros((THREADS,), tl.float32)
         for start in range(0, V, BLOCK):
             x = tl.load(logits_ptr + start + col, col < V - start, other=float("-inf")).to(tl.float32)
-            # With can_reorder a column belongs to one thread, so its maximum and sum need no other thread.
+            # With can_reorder, a column belongs to one thread, so its maximum and sum stay in that thread.
             x = tl.reshape(x, (BLOCK // THREADS, THREADS), can_reorder=True)
             larger = tl.maximum(largest, tl.max(x, axis=0) * LOG2_E)
             total = total * _exp2(largest - larger) + tl.sum(_exp2(tl.fma(x, LOG2_E, -larger)), axis=0)
@@ -70,7 +70,7 @@ def _cross_entropy_kernel(
         row_total = tl.sum(total * _exp2(largest - row_largest), axis=0)
         tl.store(losses_ptr + row, tl.log(row_total) - LN_2 * tl.fma(target_logit, LOG2_E, -row_largest))
         if WITH_GRADIENT:
-            # Last block first: it is most likely still in a cache.
+            # Start with the last block, because it is most likely still in a cache.
             last = (V - 1) // BLOCK * BLOCK
             for offset in range(0, V, BLOCK):
                 start = last - offset
@@ -86,7 +86,7 @@ def _cross_entropy_kernel(
 def _linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss; the gradients of x and the weight without a factor (empty unless needed); and that factor."""
+    """Return the mean loss, the unscaled gradients of x and the weight (empty unless needed), and their scale."""
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
     keep_T1 = (labels_T != ignore_index)[:, None]
@@ -94,10 +94,10 @@ def _linear_cross_entropy(
     mantissa, power = split_mean(count)
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
-    # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
+    # Sum in fp32, because a bf16 sum over 100k tokens loses small gradients.
     grad_weight = weight_VD.new_zeros(weight_VD.shape if need_weight else 0, dtype=torch.float32)
-    # Chunks of about equal size, because a short last chunk would waste tiles of its GEMM. At least two, so that the
-    # full logits never exist.
+    # The chunks have about the same size, because a short last chunk would waste tiles of its GEMM. There are at least
+    # two, so the full logits are never materialized.
     chunks = max(2, triton.cdiv(T, max(1, LOGITS_PER_CHUNK // V)))
     step = triton.cdiv(T, chunks)
     buffer = x_TD.new_empty(step, V)
@@ -129,7 +129,7 @@ def _(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Backward scales the gradients that forward computed: the loss is a scalar."""
+    """Backward only scales the gradients computed in the forward pass, because the loss is a scalar."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
     """`ops.linear_cross_entropy` on contiguous tensors.
 
-    LOGITS_PER_CHUNK logits exist at a time. Their gradients are formed only if x or the weight needs a gradient.
+    Logits are computed LOGITS_PER_CHUNK at a time, and their gradients only if x or the weight needs a gradient.
     """
     check_launch("linear_cross_entropy", x_TD=x_TD, weight_VD=weight_VD, labels_T=labels_T)
     need_x, need_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, weight_VD))

@@ -1,8 +1,8 @@
-"""The dispatch plan: a stable counting sort of the assignments by expert, without a host sync and without atomics.
+"""Dispatch plan: a stable counting sort of the assignments by expert, without host syncs or atomics.
 
 Legend: T tokens, E experts, K = 2, N = T * K assignments, B programs.
 
-Each program counts its assignments to each expert, and then places them after those of the programs before it.
+Each program counts its assignments to each expert, then places them after those of the previous programs.
 """
 
 import torch
@@ -18,7 +18,7 @@ from .launch import MAX_PROGRAMS, check_launch
 def _count_kernel(
     topk_ids_ptr, counts_ptr, N, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """The number of this program's assignments to each expert."""
+    """Count this program's assignments to each expert."""
     es = tl.arange(0, E_PAD)
     counts = tl.zeros((E_PAD,), dtype=tl.int32)
     for block in range(BLOCKS):
@@ -33,7 +33,7 @@ def _place_kernel(
     topk_ids_ptr, counts_ptr, gather_idx_ptr, scatter_idx_ptr, offsets_ptr, N, B,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The row of each assignment: after lower experts, earlier programs, and earlier assignments of this program."""
+    """Place each assignment after lower experts, earlier programs, and earlier assignments of this program."""
     program = tl.program_id(0)
     es = tl.arange(0, E_PAD)
     total = tl.zeros((E_PAD,), dtype=tl.int32)
@@ -62,7 +62,7 @@ def _place_kernel(
 
 @torch.library.custom_op("acceleron_triton::dispatch_plan", mutates_args=())
 def build_plan(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """gather_idx, scatter_idx_TK and offsets of `Plan`."""
+    """Return gather_idx, scatter_idx_TK and offsets of `Plan`."""
     N, E = topk_ids_TK.numel(), num_experts
     int32 = dict(dtype=torch.int32, device=topk_ids_TK.device)
     gather_idx, scatter_idx_TK, offsets = (torch.empty(s, **int32) for s in (N, topk_ids_TK.shape, E + 1))

@@ -1,11 +1,11 @@
-"""The routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
+"""Routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
-Forward has four launches: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection); y_TD,
-the weighted sum of each token's two rows. It saves x, h and the plan for backward, as SonicMoE does. Backward: gather
-dy_ND; r = w2.T dy; dh, the weighted act and the gradient of the scores in one elementwise kernel; dW2; gather x_ND;
-dW13; the rows of dx; dx_TD, the sum of each token's two rows. x_ND, act and the down-projection's output are not saved.
+Forward launches four kernels: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection);
+y_TD, the weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not x_ND,
+act or the down-projection's output. Backward launches: gather dy_ND; r = w2.T dy; dh, the weighted act and the score
+gradients in one elementwise kernel; dW2; gather x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
 """
 
 import torch
@@ -36,9 +36,9 @@ def _up_kernel(
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate columns and the same up columns.
+    """Compute h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate and BLOCK_N matching up columns.
 
-    One accumulator holds both. With two, ptxas serialises the wgmmas of the flattened loop (warning C7515).
+    One accumulator holds both. With two, ptxas serializes the wgmmas of the flattened loop (warning C7515).
     """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -49,7 +49,7 @@ def _up_kernel(
         acc = grouped_dot(x, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
         if not WITH_H:
-            acc += 0.0  # else ptxas moves the fp16 conversions between the wgmmas and serialises them (C7514)
+            acc += 0.0  # otherwise ptxas moves fp16 conversions between the wgmmas and serializes them (C7514)
         h = acc.to(h_ptr.dtype.element_ty)
         gate, up = tl.split(tl.permute(tl.reshape(h, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         fs = f + tl.arange(0, BLOCK_N)
@@ -58,7 +58,7 @@ def _up_kernel(
         if WITH_H:
             tl.store(h_ptrs, gate, mask=mask)
             tl.store(h_ptrs + F, up, mask=mask)
-        # From the rounded h, so that backward recomputes the same values.
+        # Use the rounded h, so backward recomputes the same values.
         gate = gate.to(tl.float32)
         act = gate * sigmoid(gate) * up.to(tl.float32)
         act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
@@ -70,9 +70,9 @@ def _hidden_grad_kernel(
     act_ptr, h_ptr, dh_ptr, gather_idx_ptr, topk_scores_ptr, dtopk_scores_ptr, N,
     F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """dh and dtopk_scores; replaces r = w2[e].T @ dy by act times its score, the operand of dW2.
+    """Compute dh and dtopk_scores. Overwrite r = w2[e].T @ dy with act times its score, the operand of dW2.
 
-    With s the score: dact = s r, and the gradient of s is r . act.
+    For score s, dact = s r, and the gradient of s is r . act.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
@@ -101,7 +101,7 @@ def _hidden_grad_kernel(
 
 @triton.jit
 def _token_tile(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens and columns of this program's tile of [T, D], the tile's offsets, and its mask."""
+    """Return the tokens and columns of this program's tile of [T, D], the tile's offsets, and its mask."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -142,7 +142,7 @@ def _token_grad_kernel(
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
     if ROUTER:
-        # fp32 without tensor cores: 2 E FLOPs per value are hidden behind memory up to about 32 experts.
+        # This fp32 sum uses no tensor cores. Up to about 32 experts, memory traffic hides its 2 E FLOPs per value.
         for e in range(E):
             dlogit = tl.load(dlogits_ptr + ts.to(tl.int64) * E + e, mask=ts < T, other=0.0)
             weight = tl.load(router_ptr + e * D + ds, mask=ds < D, other=0.0).to(tl.float32)
@@ -151,10 +151,10 @@ def _token_grad_kernel(
 
 
 def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
-    """Grid and blocks of a kernel over [T, D]: 8 KiB of bf16 per program; the tiles of a row are consecutive.
+    """Return the grid and blocks of a kernel over [T, D]. Each program handles 8 KiB of bf16. Tiles are in row order.
 
-    There are more threads than columns. Only then does Triton load a row of the router in the layout of the sum;
-    otherwise the row passes through shared memory, with two barriers per expert.
+    There are more threads than columns. Only then does Triton load a router row in the layout of the sum. Otherwise the
+    row goes through shared memory, with two barriers per expert.
     """
     block_d = min(128, triton.next_power_of_2(D))
     block_t = 4096 // block_d
@@ -165,7 +165,7 @@ def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
 def expert_up(
     x_TD: Tensor, w13_E2FD: Tensor, gather_idx: Tensor, offsets: Tensor, with_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """The pre-activation h_N2F (empty unless with_h) and act_NF = silu(gate) * up of each expert-sorted row."""
+    """Return the pre-activation h_N2F (empty unless with_h) and act_NF = silu(gate) * up for expert-sorted rows."""
     (E, F2, D), N = w13_E2FD.shape, gather_idx.numel()
     F = F2 // 2
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
@@ -201,7 +201,7 @@ def expert_down(
     shared_TD: Tensor | None,
     residual_TD: Tensor | None,
 ) -> Tensor:
-    """y_TD: the weighted sum of each token's two rows of w2[e] @ act, plus shared and residual."""
+    """Return y_TD, the weighted sum of each token's two rows of w2[e] @ act, plus shared and residual."""
     T, D = topk_scores_TK.shape[0], w2_EDF.shape[1]
     rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
     y_TD = rows_ND.new_empty(T, D)
@@ -225,10 +225,10 @@ def _(act_NF, w2_EDF, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residu
 def hidden_grad(
     dy_ND: Tensor, w2_EDF: Tensor, h_N2F: Tensor, topk_scores_TK: Tensor, gather_idx: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh_N2F, act_NF times the score of its row, and dtopk_scores_TK.
+    """Return dh_N2F, act_NF times the score of its row, and dtopk_scores_TK.
 
     The elementwise kernel is separate from the GEMM because it needs few registers and runs at memory bandwidth. In the
-    epilogue of the GEMM, eight warps would wait for h (bench/LOG.md, 2026-11-26).
+    GEMM's epilogue, eight warps would wait for h (bench/LOG.md, 2026-11-26).
     """
     act_NF, dh_N2F = grouped_rows(dy_ND, w2_EDF, offsets, False), torch.empty_like(h_N2F)
     dtopk_scores_TK = torch.empty_like(topk_scores_TK)
@@ -257,7 +257,7 @@ def token_grad(
     dlogits_TE: Tensor | None,
     router_ED: Tensor | None,
 ) -> Tensor:
-    """dx_TD: the sum of each token's two rows, plus shared, plus dlogits @ router."""
+    """Return dx_TD, the sum of each token's two rows, plus shared, plus dlogits @ router."""
     T, D = scatter_idx_TK.shape[0], rows_ND.shape[1]
     dx_TD = rows_ND.new_empty(T, D)
     if T == 0:
@@ -289,7 +289,7 @@ def expert_grads(
     dtype13: torch.dtype | None,
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The expert-sorted rows of dx, dtopk_scores_TK, and the gradients of w13 and w2 in these dtypes (None: skip)."""
+    """Return the expert-sorted rows of dx, dtopk_scores_TK, and dw13 and dw2 in the given dtypes (None: skip)."""
     dy_ND = gather_rows(dy_TD, gather_idx)
     dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
     dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
@@ -312,7 +312,7 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     @first_order("expert_mlp")
     def backward(ctx, dy_TD):
-        scatter_idx_TK, *saved = ctx.saved_tensors  # read once: under checkpointing every access recomputes
+        scatter_idx_TK, *saved = ctx.saved_tensors  # read once: with checkpointing, every access recomputes
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
         dx_TD = token_grad(rows_ND, scatter_idx_TK, None, None, None)

@@ -1,7 +1,7 @@
-"""What every op computes: plain formulas with autograd, written to be read. The tests compare both backends with them.
+"""Every op as a plain, readable formula with autograd. The tests compare both backends with these formulas.
 
-Arguments and shapes are those of acceleron/ops.py, whose docstrings have the sources. All is computed in the dtype of
-the arguments; the tests pass float64. Nothing here is fast: the experts are a loop, and the logits of all tokens exist.
+Arguments and shapes match acceleron/ops.py, and its docstrings cite the sources. Everything is computed in the dtype of
+the arguments; the tests pass float64. Nothing here is fast: the experts run in a loop, and all logits are materialized.
 """
 
 import torch
@@ -50,7 +50,8 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
     tokens_per_expert_E = F.one_hot(topk_ids_TK, E).sum(dim=(0, 1))
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
-    balance_loss = E * (tokens_per_expert_E / (TOP_K * T) * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
+    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
+    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
     return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, balance_loss, tokens_per_expert_E)
 
 

@@ -1,11 +1,11 @@
-"""Grouped GEMM: the rows of each expert times that expert's weight, and the gradients of the weights.
+"""Grouped GEMM: multiplies each expert's rows by its weight, and computes the weight gradients.
 
 Legend: T tokens, D model width, E experts, K = 2, N = T * K expert-sorted rows, I and O input and output width of a
 GEMM. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows can be partly empty.
 
 Each program finds the expert of a tile from the E + 1 offsets, in registers. The reduction over E values costs as much
 as reading a tile-to-expert map from L2, and there is no map to build or save. Programs are persistent: the host
-launches as many as the device holds, and needs no tile count.
+launches as many as fit on the device and needs no tile count.
 """
 
 import torch
@@ -20,13 +20,13 @@ from .configs import Config, choose
 from .contract import TOP_K, Plan
 from .launch import INTERPRETED, Device, check_launch, device_of
 
-# The interpreter's dot of two bf16 tiles silently returns garbage (up to Triton 3.9), so it gets fp32 tiles.
+# The interpreter's dot silently returns garbage for two bf16 tiles (up to Triton 3.9), so it gets fp32 tiles.
 _WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in fp32. fp32 operands are multiplied in fp32, not in tf32."""
+    """Return acc + a @ b in fp32. fp32 operands are multiplied in fp32, not in tf32."""
     if _WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -34,7 +34,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def expert_rows(offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rows begin_E and end_E of each expert, and last_E, the number of tiles up to and including the expert's."""
+    """Return each expert's first row begin_E and end row end_E, and last_E, the number of tiles through this expert."""
     experts = tl.arange(0, E_PAD)
     begin_E = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
     end_E = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -44,7 +44,7 @@ def expert_rows(offsets_ptr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.c
 
 @triton.jit
 def locate(tile, begin_E, end_E, last_E, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a row tile, the first row of the tile, and the end of the expert's rows."""
+    """Return the expert of a row tile, the first row of the tile, and the end of the expert's rows."""
     expert = tl.sum((last_E <= tile).to(tl.int32), axis=0)
     mine = tl.arange(0, E_PAD) == expert
     begin = tl.sum(tl.where(mine, begin_E, 0), axis=0)
@@ -60,11 +60,11 @@ def _weight_tile(
     w, expert, o, i, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The [BLOCK_K, BLOCK_N] tile at (i, o) of the expert's weight. w is a pointer, or a descriptor with TMA.
+    """Load the [BLOCK_K, BLOCK_N] tile at (i, o) of the expert's weight. w is a pointer, or a descriptor with TMA.
 
-    LAYOUT is the order of the weight's axes. "E2OI" has O gate rows and then O up rows: the tile has BLOCK_N // 2 gate
-    columns from o on and then the same up columns; its descriptor [2 * E, O, I] reads zeros past O. The descriptors of
-    "EOI" and "EIO" can read into the next expert: such outputs are never stored, and I is a multiple of BLOCK_K.
+    LAYOUT is the order of the weight's axes. "E2OI" has O gate rows, then O up rows. Its tile has BLOCK_N // 2 gate
+    columns starting at o, then the same up columns. Its descriptor [2 * E, O, I] reads zeros past O. The descriptors of
+    "EOI" and "EIO" can read into the next expert, but those outputs are never stored, and BLOCK_K divides I.
     """
     if LAYOUT == "E2OI":
         if TMA:
@@ -88,7 +88,7 @@ def _weight_tile(
 
 @triton.jit
 def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The [rows, BLOCK_K] tile of x_NI at column i, through pointers. Every row index must be valid."""
+    """Load the [rows, BLOCK_K] tile of x_NI at column i through pointers. Every row index must be valid."""
     ks = i + tl.arange(0, BLOCK_K)
     ptrs = x + rows.to(tl.int64)[:, None] * I + ks[None, :]
     if I % BLOCK_K == 0:
@@ -101,7 +101,7 @@ def grouped_dot(
     x, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 tile [BLOCK_M, BLOCK_N] of x_NI @ w[expert], at rows from `row` on and columns from o on."""
+    """Return the [BLOCK_M, BLOCK_N] tile of x_NI @ w[expert] that starts at row `row` and column `o`, in fp32."""
     safe = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, I, BLOCK_K):
@@ -116,7 +116,7 @@ def _rows_kernel(
     E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """y_NO[n] = x_NI[n] @ w[e]. Persistent over the tiles; the column tiles of a row tile are consecutive."""
+    """Compute y_NO[n] = x_NI[n] @ w[e]. Programs are persistent. The column tiles of a row tile are consecutive."""
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     tiles = tl.max(last_E, axis=0) * column_tiles
@@ -136,7 +136,7 @@ def _weight_grad_kernel(
     E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out_EOI[e] = a_NO[rows].T @ b_NI[rows] over the rows of expert e, one sum for each of `split` shares of the rows.
+    """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows, with a separate sum for each row share.
 
     Ragged TMA descriptors read zeros past the expert's last row. Without TMA those rows are masked.
     """
@@ -164,7 +164,7 @@ def _weight_grad_kernel(
                 a_tile = tl.load(a + rows * O + os, mask=(rows < end) & (os < O)[None, :], other=0.0)
                 b_tile = tl.load(b + rows * I + ks, mask=(rows < end) & (ks < I)[None, :], other=0.0)
             acc = dot(a_tile.T, b_tile, acc)
-        # The shares of one expert are E * O * I apart: a sum over the leading axis adds them.
+        # The shares of one expert are E * O * I apart, so a sum over the leading axis adds them.
         out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (O * I)
         out_ptrs = out + os.to(tl.int64)[:, None] * I + ks[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(os < O)[:, None] & (ks < I)[None, :])
@@ -175,7 +175,7 @@ def _gather_kernel(
     x_ptr, gather_idx_ptr, out_ptr, N,
     D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = x[token of n]."""
+    """Copy the row of x for each assignment's token."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     rows = tl.program_id(0) // column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -187,10 +187,10 @@ def _gather_kernel(
 
 @torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
 def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
-    """x_ND: for each expert-sorted row, its token's row of x.
+    """Return x_ND, which holds the token's row of x for each expert-sorted row.
 
-    The GEMMs load tiles of this copy by TMA. GEMMs that gather rows themselves by cp.async avoid the copy but take up
-    to 1.4 times as long (bench/LOG.md, 2026-11-26).
+    The GEMMs load tiles of this copy through TMA. GEMMs that gather rows through cp.async avoid the copy but take up to
+    1.4 times as long (bench/LOG.md, 2026-11-26).
     """
     (_, D), N = x_TD.shape, gather_idx.numel()
     x_ND = x_TD.new_empty(N, D)
@@ -210,19 +210,19 @@ def _(x_TD, gather_idx):
 
 
 def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
-    """A weight [E, rows, columns] as a kernel argument: with TMA a descriptor of [E * rows, columns]."""
+    """Return a weight [E, rows, columns] as a kernel argument. With TMA, it is a descriptor of [E * rows, columns]."""
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [rows, columns]) if tma else w
 
 
 def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
-    """The number of programs that the device holds, or of possible tiles (each expert's last one can be partial)."""
+    """Return the grid: as many programs as fit on the device, but no more than the maximum number of tiles."""
     tiles = (triton.cdiv(rows, config.block_m) + experts) * triton.cdiv(columns, config.block_n)
     return (min(tiles, device.processors * config.programs),)
 
 
 @torch.library.custom_op("acceleron_triton::grouped_rows", mutates_args=())
 def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> Tensor:
-    """y_NO[n] = w[e] @ x[n] for w_EOI (out_first), x[n] @ w[e] for w_EIO, for the rows n of each expert e."""
+    """For the rows n of each expert e, return y_NO[n] = w[e] @ x[n] if w is w_EOI (out_first), x[n] @ w[e] if w_EIO."""
     (N, I), (E, O) = x_NI.shape, (w.shape[0], w.shape[1 if out_first else 2])
     y_NO = x_NI.new_empty(N, O)
     if N == 0:
@@ -249,10 +249,10 @@ def _(x_NI, w, offsets, out_first):
 def grouped_weight_grad(
     a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """out_EOI[e] = a[rows].T @ b[rows] over the rows of each expert e, in this dtype; 0 for an expert without rows.
+    """Return out_EOI[e] = a[rows].T @ b[rows] over each expert's rows, in this dtype. An expert without rows gets 0.
 
     With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
-    find the same rows in the forward pass and keep them for backward.
+    reuse the rows gathered in the forward pass and keep them in memory until backward.
     """
     (N, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
     if N == 0:

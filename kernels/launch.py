@@ -1,4 +1,4 @@
-"""Before a kernel launch: the target device, and checks that a kernel can read its arguments."""
+"""Launch helpers: find the target device, and check that a kernel can read its arguments."""
 
 from functools import cache
 from typing import NamedTuple
@@ -9,26 +9,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-# With TRITON_INTERPRET=1 kernels run on CPU tensors. It must be set before triton is imported, because Triton decides
-# then whether its own functions are interpreted.
+# With TRITON_INTERPRET=1, kernels run on CPU tensors. It must be set before triton is imported, because Triton decides
+# at import time whether its own functions are interpreted.
 INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 
 
-# Programs of a kernel whose sums a second kernel adds: few enough that 256 x 256 of them take 5 µs to read.
+# Maximum number of programs of a kernel that leaves partial sums to a second kernel. Reading 256 x 256 sums takes 5 µs.
 MAX_PROGRAMS = 256
 
 
 class Device(NamedTuple):
-    """The target of a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: SMs or compute units."""
+    """Target of a launch. arch: "sm_90", "gfx942", … or "interpreter"; processors: number of SMs or compute units."""
 
     name: str
     arch: str
     processors: int
 
 
-# Device assumed for CPU tensors; None unless the interpreter is active. With three processors a persistent program runs
-# several tiles even in a small test. `python -m bench compile` sets a GPU here to compile without running.
+# Device assumed for CPU tensors; None unless the interpreter is active. With three processors, a persistent program
+# runs several tiles even in a small test. `python -m bench compile` sets a GPU here to compile without running.
 cpu_device = Device("interpreter", "interpreter", 3) if INTERPRETED and not _SET_LATE else None
 
 
@@ -42,12 +42,12 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(x: Tensor) -> Device:
-    """The target device of a launch on x."""
+    """Return the target device of a launch on x."""
     return _cuda_device(x.device.index) if x.device.type == "cuda" else cpu_device
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
+    """Return the reason the Triton kernels cannot run on tensors of this device, or None if they can."""
     if _SET_LATE:
         return "TRITON_INTERPRET was changed after triton was imported: set it earlier"
     if device.type == "cuda" and INTERPRETED:
@@ -58,14 +58,14 @@ def unavailable(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if device.type == "cpu" and cpu_device:
         return None
-    return f"Triton needs a GPU, but the device is a {device.type}; TRITON_INTERPRET=1 interprets the kernels, slowly"
+    return f"Triton needs a GPU, but the device is {device.type}; TRITON_INTERPRET=1 interprets the kernels, slowly"
 
 
 def check_launch(op: str, contiguous: bool = True, **tensors: Tensor | None):
-    """Raise a ValueError that names the argument unless a kernel can read it. None is skipped.
+    """Raise a ValueError that names the argument if a kernel cannot read it. None is skipped.
 
-    A kernel cannot read float64, a device without Triton, and non-contiguous tensors. With contiguous=False only the
-    last axis must be contiguous.
+    A kernel cannot read float64 tensors, tensors on a device without Triton, or non-contiguous tensors. With
+    contiguous=False, only the last axis must be contiguous.
     """
     for name, x in tensors.items():
         if x is None:

@@ -1,10 +1,10 @@
-"""The Mixture-of-Experts layer as one op: router, top-2 routing, routed experts, shared expert and residual.
+"""Mixture-of-Experts layer as one op: router, top-2 routing, routed experts, shared expert and residual.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, N = T * K.
 
-One op can fuse more than its parts. Forward adds the residual and the shared expert's output where it sums a token's
-two rows. Backward adds the three gradients of x (from the router, the routed and the shared experts) in one kernel.
-Separate ops would access [T, D] eight more times, at the tiny size a twelfth of the minimum time of the experts' GEMMs.
+A single op can fuse more than separate ops. Forward adds the residual and the shared expert's output while it sums a
+token's two rows. Backward adds the three gradients of x (from the router, routed experts and shared expert) in one
+kernel. Separate ops would access [T, D] eight more times. At the tiny size, that is 8% of the GEMMs' minimum time.
 """
 
 import torch

@@ -13,13 +13,13 @@ from torch import Tensor
 from .autograd import first_order
 from .launch import check_launch, device_of
 
-# A row is one block of at most this many bytes: 32,768 values in bf16.
+# A row is a single block and can have at most this many bytes: 32,768 values in bf16.
 MAX_ROW_BYTES = 65536
-# Values per tile, several rows if the model is narrow: 16 per lane in the forward pass; 8 in the backward pass, which
-# holds four tiles in registers (with 16, Triton 3.6 spills at the tiny size).
+# Values per tile. A tile has several rows if the model is narrow. Forward uses 16 values per lane. Backward uses 8,
+# because it holds four tiles in registers; with 16, Triton 3.6 spills at the tiny size.
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024
-# Programs of the backward pass per SM: as many as fit in its registers (56 per lane), which keep 32 to 48 KB in flight.
-# Each writes a row of partial sums: on an H100 2 % of the traffic at 65,536 tokens.
+# Backward programs per SM: as many as fit in its registers (56 per lane). They keep 32 to 48 KB in flight. Each writes
+# a row of partial sums, which is 2% of the traffic on an H100 at 65,536 tokens.
 PROGRAMS_PER_PROCESSOR = 8
 
 
@@ -53,7 +53,7 @@ def _rms_norm_backward_kernel(
     grad_ptr, grad_total_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, N, D, tiles,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """A program processes `tiles` consecutive tiles of rows and writes its partial gradient of the weight."""
+    """Each program processes `tiles` consecutive tiles of rows and writes a partial weight gradient."""
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + col, col < D, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -76,14 +76,14 @@ def _rms_norm_backward_kernel(
 
 
 def _blocks(D: int, tile: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a tile: 4 warps for each `tile` values, at most 16 (1024 lanes on AMD)."""
+    """Return the rows, columns and warps of a tile: 4 warps per `tile` values, at most 16 (1024 lanes on AMD)."""
     block = triton.next_power_of_2(D)
     return max(1, tile // block), block, min(16, max(4, 4 * block // tile))
 
 
 @torch.library.custom_op("acceleron_triton::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm, x + residual (empty without a residual), and the fp32 reciprocal root mean square of each row."""
+    """Return the norm, x + residual (empty without a residual), and each row's fp32 reciprocal root mean square."""
     N, D = prod(x.shape[:-1]), x.shape[-1]
     norm = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
@@ -110,12 +110,12 @@ def _(x, weight, eps, residual):
 def _rms_norm_backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x (equal to that of the residual) and the weight. x is the sum, grad_total its gradient."""
+    """Return the gradients of x (also that of the residual) and the weight. x is the sum, grad_total its gradient."""
     N, D = prod(x.shape[:-1]), x.shape[-1]
     rows, block, warps = _blocks(D, BACKWARD_TILE)
     programs = min(PROGRAMS_PER_PROCESSOR * device_of(x).processors, triton.cdiv(N, rows))
     grad_x = x.new_empty(x.shape)
-    # Summed in fp32 in a fixed order, unlike atomics.
+    # The partial sums are added in fp32 in a fixed order, unlike atomics.
     partial = x.new_empty(programs, D, dtype=torch.float32)
     if N * D:
         tiles = triton.cdiv(triton.cdiv(N, rows), programs)
@@ -152,7 +152,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`ops.rms_norm` on contiguous tensors. Backward keeps the (summed) input and 4 bytes per row."""
+    """`ops.rms_norm` on contiguous tensors. Saves the (summed) input and 4 bytes per row for backward."""
     check_launch("rms_norm", x=x, weight=weight, residual=residual)
     D = x.shape[-1]
     if D * x.element_size() > MAX_ROW_BYTES:

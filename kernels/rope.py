@@ -1,6 +1,6 @@
 """Rotary position embedding of q and k in one launch. The same kernel rotates back in the backward pass.
 
-If q, k and v are views of one qkv, backward also copies v's gradient, so the gradient of qkv needs no extra kernel.
+If q, k and v are views of one qkv tensor, backward also copies v's gradient, so the qkv gradient needs no extra kernel.
 
 Legend: B batch, S sequence, H query heads, G key/value heads, A = H + 2 G, C head_dim. Channels i and i + C/2 are a
 pair.
@@ -14,7 +14,7 @@ from torch import Tensor
 from .autograd import first_order
 from .launch import check_launch
 
-# Bytes of q per program: in bf16, 8 positions at the tiny size and 2 at the large size. Twice as many spill in fp32.
+# Bytes of q per program: in bf16, 8 positions at the tiny size and 2 at the large size. Twice as many spills in fp32.
 TILE_BYTES, WARPS = 8192, 4
 
 
@@ -24,14 +24,14 @@ def _rotate(
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, OUT_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """TURN: 1 rotates, -1 rotates back, 0 copies. The output has OUT_HEADS heads per position; out_ptr is the first."""
+    """TURN: 1 rotates, -1 rotates back, 0 copies. out_ptr points to the first of OUT_HEADS heads per position."""
     row = tl.arange(0, POSITIONS * HEADS_P2)[:, None]
     col = tl.arange(0, HALF_P2)[None, :]
     s = s_start + row // HEADS_P2
     head = row % HEADS_P2
     mask = (s < S) & (head < HEADS) & (col < HALF)
     if TURN != 0:
-        # The heads of a position share their angles: all but the first read them from L1.
+        # The heads of a position share their angles, so all but the first read them from L1.
         angle = s * (2 * HALF) + col
         cos = tl.load(cos_ptr + angle, mask, other=0.0).to(tl.float32)
         sin = TURN * tl.load(sin_ptr + angle, mask, other=0.0).to(tl.float32)
@@ -55,9 +55,9 @@ def _rope_kernel(
     H: tl.constexpr, H_P2: tl.constexpr, G: tl.constexpr, G_P2: tl.constexpr,
     HALF: tl.constexpr, HALF_P2: tl.constexpr, POSITIONS: tl.constexpr, TURN: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """A program rotates the query and key heads of POSITIONS positions of one sequence.
+    """Each program rotates the query and key heads of POSITIONS positions of one sequence.
 
-    HAS_V: it also copies the value heads, and the outputs are parts of one qkv.
+    HAS_V: also copy the value heads; the outputs are parts of one qkv tensor.
     """
     blocks = tl.cdiv(S, POSITIONS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -78,7 +78,7 @@ def _rope_kernel(
 
 
 def _launch(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tensor, turn: int):
-    """Rotate q and k into contiguous outputs; or rotate q and k and copy v into the parts of one qkv."""
+    """Rotate q and k into contiguous outputs, or rotate q and k and copy v into the parts of one qkv tensor."""
     (B, S, H, C), G = inputs[0].shape, inputs[1].shape[2]
     H_P2, G_P2, HALF_P2 = (triton.next_power_of_2(size) for size in (H, G, C // 2))
     positions = max(1, TILE_BYTES // (2 * inputs[0].element_size() * H_P2 * HALF_P2))
@@ -114,7 +114,7 @@ def _(q, k, cos, sin, inverse):
 
 @torch.library.custom_op("acceleron_triton::split_rope_backward", mutates_args=())
 def _split_rope_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv in one tensor. From separate gradients of q, k and v torch would copy all of it again."""
+    """Return the qkv gradient as one tensor. torch would copy separate gradients of q, k and v again."""
     (B, S, H, C), G = grad_q.shape, grad_k.shape[2]
     grad_qkv = grad_q.new_empty(B, S, H + 2 * G, C)
     _launch([grad_q, grad_k, grad_v], grad_qkv.split([H, G, G], dim=2), cos, sin, -1)
@@ -153,7 +153,7 @@ class _SplitRope(torch.autograd.Function):
 
 
 def rope(q_BSHC: Tensor, k_BSGC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.rope`. q and k may be views of one qkv tensor: only their last axis must be contiguous.
+    """`ops.rope`. q and k can be views of one qkv tensor, because only their last axis must be contiguous.
 
     Only the first half of cos_SC and sin_SC is read. The results are new contiguous tensors.
     """

@@ -1,4 +1,4 @@
-"""The router's logits: a skinny fp32 GEMM that reads x in its own dtype, so no fp32 copy of x is written.
+"""Router logits: a skinny fp32 GEMM that reads x in its own dtype, without an fp32 copy of x.
 
 Legend: T tokens, D model width, E experts. Each pass reads x once, which dominates the time at the named sizes.
 """
@@ -12,13 +12,13 @@ from .autograd import first_order
 from .grouped_gemm import dot, row_tile
 from .launch import check_launch, device_of
 
-# Programs for the gradient of the weight: enough to saturate a large GPU, few enough that adding their sums is cheap.
+# Programs for the weight gradient: enough to saturate a large GPU, but few enough that adding their sums is cheap.
 WEIGHT_GRAD_PROGRAMS = 512
 
 
 @triton.jit
 def _tile(ptr, rows, columns, num_rows, num_columns):
-    """The rows and columns of a contiguous matrix in fp32, and 0 outside."""
+    """Load these rows and columns of a contiguous matrix in fp32, with zeros outside the matrix."""
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     ptrs = ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -26,7 +26,7 @@ def _tile(ptr, rows, columns, num_rows, num_columns):
 
 @triton.jit
 def _parts(w):
-    """Four bf16 rows for each fp32 row of w: three that add up to it, and zeros."""
+    """Split each fp32 row of w into four bf16 rows: three that add up to it, and one of zeros."""
     high = w.to(tl.bfloat16)
     rest = w - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -37,10 +37,10 @@ def _parts(w):
 
 @triton.jit
 def _dot_parts(x, w, acc):
-    """acc + x @ w.T in fp32; for a 16-bit x, acc has a column for each row of `_parts(w)`.
+    """Return acc + x @ w.T in fp32. For a 16-bit x, acc has a column for each row of `_parts(w)`.
 
-    Three bf16 numbers hold the 24 bits of an fp32 number, and two hold an fp16 number. All products are exact, and one
-    GEMM computes those of all parts of w. An fp32 x is multiplied in fp32, without tensor cores.
+    Three bf16 numbers hold the 24 bits of an fp32 number, and two hold an fp16 number. All products are exact. One GEMM
+    computes the products with all parts of w. An fp32 x is multiplied in fp32, without tensor cores.
     """
     if x.dtype == tl.float32:
         acc = dot(x, w.T, acc)
@@ -77,7 +77,7 @@ def _input_grad_kernel(
     D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx[t] = sum over e of dlogits[t, e] w[e]."""
+    """Compute dx[t] = sum over e of dlogits[t, e] * w[e]."""
     ts = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
@@ -94,7 +94,7 @@ def _router_grad_kernel(
     D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """partial[p, e] = sum of dlogits[t, e] x[t] over the p-th share of the tokens, `blocks` blocks."""
+    """Compute partial[p, e] = sum of dlogits[t, e] * x[t] over program p's tokens, which are `blocks` blocks."""
     d = tl.program_id(1) * BLOCK_D
     es = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK_D, BLOCK_E * PARTS), dtype=tl.float32)
@@ -109,10 +109,10 @@ def _router_grad_kernel(
 
 
 def _sizes(x_TD: Tensor, E: int) -> tuple[int, int, int, dict]:
-    """The numbers of tiles over T, E and D, and the keyword arguments of the kernels that read x.
+    """Return the number of tiles over T, E and D, and the keyword arguments of the kernels that read x.
 
-    The tiles are as large as registers and shared memory allow from sm_80 on. An fp16 x takes two operands; an fp32 x
-    does not use tensor cores.
+    The tiles are as large as registers and shared memory allow on sm_80 and later. An fp16 x needs two operands. An
+    fp32 x does not use tensor cores.
     """
     (T, D), half = x_TD.shape, x_TD.element_size() == 2
     block_t, block_d = 64 if half else 32, 128 if x_TD.dtype == torch.bfloat16 and E <= 16 else 64
@@ -144,7 +144,7 @@ def _(x_TD, weight_ED):
 def _input_grad(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """dx_TD."""
     (T, D), dx_TD = x_TD.shape, torch.empty_like(x_TD)
-    # For a 16-bit dx, three TF32 products are as good as one fp32 product.
+    # For a 16-bit dx, three TF32 products are as accurate as one fp32 product.
     split = x_TD.element_size() == 2 and device_of(x_TD).arch.startswith("sm_")
     block_t, block_d = 64 if split else 32, 64
     if T:
@@ -163,7 +163,7 @@ def _(dlogits_TE, x_TD, weight_ED):
 
 @torch.library.custom_op("acceleron_triton::router_weight_grad", mutates_args=())
 def router_weight_grad(dlogits_TE: Tensor, x_TD: Tensor) -> Tensor:
-    """dweight_ED in fp32."""
+    """Return dweight_ED in fp32."""
     (T, D), E = x_TD.shape, dlogits_TE.shape[1]
     if T == 0:
         return dlogits_TE.new_zeros(E, D)
@@ -195,6 +195,6 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """`ops.router_logits` on contiguous tensors. An infinite value may give NaN."""
+    """`ops.router_logits` on contiguous tensors. Infinite values can produce NaN."""
     check_launch("router_logits", x_TD=x_TD, weight_ED=weight_ED)
     return _RouterLogits.apply(x_TD, weight_ED)

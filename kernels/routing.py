@@ -1,4 +1,4 @@
-"""Fused top-2 routing, without a host sync and without atomics.
+"""Fused top-2 routing, without host syncs or atomics.
 
 Legend: T tokens, E experts, K = 2, B programs.
 
@@ -20,7 +20,7 @@ from .launch import MAX_PROGRAMS, check_launch
 
 @triton.jit
 def _softmax(logits, mask):
-    """Softmax and logsumexp of each row."""
+    """Return the softmax and logsumexp of each row."""
     largest = tl.max(tl.where(mask, logits, float("-inf")), axis=1)
     exps = tl.where(mask, tl.exp(logits - largest[:, None]), 0.0)
     total = tl.sum(exps, axis=1)
@@ -33,7 +33,7 @@ def _route_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
     FORCE_LOAD_BALANCE: tl.constexpr,
 ):  # fmt: skip
-    """Scores and ids of BLOCKS * BLOCK_T tokens, and their sums of logsumexp², probabilities and choices."""
+    """Route BLOCKS * BLOCK_T tokens per program, and sum their logsumexp², probabilities and choices."""
     es = tl.arange(0, E_PAD)
     squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
     probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
@@ -43,8 +43,8 @@ def _route_kernel(
         inside = ts < T
         mask = inside[:, None] & (es < E)[None, :]
         logits = tl.load(logits_ptr + ts.to(tl.int64)[:, None] * E + es[None, :], mask=mask, other=0.0).to(tl.float32)
-        # The largest key belongs to the largest logit, and among equal logits to the lowest expert: the high half has
-        # the logit's bits, ordered as integers, the low half E_PAD - 1 - e. NaN is largest; + 0.0 turns -0.0 into 0.
+        # The largest key marks the largest logit; ties go to the lowest expert. The high half holds the logit's bits as
+        # an ordered integer, and the low half holds E_PAD - 1 - e. NaN is largest; + 0.0 turns -0.0 into 0.
         bits = (logits + 0.0).to(tl.int32, bitcast=True)
         bits = tl.where(logits != logits, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
         keys = (bits.to(tl.int64) << 32) + (E_PAD - 1 - es)[None, :]
@@ -77,7 +77,7 @@ def _route_sums_kernel(
     squares_ptr, probabilities_ptr, counts_ptr, z_loss_ptr, balance_loss_ptr, counts_E_ptr, T, B,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums in a fixed order and computes both losses. One program."""
+    """Add the partial sums in a fixed order and compute both losses, in a single program."""
     es = tl.arange(0, E_PAD)
     squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
     probabilities = tl.zeros((E_PAD,), dtype=tl.float32)
@@ -102,9 +102,9 @@ def _route_backward_kernel(
     logits_ptr, topk_ids_ptr, counts_ptr, dtopk_scores_ptr, dz_ptr, dbalance_ptr, dlogits_ptr, T,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dlogits through the scores, the z-loss and the balance loss.
+    """Compute dlogits from the gradients of the scores, the z-loss and the balance loss.
 
-    With p the softmax over all experts, l the logsumexp, s the scores and f the shares of the assignments:
+    p is the softmax over all experts, l the logsumexp, s the scores, f the shares of the assignments. The terms are
     s0 s1 (ds0 - ds1) for the first choice and its negative for the second; 2 l p dz / T; E p (f - f.p) dbalance / T.
     """
     es = tl.arange(0, E_PAD)
@@ -132,7 +132,7 @@ def _route_backward_kernel(
 
 
 def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
-    """Programs (at most MAX_PROGRAMS), blocks per program, and block sizes of about 2048 logits."""
+    """Return the number of programs (at most MAX_PROGRAMS), blocks per program, and sizes of ~2048-logit blocks."""
     e_pad = triton.next_power_of_2(E)
     block_t = min(2048 // e_pad, 256)
     blocks = triton.next_power_of_2(triton.cdiv(T, block_t * MAX_PROGRAMS))
@@ -141,13 +141,13 @@ def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
 
 @torch.library.custom_op("acceleron_triton::route_top2", mutates_args=())
 def route(logits_TE: Tensor, force_load_balance: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """topk_scores_TK, topk_ids_TK, z_loss, balance_loss and tokens_per_expert_E of `Routing`."""
+    """Return topk_scores_TK, topk_ids_TK, z_loss, balance_loss and tokens_per_expert_E of `Routing`."""
     T, E = logits_TE.shape
     fp32, int32 = (dict(dtype=dtype, device=logits_TE.device) for dtype in (torch.float32, torch.int32))
     topk_scores_TK, topk_ids_TK = torch.empty(T, TOP_K, **fp32), torch.empty(T, TOP_K, **int32)
     z_loss, balance_loss = torch.empty((), **fp32), torch.empty((), **fp32)
     tokens_per_expert_E = torch.empty(E, dtype=torch.int64, device=logits_TE.device)
-    if T == 0:  # means over no tokens
+    if T == 0:  # the mean over zero tokens is NaN
         return topk_scores_TK, topk_ids_TK, z_loss.fill_(nan), balance_loss.fill_(nan), tokens_per_expert_E.zero_()
     programs, blocks, sizes = _route_blocks(T, E)
     squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)
@@ -216,8 +216,8 @@ class _RouteTop2(torch.autograd.Function):
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     """`ops.route_top2` on contiguous logits.
 
-    Any logits give two different experts that exist. A row with NaN or inf makes its scores or the losses not finite,
-    as in torch_ops.
+    The two experts are valid and distinct for any logits. A row with NaN or inf makes its scores or the losses
+    non-finite, as in torch_ops.
     """
     check_launch("route_top2", logits_TE=logits_TE)
     return Routing(*_RouteTop2.apply(logits_TE, force_load_balance))

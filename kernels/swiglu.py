@@ -1,6 +1,6 @@
-"""The elementwise part of SwiGLU: silu(gate) * up. Backward keeps the pre-activation only.
+"""Elementwise part of SwiGLU: silu(gate) * up. Only the pre-activation is saved for backward.
 
-Legend: N rows (all leading axes), F expert width. A row of 2F values has the gate first, then up.
+Legend: N rows (all leading axes), F expert width. A row of 2F values holds the gate first, then up.
 """
 
 from math import prod
@@ -13,15 +13,15 @@ from torch import Tensor
 from .autograd import first_order
 from .launch import check_launch
 
-# 256 columns are one warp of 16-byte bf16 loads. They leave 0 to 8 % of the lanes idle at the named sizes; a block of a
-# whole row, rounded up to a power of two, would leave up to half idle. 8 rows keep 8 KB per program in flight.
+# 256 columns are 16-byte bf16 loads for one warp. They leave 0% to 8% of the lanes idle at the named sizes. A block of
+# a full row, rounded up to a power of two, would leave up to half idle. 8 rows keep 8 KB per program in flight.
 ROWS, COLS, WARPS = 8, 256, 4
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) in fp32, as the square of a reciprocal square root: two instructions instead of the eight of
-    tl.sigmoid's division. The relative error is below 1e-6 for |x| <= 10; infinities are exact, and NaN gives NaN.
+    """Return 1 / (1 + exp(-x)) in fp32 as a squared reciprocal square root, which takes two instructions. The division
+    in tl.sigmoid takes eight. The relative error is below 1e-6 for |x| <= 10. Infinities are exact; NaN gives NaN.
     """
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
     return root * root
@@ -29,10 +29,10 @@ def sigmoid(x):
 
 @triton.jit
 def _tile(N, F, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The offsets of this program's tile in (N, 2F) and in (N, F), and their mask."""
+    """Return the offsets of this program's tile in (N, 2F) and in (N, F), and their mask."""
     column_blocks = tl.cdiv(F, COLS)
     program = tl.program_id(0)
-    # 64 bits: N * 2F passes 2**31 at 2**20 expert-sorted rows of the large size.
+    # 64 bits, because N * 2F exceeds 2**31 at 2**20 expert-sorted rows of the large size.
     row = (program // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = program % column_blocks * COLS + tl.arange(0, COLS)[None, :]
     return row * (2 * F) + col, row * F + col, (row < N) & (col < F)
@@ -43,7 +43,7 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLS: tl.cons
     wide, narrow, mask = _tile(N, F, ROWS, COLS)
     gate = tl.load(gate_up_ptr + wide, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + wide + F, mask, other=0.0).to(tl.float32)
-    # Rounded once; torch rounds silu(gate) and the product.
+    # This rounds once; torch rounds both silu(gate) and the product.
     out = gate * sigmoid(gate) * up
     tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask)
 
@@ -107,6 +107,6 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """`ops.swiglu` on a contiguous tensor. Backward keeps gate_up_N2F and nothing else."""
+    """`ops.swiglu` on a contiguous tensor. Only gate_up_N2F is saved for backward."""
     check_launch("swiglu", gate_up_N2F=gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F)

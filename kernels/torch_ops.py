@@ -1,7 +1,7 @@
-"""The reference: every op in PyTorch. It runs where there is no GPU. acceleron/ops.py documents the ops.
+"""Reference backend: every op in PyTorch. It runs on any device. acceleron/ops.py documents the ops.
 
-The ops are differentiable in float32, float64, bfloat16 and float16, and deterministic: where autograd would scatter
-with accumulation, the gradient is written as a gather. They are tuned for a CPU; formulas.py has the plain formulas.
+The ops are differentiable in float32, float64, bfloat16 and float16. They are deterministic: gradients gather where
+autograd would scatter and accumulate. They are tuned for CPUs; formulas.py has the plain formulas.
 """
 
 from itertools import pairwise
@@ -29,20 +29,20 @@ __all__ = [
     "swiglu",
 ]
 
-# Logits per chunk of the cross-entropy: 2**24 fp32 values are 64 MiB. Twice as many are no faster on a CPU in fp32. In
-# 16 bits four times as many are 1.3 times as fast, because the GEMMs are faster but not the sum of dweight.
+# Logits per chunk of the cross-entropy: 2**24 fp32 values are 64 MiB. On a CPU, larger chunks are no faster in fp32. In
+# 16 bits, chunks four times as large are 1.3 times as fast: the GEMMs speed up, but the sum of dweight does not.
 LOGITS_PER_CHUNK = 1 << 24
 CHUNKS_IN_ONE_OF_16_BITS = 4
 
 
-# The two routing decisions are custom ops so that selective checkpointing can save their outputs (ROUTING_OPS): a
-# recomputation whose logits differ in the last bit must not send a token to another expert.
+# The two routing decisions are custom ops so selective checkpointing can save their outputs (ROUTING_OPS). Recomputed
+# logits can differ in the last bit, and that must not send a token to a different expert.
 
 
 @torch.library.custom_op("acceleron::top2_experts", mutates_args=())
 def top2_experts(logits_TE: Tensor) -> Tensor:
-    """The two largest logits of each row, larger first, ties to the lower expert index. int32 [T, 2]."""
-    # A stable sort guarantees the order of ties; torch.topk does not.
+    """Return the ids of each row's two largest logits, larger first; ties go to the lower id. int32 [T, 2]."""
+    # A stable sort guarantees the order of ties. torch.topk does not.
     return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K].to(torch.int32)
 
 
@@ -53,7 +53,7 @@ def _(logits_TE):
 
 @torch.library.custom_op("acceleron::sort_by_expert", mutates_args=())
 def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """gather_idx, scatter_idx_TK and offsets of `Plan`, computed on the device."""
+    """Return gather_idx, scatter_idx_TK and offsets of `Plan`, computed on the device."""
     experts_N = topk_ids_TK.flatten()
     sorted_N, gather_idx = experts_N.sort(stable=True)
     inverse = torch.empty_like(gather_idx)
@@ -75,10 +75,10 @@ ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acc
 
 
 class _ChosenLogits(torch.autograd.Function):
-    """The logits of topk_ids_TK. The gradient uses comparisons instead of gather's scatter-add.
+    """The logits at topk_ids_TK. The gradient uses comparisons instead of gather's scatter-add.
 
-    A scatter-add is not deterministic on a GPU. In a recomputed block the CPU inductor of torch 2.13 also runs it after
-    the kernel that reads its result, so router gradients were silently wrong.
+    A scatter-add is not deterministic on a GPU. In a recomputed block, torch 2.13's CPU inductor also runs it after the
+    kernel that reads its result, which silently gives wrong router gradients.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class _ChosenLogits(torch.autograd.Function):
 
 
 class _RouterLogits(torch.autograd.Function):
-    """F.linear whose backward ignores autocast, even if it runs in an autocast context."""
+    """F.linear with a backward pass that ignores autocast, even inside an autocast context."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
@@ -111,13 +111,13 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32, or fp64 for an fp64 weight."""
+    """Return logits_TE = x @ weight.T in fp32, or in fp64 for an fp64 weight."""
     dtype = wide(weight_ED.dtype)
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Top-2 routing of router logits, with the router's two losses."""
+    """Compute the top-2 routing of the router logits, and the router's two losses."""
     logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
     candidates_TE = logits_TE.detach()
@@ -134,12 +134,12 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
-    """The stable expert-sorted order of all assignments."""
+    """Sort all assignments by expert, stably."""
     return Plan(*torch.ops.acceleron.sort_by_expert(topk_ids_TK, num_experts))
 
 
 class _Gather(torch.autograd.Function):
-    """The expert-sorted rows x_ND. The gradient gathers and sums each token's two rows instead of a scatter."""
+    """Gather the expert-sorted rows x_ND. Instead of scattering, backward gathers and sums each token's two rows."""
 
     @staticmethod
     def forward(ctx, x_TD, gather_idx, scatter_idx_TK):
@@ -154,14 +154,14 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The weighted sum of each token's two rows, in the precision of the scores."""
+    """Compute the weighted sum of each token's two rows in the precision of the scores."""
 
     @staticmethod
     def forward(ctx, y_ND, topk_scores_TK, gather_idx, scatter_idx_TK):
         ctx.save_for_backward(y_ND, topk_scores_TK, gather_idx, scatter_idx_TK)
         first, second = (y_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
-        # Return the result of a new op: for a result changed in place, or a .to without effect, torch 2.11 compiles
-        # gradients of zero.
+        # Return the result of a new op. If the result is modified in place, or .to is a no-op, torch 2.11 compiles
+        # zero gradients.
         y_TD = torch.addcmul(first * topk_scores_TK[:, :1], second.to(topk_scores_TK.dtype), topk_scores_TK[:, 1:])
         return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
@@ -175,11 +175,11 @@ class _Combine(torch.autograd.Function):
         return grad_y_ND, grad_weights_N.index_select(0, scatter_idx_TK.flatten()).view_as(topk_scores_TK), None, None
 
 
-# The grouped GEMMs are custom ops because torch's fake grouped_mm supports only bfloat16, and because a loop over
-# experts reads the offsets, which would break a compiled graph. On a CPU the loop is as fast as grouped_mm.
+# The grouped GEMMs are custom ops for two reasons: torch's fake grouped_mm supports only bfloat16, and a loop over
+# experts reads the offsets, which would break a compiled graph. On a CPU, the loop is as fast as grouped_mm.
 
-# On a CPU, oneDNN compiles a 16-bit GEMM for each new number of rows, in 1 to 2 ms. The numbers change with every
-# batch, so they are rounded up to a multiple of this. (Not for gradients of weights, where it is the inner size.)
+# On a CPU, oneDNN compiles a 16-bit GEMM for each new row count, which takes 1 to 2 ms. Row counts change with every
+# batch, so they are rounded up to a multiple of this, except for weight gradients, which sum over the rows.
 ROWS_STEP = 64
 
 
@@ -189,14 +189,14 @@ def _expert_rows(offsets: Tensor) -> list[slice]:
 
 
 def _supports_grouped_mm(a: Tensor, b: Tensor) -> bool:
-    # Rows must be a multiple of 16 bytes.
+    # The row size must be a multiple of 16 bytes.
     widths_fit = all(width % 8 == 0 for width in (a.shape[-1], *b.shape[-2:]))
     return a.is_cuda and a.dtype == torch.bfloat16 and widths_fit
 
 
 @torch.library.custom_op("acceleron::grouped_rows", mutates_args=())
 def _grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets: Tensor) -> Tensor:
-    """y_NO[n] = x[n] @ w[e] for the rows n of each expert e."""
+    """Return y_NO[n] = x[n] @ w[e] for the rows n of each expert e."""
     if _supports_grouped_mm(x_NI, w_EIO):
         return F.grouped_mm(x_NI, w_EIO, offs=offsets[1:])
     N = x_NI.shape[0]
@@ -205,7 +205,7 @@ def _grouped_rows(x_NI: Tensor, w_EIO: Tensor, offsets: Tensor) -> Tensor:
     for expert, rows in enumerate(_expert_rows(offsets)):
         length = -(-(rows.stop - rows.start) // step) * step
         if rows.start + length <= N:
-            # The additional rows belong to later experts, which overwrite them.
+            # The extra rows belong to later experts, which overwrite them.
             window = slice(rows.start, rows.start + length)
             torch.mm(x_NI[window], w_EIO[expert], out=y_NO[window])
         else:
@@ -221,7 +221,7 @@ def _(x_NI, w_EIO, offsets):
 
 @torch.library.custom_op("acceleron::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad_NF: Tensor, x_ND: Tensor, offsets: Tensor) -> Tensor:
-    """grad_w_EFD[e] = grad[rows].T @ x[rows] over the rows of each expert e; 0 for an expert without rows."""
+    """Return grad_w_EFD[e] = grad[rows].T @ x[rows] over each expert's rows. An expert without rows gets 0."""
     if _supports_grouped_mm(grad_NF, x_ND):
         return F.grouped_mm(grad_NF.t(), x_ND, offs=offsets[1:])
     grad_w_EFD = x_ND.new_empty(offsets.numel() - 1, grad_NF.shape[1], x_ND.shape[1])
@@ -251,12 +251,12 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
-    """y_NF: every expert-sorted row times its expert's weight."""
+    """Return y_NF, each expert-sorted row multiplied by its expert's weight."""
     return _GroupedGemm.apply(x_ND, w_EFD, plan.offsets)
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """The weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x))."""
+    """Return the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x))."""
     w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
     x_ND = _Gather.apply(x_TD, plan.gather_idx, plan.scatter_idx_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
@@ -273,7 +273,7 @@ def moe(
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    """The layer, one op after another."""
+    """Run the layer op by op."""
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
@@ -285,10 +285,10 @@ def moe(
 
 
 def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """The routed experts' output for one token (1, 1, D), without plan, statistics and gather.
+    """Return the routed experts' output for one token (1, 1, D), without plan, statistics and gather.
 
-    Those took a third of a decoding step on a CPU. There are no gradients, and the expert ids are read on the host. x
-    and the weights share one dtype; logits_E is fp32.
+    Those took a third of a decoding step on a CPU. This function computes no gradients and reads the expert ids on the
+    host. x and the weights share one dtype; logits_E is fp32.
     """
     logits, experts = (values[:TOP_K] for values in logits_E.sort(descending=True, stable=True))
     y = torch.zeros_like(x)
@@ -315,12 +315,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return _SwiGLU.apply(gate_up_N2F) if torch.is_grad_enabled() else swiglu_formula(gate_up_N2F)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and that sum."""
+    """Return the norm of x + residual, and the sum itself."""
     if residual is not None:
         x = x + residual
     # F.rms_norm computes in fp32 and casts back; a weight passed to it would be applied before the cast.
@@ -328,7 +328,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients chunk by chunk in the forward pass: the loss is a scalar that only scales them."""
+    """Computes the gradients chunk by chunk in the forward pass. Backward only scales them, as the loss is a scalar."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index):
@@ -339,19 +339,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keep_T = labels_T != ignore_index
         target_T, count = labels_T.where(keep_T, 0), keep_T.sum(dtype=sum_dtype)
         mantissa, power = split_mean(count)
-        # Rows of ignored tokens are multiplied by 0.
+        # The rows of ignored tokens are multiplied by 0.
         scale_T = torch.where(keep_T, 1 / mantissa, 0)
         grad_x = torch.empty_like(x_TD) if need_x else None
-        # Always summed in fp32: a bf16 sum over 100k tokens loses small gradients.
+        # Sum in fp32, because a bf16 sum over 100k tokens loses small gradients.
         grad_weight = None
         if need_weight:  # the first chunk fills it
             grad_weight = (torch.empty_like if T else torch.zeros_like)(weight_VD, dtype=sum_dtype)
         loss = torch.zeros((), dtype=sum_dtype, device=x_TD.device)
-        # Chunks of about equal size.
+        # The chunks have about the same size.
         limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
         chunks = max(1, -(-T // max(1, limit // V)))
         step = max(1, -(-T // chunks))
-        # One buffer for all chunks: on a CPU the page faults of a new buffer take a fifth of the GEMM's time.
+        # All chunks share one buffer. On a CPU, the page faults of a new buffer take 20% of the GEMM's time.
         logits_buffer = x_TD.new_empty(step, V)
         wide_buffer = logits_buffer if x_TD.dtype == sum_dtype else x_TD.new_empty(step, V, dtype=sum_dtype)
         for start in range(0, T, step):
@@ -363,7 +363,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if logits.dtype != narrow.dtype:
                 logits.copy_(narrow)
             target_logit = logits.gather(1, target)
-            # Softmax and logsumexp in place with one exp: torch's logsumexp alone takes twice as long as all of this.
+            # Compute softmax and logsumexp in place with one exp. torch's logsumexp alone takes twice as long.
             largest = logits.amax(dim=-1, keepdim=True)
             exps = logits.sub_(largest).exp_()
             total = exps.sum(dim=-1, keepdim=True)
@@ -393,5 +393,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy; LOGITS_PER_CHUNK logits exist at a time, four times as many in 16 bits."""
+    """Return the mean cross-entropy. Logits are computed LOGITS_PER_CHUNK at a time, or 4x that in 16 bits."""
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)

@@ -1,4 +1,4 @@
-"""Every op on Triton kernels, under the name it has in torch_ops. Importing this needs Triton 3.6 or later."""
+"""All ops on Triton kernels, with the same names as in torch_ops. Importing this requires Triton 3.6 or later."""
 
 import torch
 

@@ -78,11 +78,11 @@ def test_default_backend_is_auto(calls):
 def test_cpu_without_the_interpreter_has_only_the_reference(monkeypatch, calls):
     monkeypatch.setattr(launch, "cpu_device", None)
     with pytest.raises(
-        ValueError, match=r"^--kernels triton: Triton needs a GPU, but the device is a cpu; TRITON_INTERPRET"
+        ValueError, match=r"^--kernels triton: Triton needs a GPU, but the device is cpu; TRITON_INTERPRET"
     ):
         ops.set_backend("triton", CPU)
     line = ops.set_backend("auto", CPU)
-    assert line.startswith("reference (Triton needs a GPU, but the device is a cpu")
+    assert line.startswith("reference (Triton needs a GPU, but the device is cpu")
     ops.route_top2(torch.ones(3, 4))
     assert "acceleron" in calls
     assert "acceleron_triton" not in calls

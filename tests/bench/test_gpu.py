@@ -13,7 +13,7 @@ from bench.__main__ import main
 from bench.gpu import Part
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = 300.0  # planned seconds that no test part exceeds
+LONG = 300.0  # planned seconds, longer than any test part takes
 WRITES = """
 import json, os, sys
 row = {"benchmark": "fallbacks", "provider": "triton", "details": {"ACCELERON_REFERENCE_OPS": "rope"}}
@@ -41,7 +41,7 @@ def test_a_failing_part_does_not_stop_the_others(monkeypatch, tmp_path):
     failed, log = run(planned, 4 * LONG + 1, tmp_path)
     assert failed == ["hangs: timed out after 1 s", "raises: exit status 1", "dies: exit status -9"]
     assert "no such luck" in log
-    assert "fallback rope" in log  # parts avoid kernels that failed in an earlier part
+    assert "fallback rope" in log  # parts skip kernels that failed in an earlier part
     rows = gpu.read_rows(tmp_path)
     assert [row["provider"] for row in rows if row.get("failed")] == ["hangs", "raises", "dies"]
     lines = gpu.summary(failed, rows)

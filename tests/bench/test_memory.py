@@ -1,4 +1,4 @@
-"""The memory benchmark: byte counts against manual sums, the gradient check, and the rows."""
+"""The memory benchmark: byte counts against hand-computed sums, the gradient check, and the rows."""
 
 from dataclasses import replace
 

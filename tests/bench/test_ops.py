@@ -19,7 +19,7 @@ from bench.ops import BOTH, FORWARD
 from bench.worker import Worker, serve_calls
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Row widths are multiples of 16 bytes, for grouped_mm. Two sequences, and a row count that no kernel tile divides.
+# Row widths are multiples of 16 bytes, for grouped_mm. Two sequences have a row count that no kernel tile divides.
 CONFIG = ModelConfig(
     d_model=64, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=40, d_ff_shared=24, vocab_size=128,
     max_seq_len=13,

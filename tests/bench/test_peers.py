@@ -101,8 +101,8 @@ def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
     monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)
     monkeypatch.setattr(checkpoints, "CORPUS_CHARACTERS", 1_000_000)
     [row] = run(checkpoints, *NANO, "--interval", "1", status="1" if bit else None)
-    assert row.error == 3 * bit  # two rounds and the warm-up
+    assert row.error == 3 * bit  # two rounds plus the warmup
     assert row.problem().startswith("wrong: checkpoints" if bit else "")
     assert len(row.values) == 2 * (1 - bit)
-    assert row.details["bytes"] > 12e6  # a million parameters, three fp32 values each
+    assert row.details["bytes"] > 12e6  # a million parameters with three fp32 values each
     assert row.details["blocked_seconds"] > 0

@@ -22,7 +22,7 @@ SECOND = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 
 
 def summary(*runs: tuple) -> list[str]:
-    """The loss difference and the wall-clock ratio for runs of (model, seed, tokens, loss, seconds)."""
+    """Return the loss difference and wall-clock ratio for runs of (model, seed, tokens, loss, seconds)."""
     frame = pd.DataFrame(runs, columns=["model", "seed", "tokens", "loss", "seconds"])
     return list(quality.summary(frame.assign(device="", size="", dtype="", date="")).values())[-2:]
 
@@ -81,6 +81,6 @@ def test_a_small_comparison_completes(tmp_path, monkeypatch, capsys):
     runs = sorted((row.case["purpose"], row.provider, row.case["tokens"]) for row in rows)
     final = [("final", "MoE", 1024), ("final", "MoE", 1280), ("final", "dense", 1280)]
     assert runs == sorted(2 * [*final, ("tuning", "MoE", 640), ("tuning", "dense", 640)])
-    # An untrained model has a loss of ln 512. So few steps stay far above the entropy of the text.
+    # An untrained model has a loss of ln 512. After so few steps, the loss is still far above the text's entropy.
     assert all(4 < row.median < math.log(512) + 0.1 and row.allowed < 1e-3 for row in rows)
     assert [row.details["curve"][-1][0] for row in rows] == [row.case["tokens"] for row in rows]

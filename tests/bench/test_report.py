@@ -1,4 +1,4 @@
-"""The report shows every valid row, and no unchecked value."""
+"""The report shows every valid row and no unchecked values."""
 
 import json
 import re
@@ -100,11 +100,11 @@ def test_exit_status_is_1_for_a_regression_and_2_for_bad_input(tmp_path, monkeyp
     old, new, other = (tmp_path / name for name in ("old", "new", "other"))
     report_of(old, row("MoE", MOE))
     report_of(new, row("MoE", failed="illegal address"))
-    report_of(other, row("MoE", MOE, about={"device": "Another GPU"}))
+    report_of(other, row("MoE", MOE, about={"device": "Different GPU"}))
     monkeypatch.chdir(tmp_path)
     for words, status, message in (
         (["x"], 2, "DIR x does not exist: the current directory contains new, old, other"),
-        (["."], 2, "DIR . has no results.jsonl: name the --output directory of a benchmark"),
+        (["."], 2, "DIR . has no results.jsonl: choose the --output directory of a benchmark"),
         (["old", "--compare="], 2, "--compare: expected a value"),
         (["old", "--compare", "odl"], 2, "--compare odl does not exist: did you mean old?"),
         (["old", "--compare", "other"], 2, "--compare: no row"),

@@ -1,4 +1,4 @@
-"""A step traced without a GPU, and the roofline's numbers, against manual counts."""
+"""Compares a step traced without a GPU, and the roofline's numbers, with counts done by hand."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CONFIG, BASELINE = (ModelConfig.preset("nano", dense=dense) for dense in (False,
 S, T = 2048, 4 * 2048  # with fewer sequences, memory peaks in the optimizer
 L, D, V = CONFIG.num_layers, CONFIG.d_model, CONFIG.vocab_size
 N, E, F, KV = 2 * T, CONFIG.num_experts, CONFIG.d_ff, CONFIG.num_kv_heads * CONFIG.head_dim
-# A separate process, because the tests may have imported the kernels under the interpreter.
+# A separate process, because other tests may have imported the kernels under the interpreter.
 SCRIPT = """
 import json
 from bench.trace import trace_step
@@ -28,7 +28,7 @@ print(json.dumps([trace_step("nano", dense, batch) for dense, batch in ((False, 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
-    """Traced steps of nano with T tokens, or twice as many."""
+    """Return traced steps of nano with T tokens, or twice as many."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     output = subprocess.check_output(command, cwd=Path(__file__).parents[2], env=environment, text=True)
@@ -53,7 +53,7 @@ def test_launch_counts_and_bytes_match_manual_counts(steps):
     assert [counts[name] for name in ("_rows_kernel", "_weight_grad_kernel", "_gather_kernel")] == [3 * L, 2 * L, 3 * L]
     assert counts.total() <= 346  # per micro-batch; each costs the host microseconds
     by_hand = {
-        # Reads and writes weight, both moments and the gradient, which it clips, in fp32.
+        # AdamW reads and writes, in fp32, the weight, both moments and the gradient (which it clips).
         "_fused_adamw_": 32 * Acceleron(CONFIG).num_parameters()[0],
         # Sorted rows of x, w13, h and act; expert offsets.
         "_up_kernel": L * (2 * (N * D + 2 * E * F * D + 3 * N * F) + 4 * (E + 1)),
@@ -70,7 +70,7 @@ def test_launch_counts_and_bytes_match_manual_counts(steps):
     assert found == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_peak_memory_grows_by_what_layers_and_head_save(steps):
+def test_peak_memory_grows_by_the_tensors_that_layers_and_head_save(steps):
     grown = (steps["twice the tokens"].peak_bytes - steps["MoE"].peak_bytes) / T
     # The head: half of the logits; the final norm's input, output and output gradient; a label and two fp32 values.
     head = 2 * V / 2 + 3 * 2 * D + 8 + 4 + 4
@@ -90,7 +90,7 @@ def test_bounds_and_predictions_of_synthetic_launches():
     up = Launch("_up_kernel", 510e9, 0)
     assert predicted(up) == pytest.approx(1e-3)
     assert predicted(up, "large") == pytest.approx(510 / 620 * 1e-3)
-    three_quarters = Launch("attention", 470e9, 0, head_dim=96)  # of a tile of 128
+    three_quarters = Launch("attention", 470e9, 0, head_dim=96)  # out of a tile of 128
     assert predicted(three_quarters) == pytest.approx(4 / 3 * 1e-3)
     assert predicted(Launch("attention backward", 335e9, 0, head_dim=32)) == pytest.approx(2e-3)
     kinds = roofline.by_kind([*(Launch(name, 0, 9e3) for name in "abc"), copy, gemm, gemm, up], "tiny", "h100")
@@ -99,7 +99,7 @@ def test_bounds_and_predictions_of_synthetic_launches():
     assert kinds["bound ms"]["all"] == pytest.approx(kinds["bound ms"].iloc[:-1].sum())
 
 
-def test_limiting_kernel_is_one_the_dense_baseline_lacks():
+def test_limiting_kernel_is_not_in_the_dense_baseline():
     slow = Launch("mm", 798e12, 0)  # 1 s, predicted 1.19 s, in both models
     rows, up = Launch("_rows_kernel", 668e9, 0), Launch("_up_kernel", 510e9, 0)
     step = Step([slow, rows, up, up], 0, 1, 1)

@@ -61,7 +61,7 @@ def test_default_results_are_outside_the_checkout(tmp_path, monkeypatch):
         Results("/dev/null/below", CPU)
 
 
-def test_rounds_are_interleaved_after_an_uncounted_warm_up():
+def test_rounds_are_interleaved_after_an_uncounted_warmup():
     turns = []
     values = timing.interleave({name: lambda name=name: turns.append(name) or len(turns) for name in "ab"}, 3)
     assert turns == list("ab" * 4)

@@ -1,4 +1,4 @@
-"""bench throughput: contenders run train.py's own loop, and a failing process gives a failed row."""
+"""bench throughput: contenders run train.py's own loop, and a failing process produces a failed row."""
 
 import dataclasses
 import json
@@ -63,13 +63,13 @@ def test_contenders_train_like_train_py_and_pause_between_rounds(options, tmp_pa
         assert row.details["mfu"] == pytest.approx(row.median * row.details["flops_per_token"] / 1e12)
         assert row.details["start_seconds"] > 0
     assert (moe.provider, dense.provider, moe.group) == ("MoE, reference", "dense, reference", dense.group)
-    # Four steps (first, timed, two rounds) have the losses of a run without pauses.
+    # The losses of four steps (first, timed, two rounds) match a run without pauses.
     train(dataclasses.replace(options, save_dir=str(tmp_path / "plain"), max_steps=10, **settings))
     assert losses(tmp_path / "False") == losses(tmp_path / "plain")[:4]
     assert len(set(losses(tmp_path / "False"))) == 4
 
 
-def test_a_dead_process_gives_a_failed_row_and_the_others_go_on(options, tmp_path):
+def test_a_dead_process_gives_a_failed_row_and_the_others_continue(options, tmp_path):
     dies, lives = contender(options, tmp_path / "dies"), contender(options, tmp_path / "lives")
     raises = contender(options, tmp_path / "raises", seq_len=96)  # does not divide the rows
     os.kill(dies.worker.process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def flags(**given) -> Namespace:
     return Namespace(**(names | dict(dtype=torch.float32, limit=1.0, device=torch.device("cpu")) | given))
 
 
-def test_modes_set_train_options(options, monkeypatch, tmp_path):
+def test_modes_set_the_options_of_train(options, monkeypatch, tmp_path):
     monkeypatch.setattr(throughput, "Worker", lambda serve, options: Namespace(close=None))
     made = {}
     for mode in throughput.MODES:
@@ -120,7 +120,7 @@ def test_an_invalid_batch_shape_is_rejected(flag):
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, TypeError])
 def test_a_failing_check_on_a_gpu_writes_rows_without_waiting(end, tmp_path, monkeypatch):
-    """One contender's check raises while the other's hangs."""
+    """One contender's check raises while the second contender's hangs."""
     released, rows = threading.Event(), [throughput.Row("throughput", name, {}) for name in ("MoE", "dense")]
 
     def check():

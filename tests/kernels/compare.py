@@ -1,7 +1,7 @@
-"""Shared by the kernel tests: device, test data and accuracy checks.
+"""Helpers shared by the kernel tests: device, test data and accuracy checks.
 
-The truth is the op's formula in float64. The error of a kernel has no absolute tolerance: it is compared with the error
-of the PyTorch reference in the same dtype.
+The ground truth is the op's formula in float64. A kernel's error has no absolute tolerance. It is compared with the
+error of the PyTorch reference in the same dtype.
 """
 
 from contextlib import contextmanager
@@ -11,33 +11,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# A kernel's error may be this many times the reference's.
+# A kernel's error can be at most this many times the reference's.
 FACTOR = dict.fromkeys(DTYPES, 1.5)
 if DEVICE == "cpu":
     FACTOR[torch.bfloat16] *= 2  # the interpreter truncates to bf16 where a GPU rounds
 EPS = torch.finfo(torch.float32).eps
-# GPUs approximate exp, log, rsqrt and division; the results are off by a few roundings of fp32.
+# GPUs approximate exp, log, rsqrt and division. The results are off by a few fp32 rounding errors.
 FLOOR = 4 * EPS
 
 
 def sum_floor(length: int) -> float:
-    """Relative error of `length` fp32 products added one by one; torch adds them in a more accurate order.
+    """Return the relative error of adding `length` fp32 products one by one. torch uses a more accurate order.
 
-    A partial sum of i unit products is about sqrt(i), and each rounding adds an error of eps / sqrt(12) times that.
+    A partial sum of i unit products is about sqrt(i), and each rounding adds eps / sqrt(12) times that as error.
     The relative error of the result is sqrt(length / 24) eps.
     """
     return max(FLOOR, (length / 24) ** 0.5 * EPS)
 
 
 def error(result, truth) -> float:
-    """Relative root mean square. A result of zeros has error 1."""
+    """Return the relative root-mean-square error. An all-zeros result has error 1."""
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
 def assert_accurate(names, results, plains, truths, factor, floor=FLOOR, luck=0.0):
-    """The error of each result is at most factor times that of the plain one, plus floor; the dtypes are equal.
+    """Assert that dtypes match and each result's error is at most factor times the plain result's error, plus floor.
 
-    luck: added for results of fewer than 40 values, where the plain error can be small by chance.
+    luck: extra tolerance for results with fewer than 40 values, where the plain error can be small by chance.
     """
     for name, result, plain, truth in zip(names, results, plains, truths, strict=True):
         assert (result.dtype, result.shape, result.is_contiguous()) == (plain.dtype, truth.shape, True), name
@@ -49,30 +49,30 @@ def assert_accurate(names, results, plains, truths, factor, floor=FLOOR, luck=0.
 
 
 def assert_equal(results, expected):
-    """Equal values and dtypes, for tensors or nested sequences and dicts of tensors."""
+    """Assert equal values and dtypes. Accepts tensors, or nested sequences and dicts of tensors."""
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
-    """Unit-scale values, the same on every device."""
+    """Return unit-scale random values that are the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def opcheck(op, args):
-    torch.use_deterministic_algorithms(False)  # opcheck compares outputs whose memory may be uninitialized
+    torch.use_deterministic_algorithms(False)  # opcheck compares outputs that can hold uninitialized memory
     torch.library.opcheck(op, args)
 
 
 @contextmanager
 def saved_tensors():
-    """Context that collects the tensors saved for backward, by address."""
+    """Context manager that collects the tensors saved for backward, keyed by address."""
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         yield saved
 
 
 def record_launches(monkeypatch, module, kernel_name):
-    """A list that collects the grid and keyword arguments of each launch of a kernel."""
+    """Return a list that collects the grid and keyword arguments of each launch of a kernel."""
     launches, kernel = [], getattr(module, kernel_name)
 
     class Recorded:
@@ -84,7 +84,7 @@ def record_launches(monkeypatch, module, kernel_name):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Context that records the size of the largest tensor that an op returns."""
+    """Context manager that records the size of the largest tensor that any op returns."""
 
     numel = 0
 

@@ -7,7 +7,7 @@ from acceleron import ops
 
 @pytest.fixture(autouse=True)
 def poison_uninitialized_memory():
-    """Fills uninitialized memory with NaN. Ops without a deterministic implementation raise."""
+    """Fill uninitialized memory with NaN, and make ops without a deterministic implementation raise."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

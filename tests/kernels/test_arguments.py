@@ -116,7 +116,7 @@ def test_error_names_the_argument_of_wrong_shape_or_dtype(op, name, change, mess
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in TENSORS if name != next(iter(VALID[op]))])
-def test_error_names_the_argument_on_another_device(op, name, backend):
+def test_error_names_the_argument_on_a_different_device(op, name, backend):
     with pytest.raises(ValueError, match=f"^{op}: {name}: expected a tensor on {DEVICE}"):
         call(op, **{name: VALID[op][name].to("meta")})
 

@@ -23,14 +23,14 @@ OTHERS = {
 
 
 def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess:
-    # A separate process, because kernels decorated under the interpreter cannot be compiled.
+    # Use a separate process, because kernels decorated under the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["ACCELERON_NO_TMA"] = without_tma
     command = [sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-# One token, because Triton compiles an argument of 1 as a constant.
+# One token is a special case, because Triton compiles an argument of 1 as a constant.
 @pytest.mark.parametrize(
     ("arch", "size", "tokens", "without_tma"),
     [

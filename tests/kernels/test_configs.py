@@ -1,4 +1,4 @@
-"""Tile configurations: the tuned table, the rule for other sizes, and when TMA is used."""
+"""Tile configurations: the tuned table, the rule for sizes not in it, and when TMA is used."""
 
 import json
 

@@ -15,7 +15,7 @@ DEVICE_TYPE = torch.device(DEVICE).type
 
 
 def calls(dtype=torch.float32) -> dict:
-    """For each op, a function of x that returns a floating-point tensor, and x. Other operands are constants."""
+    """For each op, return a function of x with a floating-point result, and x. The other operands are constants."""
     routing = torch_ops.route_top2(randn(T, E, seed=1))
     plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     w13, w2 = (randn(E, 2 * WIDTH, D, seed=2) / D**0.5).to(dtype), (randn(E, D, WIDTH, seed=3) / WIDTH**0.5).to(dtype)
@@ -47,7 +47,7 @@ def test_every_op_is_covered():
 
 
 def second_derivative(op, x):
-    """Gradient of the squared norm of the gradient of sum(op(tanh(x)).square())."""
+    """Return the gradient of the squared norm of the gradient of sum(op(tanh(x)).square())."""
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(op(x.tanh()).square().sum(), x, create_graph=True)
     return torch.autograd.grad(grad.square().sum(), x)[0]
@@ -71,7 +71,7 @@ def test_second_derivatives_are_correct_or_raise(name, backend):
 
 
 def gradient(op, x, inside):
-    """y and the gradient of x under bf16 autocast. inside: whether backward also runs under it."""
+    """Return y and the gradient of x under bf16 autocast. inside: if True, backward also runs under autocast."""
     x = x.detach().requires_grad_()
     with torch.autocast(DEVICE_TYPE, torch.bfloat16):
         y = op(x)
@@ -85,7 +85,7 @@ def gradient(op, x, inside):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_casts_only_gemms(name, backend, inside):
-    """GEMMs compute in autocast's dtype; the router and the other ops compute in fp32."""
+    """GEMMs compute in the autocast dtype; the router and the other ops compute in fp32."""
     op, x = calls()[name]
     leaf = x.detach().requires_grad_()
     if name == "grouped_gemm":  # its weight must have x's dtype
@@ -97,7 +97,7 @@ def test_autocast_casts_only_gemms(name, backend, inside):
     y.float().square().sum().backward()
     ours, grad = gradient(op, x, inside)
     assert ours.dtype == y.dtype
-    if name == "moe":  # autocast runs it as separate ops, which round at other points
+    if name == "moe":  # autocast runs it as separate ops, which round at different points
         assert error(ours, y.detach().double()) < 0.01
         assert error(grad, leaf.grad.double()) < 0.02
     else:
@@ -106,13 +106,13 @@ def test_autocast_casts_only_gemms(name, backend, inside):
 
 
 def test_autocast_does_not_change_the_routing(backend):
-    """Even near a tie, because the router reads x before it is rounded."""
+    """Holds even near a tie, because the router reads x before it is rounded."""
     layer = MoE(ModelConfig.preset("nano", vocab_size=64)).to(DEVICE)
-    x = 1 + 1e-3 * randn(48, 128, seed=8)  # all but a few are 1 in bf16
+    x = 1 + 1e-3 * randn(48, 128, seed=8)  # almost all values are 1 in bf16
     with torch.no_grad():
         layer.router.copy_(
             torch.tensor([1.0, -1.0]).repeat(64)[torch.rand(8, 128).argsort()]
-        )  # each row has 64 of each
+        )  # each row has 64 of each sign
         _, expected = layer(x)
         with torch.autocast(DEVICE_TYPE, torch.bfloat16):
             y, stats = layer(x)
@@ -172,7 +172,7 @@ PATTERNS = {
 @pytest.mark.parametrize("value", [None, torch.inf, torch.nan])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ignored_labels_match_torch(pattern, value, backend):
-    """A nonfinite ignored row has no effect. torch would return NaN gradients for it, so its rows stay finite."""
+    """A non-finite ignored row has no effect. torch gets a finite row, because it would return NaN gradients."""
     x, weight, labels = randn(11, 16), randn(20, 16, seed=1), torch.arange(11, device=DEVICE)
     labels[PATTERNS[pattern]] = -100
     ours_x = x.clone()
@@ -200,7 +200,7 @@ def test_loss_of_zero_tokens_is_nan_with_zero_gradients(backend):
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_fp16_gradients_under_a_loss_scale(scale, backend):
-    """GradScaler's initial scale is above fp16's range. A probability divided by the token count can be below it."""
+    """GradScaler's initial scale exceeds fp16's maximum. A probability divided by the token count can underflow."""
     T, V = (8192, 2048) if backend == "reference" or DEVICE == "cuda" else (96, 64)  # the interpreter is slow
     x, weight, labels = randn(T, 16), randn(V, 16, seed=1), torch.arange(T, device=DEVICE) % V
     leaves = [x.half().requires_grad_(), weight.requires_grad_()]
@@ -230,7 +230,7 @@ def test_model_rejects_wrong_shapes(backend):
 
 
 def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
-    """Their gradients stay bf16."""
+    """The gradients of the weights stay in bf16."""
     x = randn(T, D)
     shapes = [(E, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (8, D), (D, 4)]
     narrow = [randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate(shapes)]
@@ -256,7 +256,7 @@ def test_router_computes_in_fp32_for_16_bit_operands(backend):
 
 
 def test_sequences_of_one_token_have_no_loss(backend):
-    """A token's target is the next token, so there is no target."""
+    """Each token's target is the next token, so a single token has no target."""
     model = Acceleron(ModelConfig(64, 32, 1, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16)).to(DEVICE)
     ids = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
     assert model(ids, labels=ids).cross_entropy.isnan()

@@ -1,4 +1,4 @@
-"""The fused output head and cross-entropy loss."""
+"""Fused output head and cross-entropy loss."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 def inputs(T, V, D, dtype=torch.float32, weight_dtype=None):
-    # Logits of scale 2: wide enough to reveal a softmax that subtracts a wrong maximum, or none.
+    # Logits have scale 2, large enough to expose a softmax that subtracts the wrong maximum or none.
     x, weight = randn(T, D, dtype=dtype), (2 * randn(V, D, seed=1) / D**0.5).to(weight_dtype or dtype)
     return x, weight, torch.randint(V, (T,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
@@ -37,14 +37,14 @@ def run(function, x, weight, labels, grad=3.0):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of at most seven tokens, and blocks of 64 logits, two per thread."""
+    """Use chunks of at most seven tokens and blocks of 64 logits, two per thread."""
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 7 * 150)
     monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.setattr(module, "WARPS", 1)
 
 
-# T, V, D: three blocks of the vocabulary and five chunks, both with a short last one; one token; a vocabulary smaller
-# than a block, with an odd width. V = 1 has a loss of 0, where a relative error means nothing.
+# T, V, D: three vocabulary blocks and five chunks, both with a short last one; one token; a vocabulary smaller than a
+# block, with an odd width. V = 1 is omitted: its loss is 0, so a relative error is meaningless.
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("case", [(33, 150, 16), (1, 150, 16), (9, 37, 7)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +93,7 @@ def test_extreme_logits():
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, under the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy raises it under the interpreter
 @pytest.mark.parametrize("label", [3, 90])
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
 @pytest.mark.parametrize("where", [[3], [70, 149], range(64), range(150)], ids=["one", "two", "a block", "all"])
@@ -116,7 +116,7 @@ def test_label_outside_the_vocabulary_has_the_gradient_of_the_logsumexp():
 
 
 def test_weight_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
-    """An fp16 sum over these 128 chunks would lose bits."""
+    """An fp16 sum over these 128 chunks would lose precision."""
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 32)
     x, weight, labels = inputs(128, 32, 8, torch.float16, torch.float32)
     grad = run(linear_cross_entropy, x, weight, labels, grad=1.0)[2]
@@ -127,7 +127,7 @@ def test_weight_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
 
 
 def test_unneeded_gradients_are_not_computed(monkeypatch):
-    """Two chunks: one GEMM per chunk for the loss, and one more per chunk for each gradient."""
+    """There are two chunks. Each needs one GEMM for the loss and one more for each gradient."""
     gemms, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: gemms.append(1) or mm(*args, **kwargs))
     launches = record_launches(monkeypatch, module, "_cross_entropy_kernel")
@@ -145,8 +145,8 @@ def test_unneeded_gradients_are_not_computed(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_logits_of_all_tokens_never_exist_at_once():
-    """Neither do their gradients: the largest tensor has the weight's size."""
+def test_full_logits_are_never_materialized():
+    """Their gradients are not materialized either. The largest tensor has the size of the weight."""
     x, weight, labels = inputs(33, 150, 30)
     with LargestTensor() as largest:
         module._linear_cross_entropy._init_fn(x, weight, labels, IGNORED, True, True)

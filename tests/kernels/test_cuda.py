@@ -27,7 +27,7 @@ def test_no_op_syncs_with_the_host():
 
 
 def test_cuda_graph_replay_matches_an_eager_step():
-    """The graph is captured once and replayed on other tokens."""
+    """The graph is captured once and replayed on different tokens."""
     torch.use_deterministic_algorithms(False)  # SDPA's backward has no deterministic kernel for every head_dim
     model, ids = build()
     stream = torch.cuda.Stream()

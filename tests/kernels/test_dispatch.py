@@ -1,4 +1,4 @@
-"""The dispatch kernels: the plan is a stable sort of the assignments by expert."""
+"""Dispatch kernels: the plan is a stable sort of the assignments by expert."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def check_plan(ids, num_experts):
 
 @st.composite
 def assignments(draw):
-    """Expert ids of up to 60 tokens. Few experts are used, and a token can use one twice."""
+    """Generate expert ids for up to 60 tokens. Few experts are used, and a token can have the same expert twice."""
     E = draw(st.sampled_from([2, 3, 8, 64, 255, 256]))
     used = draw(st.lists(st.integers(0, E - 1), min_size=1, max_size=8))
     ids = draw(st.lists(st.tuples(*[st.sampled_from(used)] * 2), max_size=60))
@@ -45,8 +45,8 @@ def random_ids(T, E, dtype=torch.int32):
     return torch.randint(E, (T, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
 
 
-# T and E: no tokens; one token; three programs with a short last one; exactly one block; 17 programs, whose counts take
-# two blocks. A block has 512 assignments for up to 8 experts, and 16 for 256.
+# T and E: no tokens; one token; three programs with a short last one; exactly one block; 17 programs, with counts that
+# need two blocks. A block has 512 assignments for up to 8 experts, and 16 for 256.
 @pytest.mark.parametrize(
     ("T", "E"), [(0, 5), (1, 2), (600, 5), (256, 8), (130, 256), *([(300_000, 8)] if DEVICE == "cuda" else [])]
 )
@@ -54,7 +54,7 @@ def test_plan_matches_the_reference(T, E):
     check_plan(random_ids(T, E), E)
 
 
-@pytest.mark.parametrize(("T", "E"), [(1500, 5), (100, 256)])  # three programs, with two blocks each or at least four
+@pytest.mark.parametrize(("T", "E"), [(1500, 5), (100, 256)])  # three programs: two blocks each, at least four each
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_programs_loop_over_several_blocks(T, E, dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "MAX_PROGRAMS", 3)

@@ -1,4 +1,4 @@
-"""The expert MLP kernels."""
+"""Expert MLP kernels."""
 
 import gc
 import subprocess
@@ -24,12 +24,12 @@ NAMES = ("x", "topk_scores", "w13", "w2")
 
 
 def inputs(T, D, width, E, used=None, dtype=torch.float32):
-    """[x, topk_scores, w13, w2] and the plan, from random logits. used: the experts that get tokens, all by default."""
+    """Return [x, topk_scores, w13, w2] and a plan from random logits. used: experts that get tokens (default: all)."""
     logits = randn(T, E, seed=1)
     if used:
         logits[:, [e for e in range(E) if e not in used]] -= 100
     routing = route_top2(logits)
-    # Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+    # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     w13, w2 = randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5
     tensors = [randn(T, D, dtype=dtype), routing.topk_scores_TK, w13.to(dtype), w2.to(dtype)]
     return tensors, dispatch_plan(routing.topk_ids_TK, E)
@@ -53,8 +53,8 @@ def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert
     return results
 
 
-# T, D, F, E and the experts that get tokens. The interpreter runs three programs with blocks of 32 x 32 x 32. The named
-# sizes come first, with their expert count and roughly their ratio of D to F. Only tiny has two row tiles per expert.
+# T, D, F, E and the experts that get tokens. The interpreter runs three programs with 32 x 32 x 32 blocks. The first
+# cases have the expert counts and roughly the D / F ratios of the named sizes. Only tiny has two row tiles per expert.
 SIZES = {
     "nano": (20, 64, 64, 8, None),
     "tiny": (60, 16, 44, 4, None),
@@ -68,7 +68,7 @@ CASES = SIZES | {
     "hot experts": (40, 64, 32, 5, (4, 2)),  # two tiles of rows each
     "two experts": (33, 32, 32, 2, None),
     "many experts": (16, 8, 8, 64, None),
-    "odd widths": (33, 33, 17, 5, None),  # pointers instead of TMA, and partial tiles on every axis
+    "odd widths": (33, 33, 17, 5, None),  # loads through pointers instead of TMA, and partial tiles on every axis
     "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its two rows
 }
 if DEVICE == "cuda":
@@ -76,7 +76,7 @@ if DEVICE == "cuda":
         config = ModelConfig.preset(size)
         CASES[f"{size}, full size"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
-else:  # the interpreter is slow: fp16, which takes the same path as bf16, and some fp32; test_moe_layer.py has more
+else:  # the interpreter is slow: run fp16, which has the same path as bf16, and some fp32; test_moe_layer.py has more
     RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium")]
     RUNS += [(case, torch.float32) for case in ("one token", "empty experts", "hot experts", "odd widths")]
 
@@ -91,7 +91,7 @@ def test_output_and_every_gradient(case, dtype):
 
 
 def test_fp32_weights_get_fp32_gradients():
-    """The weights are cast for the GEMMs. Their gradients are never rounded to 16 bits."""
+    """The weights are cast for the GEMMs, but their gradients are never rounded to 16 bits."""
     (x, scores, w13, w2), plan = inputs(*CASES["odd widths"], dtype=torch.float16)
     grad = randn(*x.shape, seed=5, dtype=x.dtype)
     narrow = run(expert_mlp, (x, scores, w13, w2), plan, grad)
@@ -104,7 +104,7 @@ def test_fp32_weights_get_fp32_gradients():
 
 
 def test_bfloat16_is_accurate():
-    """Adds x to dilute the error, because the interpreter truncates four times in a row, always toward zero."""
+    """Add x to dilute the error, because the interpreter truncates four times in a row, always toward zero."""
     tensors, plan = inputs(*CASES["two experts"], dtype=torch.bfloat16)
     functions = (formulas.expert_mlp, torch_ops.expert_mlp, expert_mlp)
     check_errors(tensors, plan, [lambda x, *rest, f=f: f(x, *rest) + x for f in functions])
@@ -119,13 +119,13 @@ def test_bfloat16_is_accurate():
     ],
     ids=str,
 )
-def test_other_tile_configs_are_accurate(config, dtype, monkeypatch):
+def test_different_tile_configs_are_accurate(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(30, 48, 72, 2, dtype=dtype))
 
 
 def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
-    """TMA needs rows of a multiple of 16 bytes and full inner blocks. Other operands are loaded by pointers."""
+    """TMA needs full inner blocks and rows that are a multiple of 16 bytes. Otherwise, the kernels use pointers."""
     used = []
     for caller in (module, gemms):
         monkeypatch.setattr(caller, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
@@ -137,7 +137,7 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
         return [tma for _, tma in used]
 
     descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    # Up and down; w2.T dy, dW2, dW13 and the rows of dX.
+    # The order is: up, down; w2.T dy, dW2, dW13 and the rows of dX.
     assert paths(64, 32, torch.float16) == [descriptors] * 6
     assert paths(64, 32, torch.float32) == [False] * 6
     assert paths(33, 17, torch.float16) == [False] * 6
@@ -281,7 +281,7 @@ def test_zero_tokens_are_accepted():
 
 
 def test_results_are_deterministic_with_and_without_grad():
-    # On a GPU, large enough that programs can finish in different orders.
+    # On a GPU, the shape is large enough that programs can finish in different orders.
     tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 2)), dtype=torch.float16)
     first = run(expert_mlp, tensors, plan, tensors[0])
     assert_equal(run(expert_mlp, tensors, plan, tensors[0]), first)
@@ -291,7 +291,7 @@ def test_results_are_deterministic_with_and_without_grad():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_output_of_a_token_does_not_depend_on_the_batch(dtype):
-    """Neither the other rows of its tile nor its position there matter: sums run over the inner width only."""
+    """The other rows of its tile and its position in the tile do not matter, because sums run over the inner width."""
     (x, scores, w13, w2), plan = inputs(*CASES["tiny"], dtype=dtype)
     full = expert_mlp(x, scores, plan, w13, w2)
     ids = torch.searchsorted(plan.offsets[1:], plan.scatter_idx_TK, right=True).to(torch.int32)
@@ -319,8 +319,8 @@ def test_nan_does_not_reach_other_tokens_or_experts(dtype):
 
 
 def test_backward_saves_only_x_the_pre_activation_and_the_plan():
-    """2 D + 8 F bytes per token in 16 bits, and 24 bytes of scores and plan: SonicMoE's "minimal activation memory"."""
-    T, D, width, E = 43, 40, 48, 8  # shapes that no other test uses
+    """A token takes 2 D + 8 F bytes in 16 bits plus 24 for scores and plan (SonicMoE's "minimal activation memory")."""
+    T, D, width, E = 43, 40, 48, 8  # no other test uses these shapes
     (x, _, w13, w2), _ = inputs(T, D, width, E, dtype=torch.float16)
     leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2)]
     x, logits, w13, w2 = leaves
@@ -328,7 +328,7 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
         routing = route_top2(logits)
         plan = dispatch_plan(routing.topk_ids_TK, E)
         y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
-    # Nothing else is kept: no live tensor has the shape of the activation or of the expert-sorted rows.
+    # Nothing else is saved: no live tensor has the shape of the activation or of the expert-sorted rows.
     alive = {t.shape for t in gc.get_objects() if type(t) is torch.Tensor}
     assert y.requires_grad
     assert (2 * T, 2 * width) in alive

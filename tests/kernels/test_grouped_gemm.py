@@ -1,4 +1,4 @@
-"""The grouped GEMM kernels."""
+"""Grouped GEMM kernels."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ grouped_gemm = module.grouped_gemm
 
 
 def make_plan(T, E, used=None):
-    """A plan for random expert ids, from `used` if given. A token can have the same id twice."""
+    """Return a plan for random expert ids, drawn from `used` if given. A token can have the same id twice."""
     pool = torch.tensor(used or range(E))
     indices = torch.randint(len(pool), (T, 2), generator=torch.Generator().manual_seed(1))
     return dispatch_plan(pool[indices].to(DEVICE, torch.int32), E)
 
 
 def inputs(T, D, width, E, used, dtype):
-    # Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+    # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     x, w = randn(2 * T, D, dtype=dtype), (randn(E, width, D, seed=2) / D**0.5).to(dtype)
     return x, w, make_plan(T, E, used), randn(2 * T, width, seed=3, dtype=dtype)
 
@@ -42,9 +42,9 @@ def check_errors(x, w, plan, grad):
     return results
 
 
-# T, D, F, E and the experts that get rows. The interpreter runs three programs with blocks of 32 x 32 x 32.
+# T, D, F, E and the experts that get rows. The interpreter runs three programs with 32 x 32 x 32 blocks.
 CASES = {
-    "several tiles": (50, 64, 96, 3, None),  # full tiles of columns and inner width
+    "several tiles": (50, 64, 96, 3, None),  # full tiles on both the column and inner axes
     "partial tiles": (37, 40, 72, 3, None),  # TMA for the weight gradient only: the last inner block is partial
     "odd widths": (50, 33, 17, 5, None),
     "one token": (1, 64, 32, 4, None),  # more experts than rows
@@ -61,7 +61,7 @@ if DEVICE == "cuda":
         CASES[size] = (8192, config.d_model, 2 * config.d_ff, config.num_experts, None)
 
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
-else:  # the interpreter is slow: all in fp16, which takes the same path as bf16, and some in fp32
+else:  # the interpreter is slow: run all in fp16, which has the same path as bf16, and some in fp32
     RUNS = [(case, torch.float16) for case in CASES]
     RUNS += [(case, torch.float32) for case in ("several tiles", "partial tiles", "odd widths", "empty experts")]
 
@@ -79,7 +79,7 @@ def test_bfloat16_is_accurate():
 
 
 def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
-    """TMA needs rows of a multiple of 16 bytes and full inner blocks. Other operands are loaded by pointers."""
+    """TMA needs full inner blocks and rows that are a multiple of 16 bytes. Otherwise, the kernels use pointers."""
     used = []
     monkeypatch.setattr(module, "choose", lambda *args: used.append(configs.choose(*args)) or used[-1])
 
@@ -107,13 +107,13 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
     ],
     ids=str,
 )
-def test_other_tile_configs_are_accurate(config, dtype, monkeypatch):
+def test_different_tile_configs_are_accurate(config, dtype, monkeypatch):
     monkeypatch.setattr(configs, "find_config", lambda *args: config)
     check_errors(*inputs(40, 64, 96, 5, (0, 2, 4), dtype))
 
 
 def test_expert_rows_that_the_split_does_not_divide(monkeypatch):
-    """Each share has full blocks, except that the last is partial or empty."""
+    """Each share has full blocks, except the last one, which is partial or empty."""
     counts = [1, 31, 32, 33, 64, 65, 96]
     ids = torch.arange(7).repeat_interleave(torch.tensor(counts)).to(DEVICE, torch.int32).view(-1, 2)
     plan = dispatch_plan(ids, 7)
@@ -137,7 +137,7 @@ def test_gather_rows_returns_the_token_of_each_assignment(width):
 
 
 def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):
-    """Shares rounded to 16 bits would have 1.4 times the error of the rounded truth."""
+    """If shares were rounded to 16 bits, the error would be 1.4 times that of the rounded ground truth."""
     monkeypatch.setattr(configs, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=4))
     _, _, plan, grad = inputs(64, 1, 40, 2, None, torch.float16)
     x = randn(128, 40, dtype=torch.float16)
@@ -146,8 +146,8 @@ def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):
     assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
 
 
-# TMA's ragged descriptors stop loads at the end of an expert in the first case, masks in the second. At an odd width,
-# a load past the end of a row would read the NaN of the next row.
+# Loads stop at the end of an expert: TMA's ragged descriptors ensure that in the first case, masks in the second. At an
+# odd width, a load past the end of a row would read the NaN of the next row.
 @pytest.mark.parametrize(("case", "dtype"), [("several tiles", torch.float16), ("odd widths", torch.float32)], ids=str)
 def test_nan_does_not_reach_other_experts(case, dtype):
     x, w, plan, grad = inputs(*CASES[case], dtype)
@@ -180,7 +180,7 @@ def test_zero_rows_are_accepted():
 
 
 def test_results_are_deterministic():
-    # On a GPU, large enough that programs can finish in different orders.
+    # On a GPU, the shape is large enough that programs can finish in different orders.
     arguments = inputs(*(CASES["tiny"] if DEVICE == "cuda" else (20, 32, 40, 2, None)), torch.float16)
     assert_equal(run(grouped_gemm, *arguments), run(grouped_gemm, *arguments))
 

@@ -1,4 +1,4 @@
-"""The whole MoE layer as one op."""
+"""The full MoE layer as one op."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ OUTPUTS = ("y", "z_loss", "balance_loss")
 
 
 def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None, residual=True):
-    """The op's arguments. Weights of scale 1 / sqrt(fan-in) keep every tensor at unit scale.
+    """Return the op's arguments. Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
 
-    used: the experts that get tokens, all by default. weights: the dtype of the expert weights.
+    used: the experts that get tokens (default: all). weights: the dtype of the expert weights.
     """
     router = randn(E, D, seed=1) / D**0.5
     x = randn(T, D, dtype=dtype)
@@ -31,7 +31,7 @@ def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None,
 
 
 def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
-    """y, both losses and the input gradients of their weighted sum, in a list; and the tokens per expert."""
+    """Return a list of y, both losses and the input gradients of their weighted sum, and the tokens per expert."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
     y, z_loss, balance_loss, tokens_per_expert_E = function(*leaves, **options)
     grad = randn(*y.shape, seed=7, dtype=y.dtype)
@@ -53,7 +53,7 @@ def check_errors(tensors, **how):
     return results
 
 
-# T, D, F, E, W and the experts that get tokens. The interpreter's blocks are 32 x 32 x 32.
+# T, D, F, E, W and the experts that get tokens. The interpreter uses 32 x 32 x 32 blocks.
 CASES = {
     "tiny": (60, 16, 44, 4, 22),
     "medium": (20, 32, 52, 8, 48),
@@ -88,7 +88,7 @@ def test_bfloat16_is_accurate():
 
 @pytest.mark.parametrize("only", range(3), ids=OUTPUTS)
 def test_gradient_of_one_output(only):
-    """The gradient of y reaches the router through the scores, that of a loss through the logits."""
+    """The gradient of y reaches the router through the scores; the gradient of a loss reaches it through the logits."""
     results = check_errors(inputs(*CASES["tiny"]), coefficients=[float(i == only) for i in range(3)])
     _, router, *experts, residual = results[3:]
     assert router.abs().max() > 1e-3
@@ -134,7 +134,7 @@ def test_results_are_deterministic_with_and_without_grad():
 
 
 def test_memory_saved_for_backward():
-    """2 D + 8 F + 6 W bytes per token in 16 bits, 4 E + 32 of logits, routing and plan, and the 16-bit weights."""
+    """A token takes 2 D + 8 F + 6 W bytes in 16 bits plus 4 E + 32 for routing. The 16-bit weights are also saved."""
     T, D, width, E, W = 51, 40, 48, 8, 24
     tensors = inputs(T, D, width, E, W, dtype=torch.float16, weights=torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors]

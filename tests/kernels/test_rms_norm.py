@@ -1,4 +1,4 @@
-"""The RMSNorm kernels."""
+"""RMSNorm kernels."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import rms_norm as module
 from acceleron.kernels.rms_norm import rms_norm
 
-# The interpreter truncates bf16 three times in a row, always toward zero.
+# The interpreter truncates to bf16 three times in a row, always toward zero.
 FACTOR = FACTOR | {torch.bfloat16: FACTOR[torch.bfloat16] * (2 if DEVICE == "cpu" else 1)}
 EPS = 1e-6
 NAMES = ("norm", "sum", "grad of x", "grad of weight", "grad of residual")
@@ -16,21 +16,21 @@ with_and_without_residual = pytest.mark.parametrize("with_residual", [False, Tru
 
 
 def run(function, x, weight, residual, grads):
-    """Both outputs and the gradient of each input."""
+    """Return both outputs and the gradient of each input."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, residual) if t is not None]
     outs = function(*leaves[:2], EPS, *leaves[2:])
     return *outs, *torch.autograd.grad(outs, leaves, [grad.to(x.dtype) for grad in grads])
 
 
 def inputs(shape, dtype, weight_dtype, with_residual):
-    # A mean of 1, as in a model, and a unit spread, which reveals a missing product.
+    # The weight has mean 1, as in a model, and unit variance, which exposes a missing product.
     x, weight = randn(*shape, dtype=dtype), 1 + randn(shape[-1], seed=1, dtype=weight_dtype)
     residual = randn(*shape, seed=2, dtype=dtype) if with_residual else None
     return x, weight, residual, [randn(*shape, seed=seed, dtype=dtype) for seed in (3, 4)]
 
 
 def check_accuracy(arguments, weight):
-    """weight: the one that the truth is computed from."""
+    """Compare with the ground truth. weight: the weight that the ground truth uses."""
     x, _, residual, grads = arguments
     wide = [None if t is None else t.double() for t in (x, weight, residual)]
     truths = run(formulas.rms_norm, *wide, grads)
@@ -56,19 +56,19 @@ def test_16_bit_weight_gets_a_16_bit_gradient():
 
 
 def test_rounds_in_llamas_order():
-    """The sum, the normalized value and the product each round. test_torch_ops.py compares with transformers."""
+    """The sum, the normalized value and the product are each rounded. test_torch_ops.py compares with transformers."""
     x, weight, residual, _ = inputs((9, 96), torch.float16, torch.float32, True)
     norm, total = rms_norm(x, weight, EPS, residual)
     expected, expected_total = torch_ops.rms_norm(x, weight, EPS, residual)
     assert torch.equal(total, expected_total)
-    # The last bits of the statistics differ, so one value in thousands rounds the other way. With a missing rounding
-    # one in four does.
+    # The last bits of the statistics differ, so one value in several thousand rounds the other way. If a rounding step
+    # is missing, one in four does.
     assert (norm != expected).float().mean() < 0.01
     assert torch.equal(rms_norm(total, weight, EPS)[0], norm)
 
 
 def test_sum_without_a_residual_aliases_x():
-    """It is part of the graph, so its gradient is added in the norm's backward kernel."""
+    """The sum is part of the graph, so its gradient is added in the norm's backward kernel."""
     x, weight, *_ = inputs((9, 24), torch.float32, torch.float32, False)
     norm, total = rms_norm(x.requires_grad_(), weight, EPS)
     assert total.data_ptr() == x.data_ptr()
@@ -79,7 +79,7 @@ def test_sum_without_a_residual_aliases_x():
 def test_backward_accepts_expanded_gradients(with_residual):
     x, weight, residual, _ = inputs((9, 24), torch.float32, torch.float32, with_residual)
     leaves = [t.requires_grad_() for t in (x, weight, residual) if t is not None]
-    sum(out.sum() for out in rms_norm(x, weight, EPS, residual)).backward()  # gradients with strides of 0
+    sum(out.sum() for out in rms_norm(x, weight, EPS, residual)).backward()  # the gradients have strides of 0
     expected = run(rms_norm, x, weight, residual, [torch.ones_like(x)] * 2)[2:]
     assert_equal([leaf.grad for leaf in leaves], list(expected))
 
@@ -87,7 +87,7 @@ def test_backward_accepts_expanded_gradients(with_residual):
 @pytest.mark.parametrize("used", [0, 1], ids=["norm", "sum"])
 @with_and_without_residual
 def test_backward_skips_an_unused_output(monkeypatch, used, with_residual):
-    """No gradient of zeros is allocated, and no kernel runs unless the norm is used."""
+    """Backward allocates no zero gradient and launches no kernel unless the norm is used."""
     x, weight, residual, grads = inputs((9, 24), torch.float32, torch.float32, with_residual)
     leaves = [t.requires_grad_() for t in (x, weight, residual) if t is not None]
     launches = []

@@ -1,4 +1,4 @@
-"""The RoPE kernel, for separate q and k and for the fused qkv tensor."""
+"""RoPE kernel for separate q and k and for the fused qkv tensor."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def angles(S, C):
 
 
 def split(qkv, H):
-    """q and k as in the model: strided views of one tensor."""
+    """Return q and k as strided views of one tensor, as in the model."""
     G = (qkv.shape[2] - H) // 2
     return qkv.split([H, G, G], dim=2)[:2]
 
@@ -37,7 +37,7 @@ def inputs(B, S, H, G, C, dtype=torch.float32):
 
 
 def run_split(function, qkv, H, cos, sin, grads):
-    """q, k, v and the gradient of qkv."""
+    """Return q, k, v and the gradient of qkv."""
     leaf = qkv.detach().requires_grad_()
     if qkv.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
@@ -83,7 +83,7 @@ def test_split_outputs_and_gradient(case, dtype):
 
 
 def test_split_backward_accepts_any_strides():
-    """Gradients in attention's (B, H, S, C) order, and expanded along each axis."""
+    """Gradients come in attention's (B, H, S, C) order, and expanded along each axis."""
     qkv, H, cos, sin, grads = split_inputs(2, 9, 4, 2, 16)
     orders = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads]
     wanted = run_split(split_rope, qkv, H, cos, sin, grads)[-1]
@@ -110,7 +110,7 @@ def test_split_backward_with_an_unused_output(unused):
 
 
 def test_accepts_any_strides_except_on_the_last_axis():
-    """q, k and their gradients are views of (B, H, S, C) tensors, as attention uses them."""
+    """q, k and their gradients are views of (B, H, S, C) tensors, the layout that attention uses."""
     q, k = randn(2, 4, 9, 16), randn(2, 2, 9, 16, seed=1)
     grads = randn(2, 4, 9, 16, seed=2), randn(2, 2, 9, 16, seed=3)
     cos_sin = angles(9, 16)
@@ -126,7 +126,7 @@ def test_accepts_any_strides_except_on_the_last_axis():
 def test_backward_accepts_expanded_gradients():
     q, k = randn(2, 9, 4, 16).requires_grad_(), randn(2, 9, 2, 16, seed=1).requires_grad_()
     cos, sin = angles(9, 16)
-    sum(x.sum() for x in rope(q, k, cos, sin)).backward()  # gradients with strides of 0
+    sum(x.sum() for x in rope(q, k, cos, sin)).backward()  # the gradients have strides of 0
     first, second = torch.cat([cos[:, :8] + sin[:, :8], cos[:, :8] - sin[:, :8]], -1).chunk(2, -1)
     expected = torch.cat([first, second], -1)[:, None]
     torch.testing.assert_close(q.grad, expected.expand_as(q), rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The router's GEMM kernels: logits and both gradients."""
+"""Router GEMM kernels: logits and both gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ FP32_FACTOR = {"cuda": 8, "cpu": 1.5}[DEVICE]
 
 
 def run(op, x, weight, grad):
-    """Logits and both gradients."""
+    """Return the logits and both gradients."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     logits = op(x, weight)
     return logits, *torch.autograd.grad(logits, (x, weight), grad.to(logits.dtype))
@@ -44,7 +44,7 @@ def test_logits_and_gradients(T, D, E, dtype):
 
 
 def test_weight_gradient_sums_the_shares_of_all_programs(monkeypatch):
-    """Each of two programs has two blocks of tokens, and the last block is empty."""
+    """Two programs have two token blocks each, and the last block is empty."""
     monkeypatch.setattr(router, "WEIGHT_GRAD_PROGRAMS", 2)
     x, weight, grad = randn(64 * 2 + 5, 20), randn(4, 20, seed=1), randn(64 * 2 + 5, 4, seed=2)
     truth = run(formulas.router_logits, x.double(), weight.double(), grad.double())

@@ -1,4 +1,4 @@
-"""The routing kernels: top-2 ids and scores, both losses, and the gradient of the logits."""
+"""Routing kernels: top-2 ids and scores, both losses, and the gradient of the logits."""
 
 import math
 
@@ -18,15 +18,15 @@ from acceleron.kernels.routing import route_top2
 FACTOR = 1.5
 DIFFERENTIABLE = ("topk_scores_TK", "z_loss", "balance_loss")
 
-# NumPy, under the interpreter, warns about the infinities of some tests.
+# Under the interpreter, NumPy warns about the infinities in some tests.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow|divide by zero|All-NaN slice) encountered:RuntimeWarning"
 )
 
 
 # T and E. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256. One token; E = K; three programs with a
-# partial block and an odd E; half a block of many experts; 10 programs, whose sums take two blocks of the second
-# kernel, with the most experts; the same with 51 experts of padding; exactly one block.
+# partial block and an odd E; half a block of many experts; the most experts and 10 programs, so the second kernel needs
+# two blocks for their sums; the same with 51 padded experts; exactly one block.
 SHAPES = [(1, 8), (300, 2), (600, 5), (16, 64), (75, 256), (75, 205), (256, 8)]
 if DEVICE == "cuda":  # more tokens than 256 programs of one block, and the shapes of the named sizes
     SHAPES += [(100_003, 8), *{(8192, ModelConfig.preset(size).num_experts) for size in PRESETS}]
@@ -46,7 +46,7 @@ def test_routing_matches_the_formula(shape):
     check_routing(randn(*shape))
 
 
-# Two programs of eight blocks, the last three of them empty; three programs of two blocks.
+# Two programs with eight blocks each, the last three of which are empty; three programs with two blocks each.
 @pytest.mark.parametrize("shape", [(100, 256), (1500, 5)], ids=str)
 def test_programs_loop_over_several_blocks(shape, monkeypatch):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
@@ -68,8 +68,8 @@ def test_large_and_small_logits(scale):
         [[0.0] * 7] * 5,
         [[1.0, 3.0, 3.0, 2.0], [2.0, 1.0, 2.0, 2.0], [-1.0, -2.0, -3.0, -1.0]],  # ties for first and for second
         [[0.0, -0.0, -1.0], [-0.0, 0.0, -1.0], [-1.0, -0.0, 0.0]],  # both zeros are equal
-        [[-math.inf, 3.0, -math.inf, 1.0], [-math.inf, -math.inf, 2.0, -math.inf]],  # -inf still beats padding
-        [[-3.0, -1.0, -2.0], [-5e-39, -1e-39, -2e-39]],  # negative: padding of zeros would win
+        [[-math.inf, 3.0, -math.inf, 1.0], [-math.inf, -math.inf, 2.0, -math.inf]],  # -inf still wins over padding
+        [[-3.0, -1.0, -2.0], [-5e-39, -1e-39, -2e-39]],  # all negative: zero padding would win
     ],
     ids=["1e4", "equal", "ties", "zeros", "-inf", "negative"],
 )
@@ -94,11 +94,11 @@ VALUES = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1
 @settings(max_examples=40)
 @given(st.sampled_from([2, 5]).flatmap(lambda E: st.lists(st.lists(VALUES, min_size=E, max_size=E), min_size=1)))
 def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows):
-    """NaN counts as the largest value. A loss is finite where the reference's is."""
+    """NaN counts as the largest value. A loss is finite if the reference's loss is finite."""
     logits = torch.tensor(rows, device=DEVICE)
     routing, plain = route_top2(logits), torch_ops.route_top2(logits)
     E = logits.shape[1]
-    # Python cannot sort NaN keys: a row's NaNs come first, then the other experts by value.
+    # Python cannot sort NaN keys, so put a row's NaNs first, then the other experts by value.
     best = [
         [e for e in range(E) if math.isnan(row[e])]
         + sorted((e for e in range(E) if not math.isnan(row[e])), key=lambda e: (-row[e], e))
@@ -110,7 +110,7 @@ def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows):
     plan = dispatch_plan(routing.topk_ids_TK, E)
     assert sorted(plan.gather_idx.tolist()) == list(range(2 * len(rows)))
     assert plan.offsets.tolist() == [0, *routing.tokens_per_expert_E.cumsum(0).tolist()]
-    # A row of finite logits has finite scores whatever the other rows hold. A selected NaN makes both scores NaN.
+    # A row of finite logits has finite scores regardless of the other rows. A selected NaN makes both scores NaN.
     finite = [all(map(math.isfinite, row)) for row in rows]
     assert routing.topk_scores_TK[torch.tensor(finite)].isfinite().all()
     selected_nan = [math.isnan(row[ids[0]]) for row, ids in zip(rows, best, strict=True)]
@@ -123,7 +123,7 @@ def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows):
 def gradient(function, logits, through=DIFFERENTIABLE):
     leaf = logits.detach().requires_grad_()
     routing = function(leaf)
-    # Column-major: the gradient of the scores is not contiguous.
+    # dscores is column-major, so the gradient of the scores is not contiguous.
     dscores = randn(2, logits.shape[0], seed=1).t()
     terms = {"topk_scores_TK": (routing.topk_scores_TK * dscores).sum(), "z_loss": 0.7 * routing.z_loss}
     terms["balance_loss"] = 30 * routing.balance_loss  # scaled up, because its gradient is the smallest
@@ -155,7 +155,7 @@ def test_gradient_of_16_bit_logits(dtype):
 
 
 def test_gradient_of_large_logits():
-    """At 1e4 every score is 0 or 1, so only the z-loss has a gradient, of about 2e4 / T."""
+    """At 1e4, every score is 0 or 1, so only the z-loss has a gradient, which is about 2e4 / T."""
     check_gradient(randn(37, 8) * 1e4)
 
 

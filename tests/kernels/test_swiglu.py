@@ -1,4 +1,4 @@
-"""The SwiGLU kernels."""
+"""SwiGLU kernels."""
 
 import math
 
@@ -36,8 +36,8 @@ def test_sigmoid_is_accurate_and_saturates():
     assert ((y[7:].double() - truth).abs() / truth).max() < 1e-6
 
 
-# One row; several tiles of 8 x 256 with partial ones on both axes; an odd width, whose rows are not aligned; leading
-# axes; a single pair.
+# One row; several 8 x 256 tiles with partial ones on both axes; an odd width, so rows are not aligned; leading axes; a
+# single pair.
 @pytest.mark.parametrize("shape", [(1, 512), (67, 2 * 600), (9, 2 * 257), (2, 5, 2 * 7), (2,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_and_gradient(shape, dtype):

@@ -14,8 +14,8 @@ from acceleron.device import missing_compiler
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Two layers, so that errors in one reach the gradients of the other; four experts, one of which gets few of the 24
-# tokens; widths with partial blocks of 32; a vocabulary of one and a half blocks.
+# Two layers, so errors in one reach the gradients of the other; four experts, one of which gets few of the 24 tokens;
+# widths with partial blocks of 32; a vocabulary of one and a half blocks.
 CONFIG = ModelConfig(
     vocab_size=48,
     d_model=32,
@@ -55,14 +55,14 @@ def losses_and_gradients(model, backend):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Results of the reference in float64 and in fp32."""
+    """Return the reference's results in float64 and in fp32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_backend", ops._backend)
         return [losses_and_gradients(build(dtype), "reference") for dtype in (torch.float64, torch.float32)]
 
 
 def check(results, expected):
-    """Allows twice the reference's error, because rounding differs in each of the two layers."""
+    """Allow twice the reference's error, because rounding differs in each of the two layers."""
     truths, plains = expected
     assert results.keys() == truths.keys()
     for name, truth in truths.items():
@@ -84,7 +84,7 @@ def test_model_calls_triton_ops_only_on_the_triton_backend(monkeypatch):
 
         monkeypatch.setattr(ops.triton_ops, name, recorded)
     losses_and_gradients(build(), "triton")
-    # Other ops are parts of these, or belong to the dense baseline.
+    # All other ops are parts of these or belong to the dense baseline.
     assert called == {"linear_cross_entropy", "moe", "rms_norm", "split_rope"}
     called.clear()
     losses_and_gradients(build(), "reference")
@@ -93,7 +93,7 @@ def test_model_calls_triton_ops_only_on_the_triton_backend(monkeypatch):
 
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
 def test_compiled_and_checkpointed_blocks(expected):
-    """A graph break would raise, because compile_blocks sets fullgraph."""
+    """A graph break would raise an error, because compile_blocks sets fullgraph."""
     model = build()
     model.gradient_checkpointing = True
     model.compile_blocks()
@@ -118,12 +118,12 @@ def test_checkpointing_does_not_recompute_the_routing():
 
 
 def test_training_losses_match_the_reference(monkeypatch, tmp_path):
-    """Eight steps of train(). Rounding differences grow to 5e-7 of the losses; 1e-5 is allowed."""
+    """After eight steps of train(), rounding differences reach 5e-7 of the losses; the tolerance is 1e-5."""
     monkeypatch.setitem(PRESETS, "nano", replace(CONFIG, num_layers=1))
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
-    # A random walk over eight tokens, so the loss falls within eight steps.
+    # The data is a random walk over eight tokens, so the loss falls within eight steps.
     ids = rng.integers(-1, 2, size=(30, 24)).cumsum(axis=1) % 8
     np.save(data / "shard_00000.npy", ids.astype(np.int32))
     losses = {}

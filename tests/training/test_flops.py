@@ -67,7 +67,7 @@ def plain_cross_entropy(model, ids):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_per_token_equals_torchs_count_with_half_the_attention(name):
-    """The match is exact, even for the router. The head counts for all positions, even the last, without a target."""
+    """The match is exact, even for the router. The head counts for all positions, even the last, which has no label."""
     config = CONFIGS[name]
     torch.manual_seed(0)
     model = Acceleron(config)
