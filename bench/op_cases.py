@@ -45,7 +45,7 @@ class RandomTensors:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """An op at a shape.
+    """One op at one shape.
 
     precision: the compute dtype. make: builds the inputs, with requires_grad for those that have gradients. flops:
     FLOPs of the forward GEMMs; backward has two GEMMs for each of them. scalar_grad: the gradient of scalar outputs.
@@ -167,7 +167,7 @@ def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torc
 
 
 def select_cases(sizes: Iterable[str], ops: Iterable[str], tokens: int, dtype: torch.dtype) -> list[Case]:
-    """Build the cases of `ops` at named sizes, GEMM kernels first. Published shapes have only expert_mlp."""
+    """Build the cases of `ops` at named sizes, GEMM kernels first. Published shapes only add expert_mlp."""
     found = []
     for size in sizes:
         if size in PUBLISHED:

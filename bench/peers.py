@@ -116,7 +116,7 @@ def _gradients(contender: Contender, device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def model_with_clear_routing(config: ModelConfig, dtype: torch.dtype) -> Acceleron:
-    """Build a model with bf16-representable weights. Its routers rank the experts by the first embedding values.
+    """Build a model with bf16 weights whose routers rank the E experts by a token's first E embedding values.
 
     With random routers, tokens near a tie select different experts in bf16 and fp32. That changes gradients by up to
     40% and hides wrong ones.

@@ -7,7 +7,7 @@ from torch.utils.benchmark import Timer
 
 from .rows import progress
 
-# GEMM side length and copied bytes for the ceilings. The CPU's copy is larger than its L3 cache.
+# Matrix side length and bytes copied when measuring the ceilings. The CPU's copy is larger than its L3 cache.
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 

@@ -68,7 +68,7 @@ class Trainer:
     """A run with its data, checkpoints and metrics.
 
     The constructor checks all input, builds or resumes the run, and reads the first batch. It writes nothing.
-    `open_outputs` opens the output files. `train` trains up to the last step.
+    `open_outputs` opens the output files. `train` trains through the last step.
     """
 
     def __init__(self, options: TrainOptions, scripts_dir: Path | None, stop: StopSignals):
