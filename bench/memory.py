@@ -54,7 +54,7 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
 
 
 def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
-    """Count the bytes that autograd saves in calls of the block during run(): "weight_copies", and all other "bytes"."""
+    """Count the bytes that autograd saves in calls of the block during run(): "weight_copies" and all other "bytes"."""
     tensors, parameters, call = {}, list(block.parameters()), type(block).__call__
 
     def keep(tensor: Tensor) -> Tensor:
