@@ -15,6 +15,7 @@ DEMO := demo
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
+	@echo "Installing PyTorch, Triton and the tools into .venv. This takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"

@@ -51,7 +51,7 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """Return y, plus the residual if given, and the router statistics.
+        """Return y, plus the residual if given, and the router statistics. The steps are those of `formulas.moe`.
 
         Under torch.autocast y has the autocast dtype, like the result of F.linear; the router computes in fp32 from the
         uncast x. Raises ValueError if x has the wrong width or the residual the wrong shape.

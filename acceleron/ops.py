@@ -45,17 +45,24 @@ def triton_unavailable(device: torch.device) -> str | None:
     return _import_error or launch.unavailable(device)
 
 
+@torch.compiler.assume_constant_result
+def _auto_unavailable(device: torch.device) -> str | None:
+    """Return the reason "auto" selects the reference on this device, or None if it selects Triton."""
+    if reason := triton_unavailable(device):
+        return reason
+    if device.type != "cuda":
+        return "the interpreter needs --kernels triton"
+    return "AMD GPUs need --kernels triton, which has not been tested on one yet" if torch.version.hip else None
+
+
 def uses_triton(device: torch.device, dtype: torch.dtype, op: str = "") -> bool:
     """Return whether an op runs on Triton kernels for tensors with this device and dtype."""
-    if _backend != "auto":
+    if _backend != "auto" or op in _reference_ops:
         return _backend == "triton" and op not in _reference_ops
-    # Interpreted kernels are slow, and no kernel has run on an AMD GPU yet: both need --kernels triton.
-    if _import_error or launch.INTERPRETED or torch.version.hip:
-        return False
-    return device.type == "cuda" and dtype != torch.float64 and op not in _reference_ops
+    return device.type == "cuda" and dtype != torch.float64 and _auto_unavailable(device) is None
 
 
-def set_backend(choice: str, device: torch.device) -> str:
+def set_backend(choice: str, device: torch.device | str) -> str:
     """Choose the kernel backend of this process. Returns a log line with the reason.
 
     choice: "auto" (the default) selects Triton on a supported NVIDIA GPU, except for float64, and the reference
@@ -66,14 +73,10 @@ def set_backend(choice: str, device: torch.device) -> str:
     global _backend, _reference_ops
     if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"--kernels {choice}: expected auto, triton or reference")
-    reason = triton_unavailable(device)
+    device = torch.device(device)
+    reason = _auto_unavailable(device) if choice == "auto" else triton_unavailable(device)
     if choice == "triton" and reason:
         raise ValueError(f"--kernels triton: {reason}; or use --kernels auto or reference")
-    if choice == "auto" and not reason:
-        if device.type != "cuda":
-            reason = "the interpreter needs --kernels triton"
-        elif torch.version.hip:
-            reason = "AMD GPUs need --kernels triton, which has not been tested on one yet"
     reference_ops = _read_reference_ops()
     if not _import_error:
         configs.without_tma(), configs.table()  # raise ValueError for bad environment variables, before any launch
@@ -131,15 +134,16 @@ def moe(
     backward, the Triton kernels save 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
     plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
     """
-    residual_TD = None if residual_TD is None else _autocast(residual_TD)
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     gemm_x_TD = _autocast(x_TD)
+    if residual_TD is not None and autocast_dtype(x_TD.device):
+        residual_TD = residual_TD.to(gemm_x_TD.dtype)
     contract.check_moe(gemm_x_TD, *weights, residual_TD)
     with no_autocast(x_TD.device):
-        if gemm_x_TD.dtype != x_TD.dtype:  # under autocast the router still reads the uncast x
+        if gemm_x_TD.dtype != x_TD.dtype:  # autocast: the router still reads the uncast x, so the ops are not fused
             routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
             plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
-            y_TD = expert_mlp(gemm_x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
+            y_TD = expert_mlp(gemm_x_TD, routing.topk_scores_TK.float(), plan, w13_E2FD, w2_EDF)
             hidden_TW = swiglu(F.linear(gemm_x_TD, shared_w13_2WD.to(gemm_x_TD.dtype)))
             y_TD = y_TD + F.linear(hidden_TW, shared_w2_DW.to(gemm_x_TD.dtype))
             y_TD = y_TD if residual_TD is None else y_TD + residual_TD

@@ -68,18 +68,18 @@ def _up_kernel(
 @triton.jit
 def _hidden_grad_kernel(
     act_ptr, h_ptr, dh_ptr, gather_idx_ptr, topk_scores_ptr, dtopk_scores_ptr, N,
-    F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Compute dh and dtopk_scores. Overwrite r = w2[e].T @ dy with act times its score, the operand of dW2.
 
     For score s, dact = s r, and the gradient of s is r . act.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < N
     assignments = tl.load(gather_idx_ptr + rows, mask=inside, other=0)
     scale = tl.load(topk_scores_ptr + assignments, mask=inside, other=0.0)[:, None]
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
-    sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for f in range(0, F, BLOCK_F):
         fs = f + tl.arange(0, BLOCK_F)
         mask = inside[:, None] & (fs < F)[None, :]
@@ -235,11 +235,11 @@ def hidden_grad(
     N, F = act_NF.shape
     if N:
         block_f = min(256, triton.next_power_of_2(F))
-        block_n = 2048 // block_f
+        block_rows = 2048 // block_f
         with torch.cuda.device_of(h_N2F):
-            _hidden_grad_kernel[(triton.cdiv(N, block_n),)](
+            _hidden_grad_kernel[(triton.cdiv(N, block_rows),)](
                 act_NF, h_N2F, dh_N2F, gather_idx, topk_scores_TK, dtopk_scores_TK, N,
-                F=F, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=8,
+                F=F, BLOCK_ROWS=block_rows, BLOCK_F=block_f, num_warps=8,
             )  # fmt: skip
     return dh_N2F, act_NF, dtopk_scores_TK
 

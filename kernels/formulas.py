@@ -58,8 +58,8 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
     gather_idx = topk_ids_TK.flatten().argsort(stable=True)
     scatter_idx_TK = gather_idx.argsort().view_as(topk_ids_TK)
-    counts_E = F.one_hot(topk_ids_TK.flatten().long(), num_experts).sum(dim=0)
-    return Plan(gather_idx.int(), scatter_idx_TK.int(), F.pad(counts_E.cumsum(0), (1, 0)).int())
+    tokens_per_expert_E = F.one_hot(topk_ids_TK.flatten().long(), num_experts).sum(dim=0)
+    return Plan(gather_idx.int(), scatter_idx_TK.int(), F.pad(tokens_per_expert_E.cumsum(0), (1, 0)).int())
 
 
 def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
@@ -83,10 +83,10 @@ def moe(
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    scores_TK, ids_TK, z_loss, balance_loss, counts_E = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+    scores_TK, ids_TK, *stats = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     y_TD = expert_mlp(x_TD, scores_TK, dispatch_plan(ids_TK, len(router_ED)), w13_E2FD, w2_EDF)
     y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()
-    return MoEOutput(y_TD if residual_TD is None else y_TD + residual_TD, z_loss, balance_loss, counts_E)
+    return MoEOutput(y_TD if residual_TD is None else y_TD + residual_TD, *stats)
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:

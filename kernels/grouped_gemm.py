@@ -173,11 +173,11 @@ def _weight_grad_kernel(
 @triton.jit
 def _gather_kernel(
     x_ptr, gather_idx_ptr, out_ptr, N,
-    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copy the row of x for each assignment's token."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    rows = tl.program_id(0) // column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (ds < D)[None, :]
     tokens = (tl.load(gather_idx_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
@@ -196,10 +196,10 @@ def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
     x_ND = x_TD.new_empty(N, D)
     if N:
         block_d = min(256, triton.next_power_of_2(D))
-        block_n = 1024 // block_d
+        block_rows = 1024 // block_d
         with torch.cuda.device_of(x_TD):
-            _gather_kernel[(triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
-                x_TD, gather_idx, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_N=block_n, BLOCK_D=block_d
+            _gather_kernel[(triton.cdiv(N, block_rows) * triton.cdiv(D, block_d),)](
+                x_TD, gather_idx, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_ROWS=block_rows, BLOCK_D=block_d
             )
     return x_ND
 

@@ -74,7 +74,7 @@ def _route_kernel(
 
 @triton.jit
 def _route_sums_kernel(
-    squares_ptr, probabilities_ptr, counts_ptr, z_loss_ptr, balance_loss_ptr, counts_E_ptr, T, B,
+    squares_ptr, probabilities_ptr, counts_ptr, z_loss_ptr, balance_loss_ptr, tokens_per_expert_ptr, T, B,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums in a fixed order and compute both losses, in a single program."""
@@ -94,7 +94,7 @@ def _route_sums_kernel(
     tl.store(z_loss_ptr, tl.sum(squares, axis=0) / tokens)
     fractions = counts.to(tl.float32) / (2 * tokens)
     tl.store(balance_loss_ptr, E * tl.sum(fractions * (probabilities / tokens), axis=0))
-    tl.store(counts_E_ptr + es, counts.to(tl.int64), mask=es < E)
+    tl.store(tokens_per_expert_ptr + es, counts.to(tl.int64), mask=es < E)
 
 
 @triton.jit

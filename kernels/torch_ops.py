@@ -56,11 +56,11 @@ def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     """Return gather_idx, scatter_idx_TK and offsets of `Plan`, computed on the device."""
     experts_N = topk_ids_TK.flatten()
     sorted_N, gather_idx = experts_N.sort(stable=True)
-    inverse = torch.empty_like(gather_idx)
-    inverse[gather_idx] = torch.arange(gather_idx.numel(), device=gather_idx.device)
+    scatter_idx = torch.empty_like(gather_idx)
+    scatter_idx[gather_idx] = torch.arange(gather_idx.numel(), device=gather_idx.device)
     boundaries = torch.arange(num_experts + 1, dtype=sorted_N.dtype, device=gather_idx.device)
     offsets = torch.searchsorted(sorted_N, boundaries, out_int32=True)
-    return gather_idx.to(torch.int32), inverse.to(torch.int32).view_as(topk_ids_TK), offsets
+    return gather_idx.to(torch.int32), scatter_idx.to(torch.int32).view_as(topk_ids_TK), offsets
 
 
 @sort_by_expert.register_fake
@@ -169,10 +169,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_TD):
         y_ND, topk_scores_TK, gather_idx, scatter_idx_TK = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, gather_idx // TOP_K)
-        grad_weights_N = (grad_ND.to(topk_scores_TK.dtype) * y_ND).sum(dim=-1)
-        weights_N = topk_scores_TK.flatten().index_select(0, gather_idx)
-        grad_y_ND = (grad_ND * weights_N[:, None]).to(y_ND.dtype)
-        return grad_y_ND, grad_weights_N.index_select(0, scatter_idx_TK.flatten()).view_as(topk_scores_TK), None, None
+        grad_scores_N = (grad_ND.to(topk_scores_TK.dtype) * y_ND).sum(dim=-1)
+        scores_N = topk_scores_TK.flatten().index_select(0, gather_idx)
+        grad_y_ND = (grad_ND * scores_N[:, None]).to(y_ND.dtype)
+        return grad_y_ND, grad_scores_N.index_select(0, scatter_idx_TK.flatten()).view_as(topk_scores_TK), None, None
 
 
 # The grouped GEMMs are custom ops for two reasons: torch's fake grouped_mm supports only bfloat16, and a loop over
@@ -334,8 +334,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_TD, weight_VD, labels_T, ignore_index):
         T, V = x_TD.shape[0], weight_VD.shape[0]
         need_x, need_weight = ctx.needs_input_grad[:2]
-        weight = weight_VD.to(x_TD.dtype)
-        sum_dtype = wide(x_TD.dtype)
+        weight, sum_dtype = weight_VD.to(x_TD.dtype), wide(x_TD.dtype)
         keep_T = labels_T != ignore_index
         target_T, count = labels_T.where(keep_T, 0), keep_T.sum(dtype=sum_dtype)
         mantissa, power = split_mean(count)
@@ -349,8 +348,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=sum_dtype, device=x_TD.device)
         # The chunks have about the same size.
         limit = LOGITS_PER_CHUNK * (CHUNKS_IN_ONE_OF_16_BITS if x_TD.element_size() == 2 else 1)
-        chunks = max(1, -(-T // max(1, limit // V)))
-        step = max(1, -(-T // chunks))
+        step = max(1, -(-T // max(1, -(-T // max(1, limit // V)))))
         # All chunks share one buffer. On a CPU, the page faults of a new buffer take 20% of the GEMM's time.
         logits_buffer = x_TD.new_empty(step, V)
         wide_buffer = logits_buffer if x_TD.dtype == sum_dtype else x_TD.new_empty(step, V, dtype=sum_dtype)

@@ -121,3 +121,19 @@ def test_reading_a_config_imports_no_triton(source):
         "import sys; from acceleron import ModelConfig; ModelConfig.preset('tiny'); assert 'triton' not in sys.modules"
     )
     python(code, cwd=source)
+
+
+def test_missing_symlink_is_reported(source, tmp_path):
+    """Some unpackers write a symbolic link as a text file."""
+    shutil.copytree(source, tmp_path / "unpacked", symlinks=True)
+    (tmp_path / "unpacked" / "acceleron" / "kernels").unlink()
+    (tmp_path / "unpacked" / "acceleron" / "kernels").write_text("../kernels")
+    code = """
+try:
+    import acceleron
+except ImportError as error:
+    assert "must be a symbolic link to ../kernels" in str(error)
+else:
+    raise AssertionError("imported")
+"""
+    python(code, cwd=tmp_path / "unpacked")

@@ -77,7 +77,7 @@ class Trainer:
         self.device = resolve_device(options.device)
         dtype = resolve_dtype(options.dtype, self.device)
         try:
-            provider = ops.set_backend(options.kernels, self.device)
+            backend = ops.set_backend(options.kernels, self.device)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.resumed_from, checkpoint = select_checkpoint(options)
@@ -101,7 +101,7 @@ class Trainer:
             "torch": str(torch.__version__),
             "device": self._device_name(),
             "threads": torch.get_num_threads(),
-            "kernels": provider,
+            "kernels": backend,
         }
 
         self.run = Run(options, self.config, self.shards, self.device, dtype)
@@ -111,7 +111,7 @@ class Trainer:
             step = self.run.steps
             if step >= options.max_steps and options.resume != "auto":
                 raise InputError(f"--resume {options.resume} is at step {step}: pass --max_steps above {step}")
-        self._announce(dtype, provider)
+        self._announce(dtype, backend)
         self.run.fetch()
 
     def check_kernels(self):
@@ -357,13 +357,13 @@ class Trainer:
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
-    def _announce(self, dtype: torch.dtype, provider: str):
+    def _announce(self, dtype: torch.dtype, backend: str):
         """Log the run's setup, and compile the model if requested and possible."""
         options, config, device, model = self.options, self.config, self.device, self.run.model
         total, active = model.num_parameters()
         kind = "dense baseline" if config.dense else f"MoE, {config.num_experts} routed experts, top-2, 1 shared expert"
         say(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
-        say(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {provider}")
+        say(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
         say(f"attention: {attention_name(device, dtype, config.head_dim)}")
         if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
             say("warning: this CPU has no native bf16: GEMMs are many times slower than with --dtype fp32")

@@ -131,6 +131,8 @@ def test_moe_options_work_under_autocast(backend):
         forced = ops.moe(x, *weights, force_load_balance=True)
         added = ops.moe(x, *weights, residual_TD=residual)
         narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # bf16 from a Linear, plus an fp32 residual
+        wide = ops.moe(x, router.double(), *weights[1:]) if backend == "reference" else plain
+    assert torch.equal(wide.tokens_per_expert_E, plain.tokens_per_expert_E)
     assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
     assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
     assert narrow.y_TD.dtype == torch.bfloat16

@@ -94,6 +94,7 @@ def test_old_gpu_has_only_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda")
+    assert not ops.uses_triton(device, torch.float32)  # before set_backend, as in library use
     with pytest.raises(ValueError, match=r"triton: Tesla T4 is older than compute capability 8\.0"):
         ops.set_backend("triton", device)
     assert ops.set_backend("auto", device) == "reference (Tesla T4 is older than compute capability 8.0)"
