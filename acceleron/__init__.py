@@ -1,5 +1,6 @@
 """Acceleron: pretrains small Mixture-of-Experts language models."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,6 @@ else:
 
     def __getattr__(name: str):
         """Import on first use, so reading a config imports no kernels and commands start fast."""
-        from importlib import import_module
-
         modules = {"Acceleron": ".model", "MoE": ".moe", "ModelConfig": ".config"}
         if name not in modules:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

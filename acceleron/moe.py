@@ -51,10 +51,10 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """Return y, plus the residual if given, and the router statistics. The steps are those of `formulas.moe`.
+        """Return y, plus the residual if given, and the router statistics. kernels/formulas.py shows the steps.
 
-        Under torch.autocast y has the autocast dtype, like the result of F.linear; the router computes in fp32 from the
-        uncast x. Raises ValueError if x has the wrong width or the residual the wrong shape.
+        Under torch.autocast, y has the autocast dtype, and the router computes in fp32 from the uncast x. Raises
+        ValueError if x has the wrong width or the residual the wrong shape.
         """
         if x.shape[-1:] != self.router.shape[1:]:
             raise ValueError(f"MoE: expected x of width {self.router.shape[1]}, but got shape {tuple(x.shape)}")

@@ -3,10 +3,10 @@
 Legend: T tokens, D model width, E experts, K = 2 experts per token, F expert width, W width of the shared expert,
 V vocabulary, N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
 
-Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. For an
-invalid shape, dtype or device, every op raises a ValueError that names the argument. The Triton kernels also raise it
-for strides they cannot read. Under torch.autocast `moe`, `expert_mlp`, `grouped_gemm` and `linear_cross_entropy` use
-its dtype, like F.linear. The other ops use the dtype of their inputs, and the router always uses fp32.
+Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. For an invalid shape, dtype or
+device, every op raises a ValueError that names the argument. The Triton kernels also reject strides they cannot read.
+Under torch.autocast, `moe`, `expert_mlp`, `grouped_gemm` and `linear_cross_entropy` use its dtype, like F.linear. The
+other ops use the dtype of their inputs, and the router always uses fp32.
 
 The environment variable ACCELERON_REFERENCE_OPS=rope,moe makes these ops, and ops that contain one of them, run on the
 reference even if Triton is selected. `set_backend` reads it.
@@ -67,7 +67,6 @@ def set_backend(choice: str, device: torch.device | str) -> str:
 
     choice: "auto" (the default) selects Triton on a supported NVIDIA GPU, except for float64, and the reference
     elsewhere; "triton" always selects Triton; "reference" always works. device: where the tensors will be.
-
     Raises ValueError for "triton" where it cannot run, for an unknown choice, and for a bad environment variable.
     """
     global _backend, _reference_ops
@@ -94,8 +93,7 @@ def _read_reference_ops() -> tuple[str, ...]:
     listed = os.environ.get("ACCELERON_REFERENCE_OPS", "")
     names = {name.strip() for name in listed.split(",") if name.strip()}
     if not names <= set(torch_ops.__all__):
-        expected = ", ".join(torch_ops.__all__)
-        raise ValueError(f"ACCELERON_REFERENCE_OPS={listed}: expected names among {expected}")
+        raise ValueError(f"ACCELERON_REFERENCE_OPS={listed}: expected names among {', '.join(torch_ops.__all__)}")
     return tuple(op for op in torch_ops.__all__ if names & {op, *_CONTAINS.get(op, ())})
 
 
@@ -168,10 +166,8 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
     The top-k scores are the softmax of the two largest logits; ties go to the lower expert, and NaN counts as the
     largest value. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022); balance_loss = E · Σ_e f_e P_e (Switch
     Transformer, Fedus et al. 2021), where f_e is expert e's share of the 2·T assignments and P_e its mean probability:
-    1 for uniform routing. Scores and losses are differentiable.
-
-    `force_load_balance` restricts token t to the experts t mod E and (t + 1) mod E, for benchmarks and debugging;
-    scores, losses and gradients still come from the logits.
+    1 for uniform routing. Scores and losses are differentiable. `force_load_balance` restricts token t to the experts
+    t mod E and (t + 1) mod E, for benchmarks and debugging; scores and losses still come from the logits.
     """
     contract.check_route_top2(logits_TE)
     with no_autocast(logits_TE.device):

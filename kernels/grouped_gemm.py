@@ -209,11 +209,6 @@ def _(x_TD, gather_idx):
     return x_TD.new_empty(gather_idx.shape[0], x_TD.shape[1])
 
 
-def weight_operand(w: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
-    """Return a weight [E, rows, columns] as a kernel argument. With TMA, it is a descriptor of [E * rows, columns]."""
-    return TensorDescriptor.from_tensor(w.flatten(0, 1), [rows, columns]) if tma else w
-
-
 def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
     """Return the grid: as many programs as fit on the device, but no more than the maximum number of tiles."""
     tiles = (triton.cdiv(rows, config.block_m) + experts) * triton.cdiv(columns, config.block_n)
@@ -229,12 +224,14 @@ def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> T
         return y_NO
     device = device_of(x_NI)
     config, tma = choose("rows", device, (E, I, O, int(out_first)), I, x_NI, w)
-    x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k]) if tma else x_NI
-    block = (config.block_n, config.block_k) if out_first else (config.block_k, config.block_n)
-    layout = "EOI" if out_first else "EIO"
+    x, layout = x_NI, "EOI" if out_first else "EIO"
+    if tma:
+        x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k])
+        block = [config.block_n, config.block_k] if out_first else [config.block_k, config.block_n]
+        w = TensorDescriptor.from_tensor(w.flatten(0, 1), block)
     with torch.cuda.device_of(x_NI):
         _rows_kernel[persistent_grid(device, config, N, E, O)](
-            x, weight_operand(w, tma, *block), y_NO, offsets,
+            x, w, y_NO, offsets,
             E=E, I=I, O=O, LAYOUT=layout, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
         )  # fmt: skip
     return y_NO
