@@ -21,7 +21,9 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
     collect_ignore = ["kernels/test_cuda.py", "training/test_cuda_training.py"]
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP, and subprocesses would inherit this
+# nohup ignores SIGHUP and `command &` in a script ignores SIGINT. Processes that tests start would ignore them, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
