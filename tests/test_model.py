@@ -80,8 +80,8 @@ def test_sequences_longer_than_max_seq_len_are_rejected():
     [
         ({"d_model": 100}, "d_model 100"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),
-        ({"num_experts": 1}, "num_experts 1 must be 2"),
-        ({"num_experts": 257}, "num_experts 257 must be 2"),
+        ({"num_experts": 1}, "num_experts 1 must be from 2"),
+        ({"num_experts": 257}, "num_experts 257 must be from 2"),
         ({"d_ff": 0}, "d_ff"),
     ],
 )
