@@ -14,7 +14,6 @@ from triton.runtime.jit import JITFunction
 INTERPRETED = triton.knobs.runtime.interpret
 _SET_LATE = isinstance(tl.sigmoid, JITFunction) == INTERPRETED
 
-
 # Maximum number of programs of a kernel that leaves partial sums to a second kernel. Reading 256 x 256 sums takes 5 µs.
 MAX_PROGRAMS = 256
 

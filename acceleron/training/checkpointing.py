@@ -33,7 +33,7 @@ class CheckpointManager:
 
     A checkpoint gets its name only after it has been written to disk, read back and verified against its checksums.
     Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one kept
-    checkpoint is known to be good. A failed attempt changes nothing.
+    checkpoint is good: the step after it was not skipped. A failed attempt changes nothing.
     """
 
     def __init__(self, directory: Path, keep_last: int = 0, device: torch.device | None = None):
@@ -49,7 +49,7 @@ class CheckpointManager:
     def save(self, contents: dict, good_step: int):
         """Start writing a checkpoint once the previous one is finished. `contents` can change after this returns.
 
-        good_step: the step of the newest model that is known to be good.
+        good_step: the newest step whose checkpoint is good.
         """
         self.wait()
         self._result = None

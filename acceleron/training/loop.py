@@ -133,7 +133,7 @@ class Trainer:
             self.metrics = Metrics(self.save_dir, self.run.steps - (self.run.unread_steps > 0))
         except OSError as error:
             raise file_error(f"--save_dir {self.save_dir}: cannot be written", error) from error
-        # Valid checkpoints by step. A checkpoint is known to be good once a later step is good.
+        # Valid checkpoints by step. A checkpoint is good if the step after it was not skipped.
         self.saved: dict[int, Path] = {}
         self.diverged = False  # the last validation loss was not finite
         # Before the first step there is nothing to save, unless the previous process stopped before writing a log line.
@@ -252,7 +252,7 @@ class Trainer:
         )
 
     def _last_good_step(self) -> int:
-        """Return the newest step known to be good: the step after it was not skipped."""
+        """Return the newest good step: the step after it was not skipped."""
         return self.run.detector.last_good_step - 1
 
     def _last_good_checkpoint(self) -> str:

@@ -46,7 +46,7 @@ def test_routing_matches_the_formula(shape):
     check_routing(randn(*shape))
 
 
-# Two programs with eight blocks each, the last three of which are empty; three programs with two blocks each.
+# Two programs with eight blocks each, where the last three are empty; three programs with two blocks each.
 @pytest.mark.parametrize("shape", [(100, 256), (1500, 5)], ids=str)
 def test_programs_loop_over_several_blocks(shape, monkeypatch):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)

@@ -109,7 +109,7 @@ def test_keep_last_counts_only_valid_checkpoints_and_keeps_a_good_one(tmp_path):
     (tmp_path / "checkpoint_2.pt").mkdir()
     again = CheckpointManager(tmp_path, keep_last=2)
     for step, good_step, expected in (
-        (6, 0, [1, 3, 4, 5, 6]),  # none is known to be good
+        (6, 0, [1, 3, 4, 5, 6]),  # none is good yet
         (7, 3, [1, 3, 4, 5, 6, 7]),  # 1 is the last good one, because 3 is damaged
         (8, 4, [4, 5, 6, 7, 8]),
         (9, 8, [8, 9]),
