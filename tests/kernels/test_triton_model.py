@@ -14,8 +14,8 @@ from acceleron.device import missing_compiler
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Two layers, so errors in one reach the gradients of the other; four experts, where one gets few of the 24 tokens; widths
-# with partial blocks of 32; a vocabulary of one and a half blocks.
+# Two layers, so errors in one reach the gradients of the other; four experts, where one gets few of the 24 tokens;
+# widths with partial blocks of 32; a vocabulary of one and a half blocks.
 CONFIG = ModelConfig(
     vocab_size=48,
     d_model=32,
