@@ -7,7 +7,7 @@ mode, against the fp32 reference (acceleron/self_check.py).
 Modes: compiled (all activations kept), eager, checkpointed (compiled), balanced (--debug_force_load_balance),
 deterministic, and predecessor (batch 32, accumulation 4, compiled, checkpointed, as in the predecessor's command). The
 text is the source of Python's standard library. MFU counts the FLOPs of the active parameters without recomputation.
---seconds: training time per round. --limit: time limit for starting. --profile: add kernel times to the MoE's rows.
+--seconds: training time per round. --limit: time limit for starting. --profile: add the kernel times of one step.
 The exit status is 1 if anything fails.
 """
 
@@ -136,15 +136,30 @@ def metrics(run: Run) -> dict:
     return values | {name: statistics[name] for name in names if name in statistics}
 
 
-def profile_step(step: Callable, device: torch.device) -> list[dict]:
-    """Return the 40 most expensive kernels (on a CPU: ops) of a step, with calls and seconds."""
+def profile_step(step: Callable, device: torch.device) -> dict:
+    """Return the 40 most expensive kernels (on a CPU: ops) of a step, with calls and seconds.
+
+    On a GPU, also return the seconds from the first kernel to the last, and those without a running kernel.
+    """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         step()
         synchronize(device)
     time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
     longest = sorted(trace.key_averages(), key=time_of, reverse=True)[:40]
-    return [{"kernel": e.key[:120], "calls": e.count, "seconds": time_of(e) / 1e6} for e in longest if time_of(e) > 0]
+    kernels = [
+        {"kernel": e.key[:120], "calls": e.count, "seconds": time_of(e) / 1e6} for e in longest if time_of(e) > 0
+    ]
+    if not on_gpu:
+        return {"profile": kernels}
+    launches = [event.time_range for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches.sort(key=attrgetter("start"))
+    idle, end = 0.0, launches[0].start
+    for launch in launches:
+        idle += max(0.0, launch.start - end)
+        end = max(end, launch.end)
+    span = end - launches[0].start
+    return {"profile": kernels, "profiled_seconds": span / 1e6, "idle_seconds": idle / 1e6, "launches": len(launches)}
 
 
 class Contender:
@@ -181,7 +196,7 @@ class Contender:
             self.step_seconds = step["seconds"]
         if with_profile and not row.failed:
             try:
-                row.details["profile"] = self.worker.ask("profile", self.limit)
+                row.details |= self.worker.ask("profile", self.limit)
             except Failure as failure:  # the rounds can continue if the process is alive
                 row.details["profile_failed"] = str(failure)
 
@@ -222,7 +237,7 @@ def contenders(size: str, mode: str, directory: str, arguments: Namespace, stack
 def run_rounds(found: list[Contender], rounds: int, seconds: float, peak: float, with_profile: bool):
     """Train the contenders in interleaved rounds, one at a time, and fill their rows."""
     for contender in found:
-        contender.start(with_profile and not contender.options.dense)
+        contender.start(with_profile)
     for count in range(rounds):
         for contender in found[:: -1 if count % 2 else 1]:  # alternate the order between rounds
             contender.round(seconds)
