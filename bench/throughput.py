@@ -23,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import chain, product
-from operator import attrgetter
 from unittest import mock
 
+import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -85,25 +85,32 @@ def serve(connection, options: TrainOptions):
         with device:  # initializing large models is fast on a GPU
             return Acceleron(*args, **kwargs)
 
+    def refill(run: Run):
+        """Run an untimed step, which refills the allocator's cache."""
+        if device.type == "cuda":
+            step(run, run.optimizer.param_groups[0]["lr"])
+            synchronize(device)
+
     def pause(run: Run) -> int:
         """Send the round's seconds, answer requests, and return the number of steps in the next round."""
         nonlocal answer, start
         synchronize(device)
         answer |= {"seconds": time.perf_counter() - start}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # free the memory for the next contender
         while True:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # free the memory for the next contender
             try:
                 connection.send(answer)
                 message = connection.recv()
             except (EOFError, ConnectionError):
                 sys.exit()  # after an exception, the loop would save a checkpoint
+            if message == "metrics":
+                answer = metrics(run)
+                continue
+            refill(run)
             if isinstance(message, int):
                 break
-            answer = metrics(run) if message == "metrics" else profile_step(lambda: step(run, 0.0), device)
-        if device.type == "cuda":
-            step(run, run.optimizer.param_groups[0]["lr"])  # untimed: refills the allocator's cache
-        synchronize(device)
+            answer = profile_step(lambda: step(run, 0.0), device)
         answer, start = {}, time.perf_counter()
         return message
 
@@ -139,27 +146,24 @@ def metrics(run: Run) -> dict:
 def profile_step(step: Callable, device: torch.device) -> dict:
     """Return the 40 most expensive kernels (on a CPU: ops) of a step, with calls and seconds.
 
-    On a GPU, also return the seconds from the first kernel to the last, and those without a running kernel.
+    On a GPU, `idle` is the time before a kernel's launches in which no kernel runs. The totals are those of the step.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         step()
         synchronize(device)
-    time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
-    longest = sorted(trace.key_averages(), key=time_of, reverse=True)[:40]
-    kernels = [
-        {"kernel": e.key[:120], "calls": e.count, "seconds": time_of(e) / 1e6} for e in longest if time_of(e) > 0
-    ]
     if not on_gpu:
-        return {"profile": kernels}
-    launches = [event.time_range for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    launches.sort(key=attrgetter("start"))
-    idle, end = 0.0, launches[0].start
-    for launch in launches:
-        idle += max(0.0, launch.start - end)
-        end = max(end, launch.end)
-    span = end - launches[0].start
-    return {"profile": kernels, "profiled_seconds": span / 1e6, "idle_seconds": idle / 1e6, "launches": len(launches)}
+        ops = [(op.key, op.count, op.self_cpu_time_total / 1e6) for op in trace.key_averages()]
+        rows = pd.DataFrame(ops, columns=["kernel", "calls", "seconds"])
+        return {"profile": rows.nlargest(40, "seconds").to_dict("records")}
+    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    times = [(event.name[:120], event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
+    launches = pd.DataFrame(times, columns=["kernel", "start", "end"]).sort_values("start")
+    launches["idle"] = (launches.start - launches.end.cummax().shift(fill_value=launches.start.iloc[0])).clip(lower=0)
+    launches["seconds"] = launches.end - launches.start
+    rows = launches.groupby("kernel").agg(calls=("idle", "size"), seconds=("seconds", "sum"), idle=("idle", "sum"))
+    totals = {"seconds": launches.end.max() - launches.start.min(), "idle": launches.idle.sum(), "calls": len(launches)}
+    return {"profile": rows.nlargest(40, "seconds").reset_index().to_dict("records"), "profiled_step": totals}
 
 
 class Contender:
