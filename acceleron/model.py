@@ -1,5 +1,6 @@
 """The decoder: x += attention(norm(x)); x += moe(norm(x)); a final norm; tied embedding and head."""
 
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -176,6 +177,25 @@ class Acceleron(nn.Module):
         if cache:
             cache.length = end
         return x, layers
+
+    @contextmanager
+    def accumulate_gradients(self):
+        """Context manager for the micro-batches of a step, forward and backward.
+
+        On Triton kernels, it saves a cast of the routed experts' weights and two passes over their gradients per
+        micro-batch. Do not change the weights or set their .grad inside it.
+        """
+        moes = [block.moe for block in self.blocks if hasattr(block, "moe")]
+        device = self.embedding.device
+        if not ops.uses_triton(device, self.compute_dtype, "moe") or self.embedding.dtype != torch.float32:
+            moes = []
+        try:
+            for moe in moes:
+                moe.allocate_buffers(self.compute_dtype)
+            yield
+        finally:
+            for moe in moes:
+                moe.buffers = None
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig
+from .kernels.contract import ExpertBuffers
 from .kernels.torch_ops import expert_mlp_token
 
 
@@ -47,6 +48,7 @@ class MoE(nn.Module):
         self.w2_EDF = nn.Parameter(torch.empty(E, D, width))
         self.shared = SwiGLU(D, config.d_ff_shared)
         self.force_load_balance = config.debug_force_load_balance
+        self.buffers: ExpertBuffers | None = None
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
@@ -64,8 +66,18 @@ class MoE(nn.Module):
         shared = self.shared
         weights = (self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2)
         force = self.force_load_balance and self.training
-        y_TD, *stats = ops.moe(x_TD, *weights, residual_TD=residual_TD, force_load_balance=force)
+        y_TD, *stats = ops.moe(x_TD, *weights, residual_TD, force, self.buffers)
         return y_TD.view_as(x), MoEStats(*stats)
+
+    def allocate_buffers(self, dtype: torch.dtype):
+        """Cast the routed experts' weights to `dtype` once for several micro-batches, and set their .grad.
+
+        Until `buffers` is None again, backward passes on Triton kernels add to .grad without an intermediate gradient.
+        """
+        weights = self.w13_E2FD, self.w2_EDF
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        self.buffers = ExpertBuffers(*(w.detach().to(dtype) for w in weights), *(w.grad for w in weights))
 
     def decode_token(self, x: Tensor) -> Tensor:
         """A faster `forward` for a single token, x (1, 1, D), on a CPU and without gradients."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .kernels import contract, torch_ops
 from .kernels.autograd import autocast_dtype, no_autocast
-from .kernels.contract import MoEOutput, Plan, Routing
+from .kernels.contract import ExpertBuffers, MoEOutput, Plan, Routing
 
 try:
     from .kernels import configs, launch, triton_ops
@@ -124,6 +124,7 @@ def moe(
     shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
+    buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: each token's two routed experts and shared expert, plus the residual.
 
@@ -131,12 +132,15 @@ def moe(
     cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
     backward, the Triton kernels save 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
     plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
+
+    With `buffers`, the Triton kernels read w13 and w2 from them instead of casting the weights, and backward adds their
+    gradients to the buffers instead of returning them. The reference ignores `buffers`.
     """
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     gemm_x_TD = _autocast(x_TD)
     if residual_TD is not None and autocast_dtype(x_TD.device):
         residual_TD = residual_TD.to(gemm_x_TD.dtype)
-    contract.check_moe(gemm_x_TD, *weights, residual_TD)
+    contract.check_moe(gemm_x_TD, *weights, residual_TD, buffers)
     with no_autocast(x_TD.device):
         if gemm_x_TD.dtype != x_TD.dtype:  # autocast: the router still reads the uncast x, so the ops are not fused
             routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
@@ -147,7 +151,7 @@ def moe(
             y_TD = y_TD if residual_TD is None else y_TD + residual_TD
             return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
-            return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
+            return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance, buffers)
         return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
 
 

@@ -49,10 +49,12 @@ def check_gradients(
     seq_len: int,
     compiled: bool = False,
     checkpointing: bool = False,
+    accumulate: bool = False,
 ) -> GradientCheck:
     """Compare loss and gradients of a random model and batch on `backend` with the fp32 reference.
 
-    backend: as in `ops.set_backend`. `compiled` and `checkpointing` apply only to `backend`. Tokens are routed
+    backend: as in `ops.set_backend`. `compiled`, `checkpointing` and `accumulate` (the gradients are computed as in a
+    step of several micro-batches) apply only to `backend`. Tokens are routed
     round-robin: in 16 bits, tokens near a tie would choose different experts, and that difference would hide a wrong
     kernel. Uses no global random generator and restores the backend. Needs memory for a second model with gradients,
     and for a set of gradients on the CPU. Kernel errors propagate.
@@ -72,7 +74,9 @@ def check_gradients(
             model.gradient_checkpointing = checkpointing
             if compiled:
                 model.compile_blocks()
-            errors = _errors(_loss_and_gradients(model, ids, dtype), truth)
+            model.compute_dtype = dtype
+            with model.accumulate_gradients() if accumulate else nullcontext():
+                errors = _errors(_loss_and_gradients(model, ids, dtype), truth)
     model.zero_grad(set_to_none=True)
     del model
     gc.collect()  # compiled blocks form a reference cycle
@@ -96,7 +100,7 @@ def _random_model(config: ModelConfig, device: torch.device, generator: torch.Ge
 
 def _loss_and_gradients(model: Acceleron, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     model.compute_dtype = dtype
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=False)
     loss = model(ids, labels=ids).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}

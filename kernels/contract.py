@@ -41,6 +41,15 @@ class Plan(NamedTuple):
     offsets: Tensor
 
 
+class ExpertBuffers(NamedTuple):
+    """For several micro-batches: the routed experts' weights in x's dtype, and the fp32 sums of their gradients."""
+
+    w13_E2FD: Tensor
+    w2_EDF: Tensor
+    dw13_E2FD: Tensor
+    dw2_EDF: Tensor
+
+
 class MoEOutput(NamedTuple):
     """Output of a Mixture-of-Experts layer, with the router losses and counts of `Routing`."""
 
@@ -125,7 +134,7 @@ def check_expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD:
     _check_plan("expert_mlp", plan, T, w2_EDF.shape[0], x_TD)
 
 
-def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD):
+def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, buffers):
     check("moe: x_TD", x_TD, (None, None))
     D = x_TD.shape[1]
     _check_weights("moe", D, w13_E2FD, w2_EDF, x_TD)
@@ -134,6 +143,10 @@ def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, r
     check("moe: shared_w13_2WD", shared_w13_2WD, (2 * shared_w2_DW.shape[1], D), like=x_TD)
     if residual_TD is not None:
         check("moe: residual_TD", residual_TD, x_TD.shape, x_TD.dtype, x_TD)
+    if buffers is not None:
+        for name, weight in (("w13_E2FD", w13_E2FD), ("w2_EDF", w2_EDF)):
+            check(f"moe: buffers.{name}", getattr(buffers, name), weight.shape, x_TD.dtype, x_TD)
+            check(f"moe: buffers.d{name}", getattr(buffers, f"d{name}"), weight.shape, torch.float32, x_TD)
 
 
 def check_swiglu(gate_up_N2F: Tensor):

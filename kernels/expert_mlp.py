@@ -18,6 +18,7 @@ from .autograd import first_order
 from .configs import choose
 from .contract import Plan
 from .grouped_gemm import (
+    add_weight_grad,
     expert_rows,
     gather_rows,
     grouped_dot,
@@ -286,17 +287,26 @@ def expert_grads(
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    dtype13: torch.dtype | None,
-    dtype2: torch.dtype | None,
+    target13: torch.dtype | Tensor | None,
+    target2: torch.dtype | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the expert-sorted rows of dx, dtopk_scores_TK, and dw13 and dw2 in the given dtypes (None: skip)."""
+    """Return the expert-sorted rows of dx, dtopk_scores_TK, and dw13 and dw2.
+
+    A weight gradient's target is a dtype, a tensor to add it to (the result is then None), or None to skip it.
+    """
     dy_ND = gather_rows(dy_TD, gather_idx)
     dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
-    dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
+    dw2_EDF = _weight_grad(dy_ND, act_NF, offsets, None, target2)
     del act_NF, dy_ND
-    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, gather_idx, dtype13)
+    dw13_E2FD = _weight_grad(dh_N2F, x_TD, offsets, gather_idx, target13)
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
     return rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF
+
+
+def _weight_grad(a_NO, b_NI, offsets, gather_idx, target: torch.dtype | Tensor | None) -> Tensor | None:
+    if isinstance(target, Tensor):
+        return add_weight_grad(a_NO, b_NI, offsets, gather_idx, target)
+    return None if target is None else grouped_weight_grad(a_NO, b_NI, offsets, gather_idx, target)
 
 
 class _ExpertMLP(torch.autograd.Function):

@@ -133,10 +133,12 @@ def _rows_kernel(
 @triton.jit
 def _weight_grad_kernel(
     a, b, out_ptr, offsets_ptr, split,
-    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr,
+    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows, with a separate sum for each row share.
+
+    With ADD, add the product to out, which is fp32.
 
     Ragged TMA descriptors read zeros past the expert's last row. Without TMA those rows are masked.
     """
@@ -167,7 +169,12 @@ def _weight_grad_kernel(
         # The shares of one expert are E * O * I apart, so a sum over the leading axis adds them.
         out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (O * I)
         out_ptrs = out + os.to(tl.int64)[:, None] * I + ks[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(os < O)[:, None] & (ks < I)[None, :])
+        mask = (os < O)[:, None] & (ks < I)[None, :]
+        if ADD:
+            # One atomic per element, so the sum is deterministic. A load and a store would need twice the registers.
+            tl.atomic_add(out_ptrs, acc, mask=mask, sem="relaxed")
+        else:
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -251,9 +258,33 @@ def grouped_weight_grad(
     With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
     reuse the rows gathered in the forward pass and keep them in memory until backward.
     """
-    (N, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
-    if N == 0:
-        return a_NO.new_zeros((E, O, I), dtype=dtype)
+    out_EOI = a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
+    if a_NO.shape[0] == 0:
+        return out_EOI.zero_()
+    _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add=False)
+    return out_EOI
+
+
+@grouped_weight_grad.register_fake
+def _(a_NO, b_NI, offsets, gather_idx, dtype):
+    return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("acceleron_triton::add_weight_grad", mutates_args=("out_EOI",))
+def add_weight_grad(a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, out_EOI: Tensor) -> None:
+    """Add the result of `grouped_weight_grad` to out_EOI, which is fp32."""
+    if a_NO.shape[0]:
+        _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add=True)
+
+
+@add_weight_grad.register_fake
+def _(a_NO, b_NI, offsets, gather_idx, out_EOI):
+    pass
+
+
+def _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add: bool):
+    """Write the weight gradient to out_EOI, or add it to out_EOI."""
+    E, O, I = out_EOI.shape
     b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
     device = device_of(a_NO)
     config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
@@ -261,18 +292,15 @@ def grouped_weight_grad(
     if tma:
         a = create_ragged_descriptor(a_NO, [config.block_k, config.block_m])
         b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
-    out = a_NO.new_empty((split, E, O, I), dtype=dtype if split == 1 else torch.float32)
+    out = out_EOI if split == 1 else a_NO.new_empty((split, E, O, I), dtype=torch.float32)
     tiles = E * split * triton.cdiv(O, config.block_m) * triton.cdiv(I, config.block_n)
     with torch.cuda.device_of(a_NO):
         _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, **config.blocks()
+            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, ADD=add and split == 1, **config.blocks()
         )
-    return out[0] if split == 1 else out.sum(dim=0).to(dtype)
-
-
-@grouped_weight_grad.register_fake
-def _(a_NO, b_NI, offsets, gather_idx, dtype):
-    return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
+    if split > 1:
+        total = out.sum(dim=0)
+        out_EOI.add_(total) if add else out_EOI.copy_(total)
 
 
 class _GroupedGemm(torch.autograd.Function):

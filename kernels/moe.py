@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .autograd import first_order
-from .contract import MoEOutput
+from .contract import ExpertBuffers, MoEOutput
 from .dispatch import build_plan
 from .expert_mlp import expert_down, expert_grads, expert_up, token_grad
 from .launch import check_launch
@@ -22,9 +22,12 @@ from .swiglu import swiglu_backward, swiglu_forward
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, force, with_grad):
+    def forward(
+        ctx, x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, force, with_grad, *buffers
+    ):
         weights = (w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
-        w13, w2, shared_w13, shared_w2 = (w.to(x_TD.dtype) for w in weights)
+        w13, w2, *sums = buffers or (w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype), None, None)
+        shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)
         logits_TE = router_logits_forward(x_TD, router_ED)
         topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E = route(logits_TE, force)
         gather_idx, scatter_idx_TK, offsets = build_plan(topk_ids_TK, router_ED.shape[0])
@@ -37,14 +40,16 @@ class _MoE(torch.autograd.Function):
         if with_grad:
             routing = (logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets)
             shared = (gate_up_T2W, shared_act_TW, shared_w13, shared_w2)
-            ctx.save_for_backward(x_TD, router_ED, *routing, h_N2F, w13, w2, *shared)
+            ctx.save_for_backward(*sums, x_TD, router_ED, *routing, h_N2F, w13, w2, *shared)
             ctx.dtypes = [w.dtype for w in (router_ED, *weights)]
         return y_TD, z_loss, balance_loss, tokens_per_expert_E
 
     @staticmethod
     @first_order("moe")
     def backward(ctx, dy_TD, dz, dbalance, _counts):
-        x_TD, router_ED, *routing, h_N2F, w13, w2, gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = ctx.saved_tensors
+        # With checkpointing, every access of saved_tensors recomputes them.
+        sum13_E2FD, sum2_EDF, x_TD, router_ED, *routing, h_N2F, w13, w2 = (saved := ctx.saved_tensors)[:-4]
+        gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = saved[-4:]
         logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets = routing
         need_x, *need_weights, need_residual = ctx.needs_input_grad[:7]
         dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, need_weights, strict=True)]
@@ -57,8 +62,9 @@ class _MoE(torch.autograd.Function):
             dshared_w13 = (dgate_up_T2W.t() @ x_TD).to(shared_dtype13)
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
+        targets = (dtype if total is None else total for dtype, total in ((dtype13, sum13_E2FD), (dtype2, sum2_EDF)))
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2, dtype13, dtype2
+            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2, *targets
         )
         dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
         if router_dtype:
@@ -66,7 +72,8 @@ class _MoE(torch.autograd.Function):
         if need_x:
             dx_TD = token_grad(rows_ND, scatter_idx_TK, dgate_up_T2W @ shared_w13, dlogits_TE, router_ED)
         dresidual_TD = dy_TD if need_residual else None
-        return dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD, None, None
+        grads = (dx_TD, drouter_ED, dw13_E2FD, dw2_EDF, dshared_w13, dshared_w2, dresidual_TD)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 def moe(
@@ -78,10 +85,11 @@ def moe(
     shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
+    buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
     """`ops.moe` on contiguous tensors; `torch_ops.moe` shows the layer step by step."""
     names = ("router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW")
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     check_launch("moe", x_TD=x_TD, **dict(zip(names, weights, strict=True)), residual_TD=residual_TD)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
-    return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad))
+    return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad, *(buffers or ())))

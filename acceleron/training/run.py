@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +131,15 @@ class Run:
         """
         self.fetch()
         losses, tokens_per_expert_LE = torch.zeros_like(self._losses), torch.zeros_like(self._tokens_per_expert_LE)
-        for batch in self.batches:
-            input_ids = batch.to(self.device, non_blocking=True)
-            output = self.model(input_ids, labels=input_ids)
-            (output.loss / self.options.grad_accum).backward()
-            parts = (output.cross_entropy, output.z_loss, output.balance_loss)
-            losses += torch.stack([loss.detach().double() for loss in parts])
-            if output.tokens_per_expert_LE is not None:
-                tokens_per_expert_LE += output.tokens_per_expert_LE
+        with self.model.accumulate_gradients() if self.options.grad_accum > 1 else nullcontext():
+            for batch in self.batches:
+                input_ids = batch.to(self.device, non_blocking=True)
+                output = self.model(input_ids, labels=input_ids)
+                (output.loss / self.options.grad_accum).backward()
+                parts = (output.cross_entropy, output.z_loss, output.balance_loss)
+                losses += torch.stack([loss.detach().double() for loss in parts])
+                if output.tokens_per_expert_LE is not None:
+                    tokens_per_expert_LE += output.tokens_per_expert_LE
         grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         self.consistent = False
