@@ -74,9 +74,7 @@ def check_gradients(
             model.gradient_checkpointing = checkpointing
             if compiled:
                 model.compile_blocks()
-            model.compute_dtype = dtype
-            with model.accumulate_gradients() if accumulate else nullcontext():
-                errors = _errors(_loss_and_gradients(model, ids, dtype), truth)
+            errors = _errors(_loss_and_gradients(model, ids, dtype, accumulate), truth)
     model.zero_grad(set_to_none=True)
     del model
     gc.collect()  # compiled blocks form a reference cycle
@@ -98,11 +96,14 @@ def _random_model(config: ModelConfig, device: torch.device, generator: torch.Ge
     return model.to(device)
 
 
-def _loss_and_gradients(model: Acceleron, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _loss_and_gradients(
+    model: Acceleron, ids: Tensor, dtype: torch.dtype, accumulate: bool = False
+) -> dict[str, Tensor]:
     model.compute_dtype = dtype
-    model.zero_grad(set_to_none=False)
-    loss = model(ids, labels=ids).loss
-    loss.backward()
+    model.zero_grad(set_to_none=True)
+    with model.accumulate_gradients() if accumulate else nullcontext():
+        loss = model(ids, labels=ids).loss
+        loss.backward()
     return {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
 
 
@@ -117,17 +118,24 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def require_correct_kernels(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, batch_size: int, seq_len: int, size: str
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: str,
+    batch_size: int,
+    seq_len: int,
+    accumulate: bool,
 ):
     """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
 
-    Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command
+    accumulate: whether a step has several micro-batches. Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command
     that finds the failing op.
     """
     began = time.perf_counter()
     config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
     try:
-        check = check_gradients(config, device, dtype, "auto", batch_size=batch_size, seq_len=seq_len)
+        shape = dict(batch_size=batch_size, seq_len=seq_len)
+        check = check_gradients(config, device, dtype, "auto", **shape, accumulate=accumulate)
     except Exception as error:
         if is_out_of_memory(error):
             raise

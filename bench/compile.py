@@ -41,6 +41,7 @@ from acceleron.device import DTYPES as TRAINING_DTYPES
 from acceleron.errors import InputError
 from acceleron.flags import Parser
 from acceleron.kernels import configs, launch, torch_ops
+from acceleron.kernels.contract import ExpertBuffers
 from acceleron.kernels.launch import Device
 
 from .op_cases import RandomTensors, cases
@@ -184,6 +185,10 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
         outputs = [y for y in ([outputs] if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    experts = [w.detach() for w in inputs["moe"][2:4]]
+    buffers = ExpertBuffers(*(w.to(dtype) for w in experts), *(w.float() for w in experts))
+    y = ops.moe(*inputs["moe"], buffers=buffers).y_TD
+    y.backward(torch.empty_like(y))
     normed, _ = ops.rms_norm(*inputs["rms_norm"])  # the final norm: its sum is unused
     normed.backward(torch.empty_like(normed))
 

@@ -73,6 +73,7 @@ def serve(connection, options: TrainOptions):
     config, dtype = model_config(options, None), devices.resolve_dtype(options.dtype, device)
     shape = dict(batch_size=min(2, options.batch_size), seq_len=options.seq_len)
     mode = dict(compiled=not options.no_compile, checkpointing=not options.no_gradient_checkpointing)
+    mode |= dict(accumulate=options.grad_accum > 1)
     check = check_gradients(config, device, dtype, options.kernels, **shape, **mode)
     if device.type == "cuda":
         torch.cuda.empty_cache()

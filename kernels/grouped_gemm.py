@@ -249,6 +249,27 @@ def _(x_NI, w, offsets, out_first):
     return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
 
 
+def _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, dtype, total_EOI=None) -> Tensor:
+    """Return the weight gradient's row shares [split, E, O, I]. A single share is added to total_EOI, if given."""
+    (_, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
+    b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
+    device = device_of(a_NO)
+    config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
+    a, b, split = a_NO, b_NI, config.split
+    if tma:
+        a = create_ragged_descriptor(a_NO, [config.block_k, config.block_m])
+        b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
+    add = total_EOI is not None and split == 1
+    shape = (split, E, O, I)
+    out = total_EOI[None] if add else a_NO.new_empty(shape, dtype=dtype if split == 1 else torch.float32)
+    tiles = E * split * triton.cdiv(O, config.block_m) * triton.cdiv(I, config.block_n)
+    with torch.cuda.device_of(a_NO):
+        _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
+            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, ADD=add, **config.blocks()
+        )
+    return out
+
+
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
 def grouped_weight_grad(
     a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, dtype: torch.dtype
@@ -258,11 +279,10 @@ def grouped_weight_grad(
     With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
     reuse the rows gathered in the forward pass and keep them in memory until backward.
     """
-    out_EOI = a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
     if a_NO.shape[0] == 0:
-        return out_EOI.zero_()
-    _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add=False)
-    return out_EOI
+        return a_NO.new_zeros((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
+    shares = _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, dtype)
+    return shares[0] if len(shares) == 1 else shares.sum(dim=0).to(dtype)
 
 
 @grouped_weight_grad.register_fake
@@ -270,37 +290,18 @@ def _(a_NO, b_NI, offsets, gather_idx, dtype):
     return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("acceleron_triton::add_weight_grad", mutates_args=("out_EOI",))
-def add_weight_grad(a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, out_EOI: Tensor) -> None:
-    """Add the result of `grouped_weight_grad` to out_EOI, which is fp32."""
+@torch.library.custom_op("acceleron_triton::add_weight_grad", mutates_args=("total_EOI",))
+def add_weight_grad(a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, total_EOI: Tensor) -> None:
+    """Add the result of `grouped_weight_grad` to total_EOI, which is fp32."""
     if a_NO.shape[0]:
-        _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add=True)
+        shares = _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, torch.float32, total_EOI)
+        if len(shares) > 1:
+            total_EOI += shares.sum(dim=0)
 
 
 @add_weight_grad.register_fake
-def _(a_NO, b_NI, offsets, gather_idx, out_EOI):
+def _(a_NO, b_NI, offsets, gather_idx, total_EOI):
     pass
-
-
-def _launch_weight_grad(a_NO, b_NI, offsets, gather_idx, out_EOI, add: bool):
-    """Write the weight gradient to out_EOI, or add it to out_EOI."""
-    E, O, I = out_EOI.shape
-    b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
-    device = device_of(a_NO)
-    config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
-    a, b, split = a_NO, b_NI, config.split
-    if tma:
-        a = create_ragged_descriptor(a_NO, [config.block_k, config.block_m])
-        b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
-    out = out_EOI if split == 1 else a_NO.new_empty((split, E, O, I), dtype=torch.float32)
-    tiles = E * split * triton.cdiv(O, config.block_m) * triton.cdiv(I, config.block_n)
-    with torch.cuda.device_of(a_NO):
-        _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, ADD=add and split == 1, **config.blocks()
-        )
-    if split > 1:
-        total = out.sum(dim=0)
-        out_EOI.add_(total) if add else out_EOI.copy_(total)
 
 
 class _GroupedGemm(torch.autograd.Function):

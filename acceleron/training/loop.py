@@ -118,8 +118,8 @@ class Trainer:
         """Raise InputError if --kernels auto selects Triton and its gradients are wrong on this device."""
         options, model = self.options, self.run.model
         if options.kernels == "auto" and ops.uses_triton(self.device, model.compute_dtype):
-            shape = (options.batch_size, options.seq_len, options.model_size)
-            require_correct_kernels(model.config, self.device, model.compute_dtype, *shape)
+            step = (options.batch_size, options.seq_len, options.grad_accum > 1)
+            require_correct_kernels(model.config, self.device, model.compute_dtype, options.model_size, *step)
 
     def open_outputs(self):
         """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""

@@ -146,6 +146,19 @@ def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):
     assert error(ours, truth) <= 1.1 * error(truth.half(), truth)
 
 
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("case", ["odd widths", "empty experts"])
+def test_add_weight_grad_adds_to_the_sum(monkeypatch, split, case):
+    monkeypatch.setattr(configs, "find_config", lambda *args: Config(32, 32, 16, 4, 1, split=split))
+    x, w, plan, grad = inputs(*CASES[case], torch.float16)
+    total = randn(*w.shape, seed=4)
+    truth = total.double() + torch_ops._grouped_weight_grad(grad.double(), x.double(), plan.offsets)
+    expected = total + module.grouped_weight_grad(grad, x, plan.offsets, None, torch.float32)
+    module.add_weight_grad(grad, x, plan.offsets, None, total)
+    assert torch.equal(total, expected)
+    assert error(total, truth) <= sum_floor(len(x))
+
+
 # Loads stop at the end of an expert: TMA's ragged descriptors ensure that in the first case, masks in the second. At an
 # odd width, a load past the end of a row would read the NaN of the next row.
 @pytest.mark.parametrize(("case", "dtype"), [("several tiles", torch.float16), ("odd widths", torch.float32)], ids=str)
@@ -192,6 +205,7 @@ def test_custom_ops_pass_opcheck():
     opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
     for b, gather_idx in ((x, None), (x[:3], plan.gather_idx)):
         opcheck(ops.grouped_weight_grad.default, (grad, b, plan.offsets, gather_idx, x.dtype))
+        opcheck(ops.add_weight_grad.default, (grad, b, plan.offsets, gather_idx, torch.zeros_like(w)))
     opcheck(ops.gather_rows.default, (x[:3], plan.gather_idx))
 
 

@@ -100,6 +100,26 @@ def test_compiled_and_checkpointed_blocks(expected):
     check(losses_and_gradients(model, "triton"), expected)
 
 
+@pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accumulated_gradients_match_the_sum_of_separate_ones(compiled):
+    ops.set_backend("triton", DEVICE)
+    expected, model = build(), build()
+    if compiled:
+        expected.compile_blocks()
+        model.compile_blocks()
+    batches = [torch.randint(CONFIG.vocab_size, (1, 9), device=DEVICE) for _ in range(3)]
+    for ids in batches:
+        expected(ids, labels=ids).loss.backward()
+    with model.accumulate_gradients():
+        for ids in batches:
+            model(ids, labels=ids).loss.backward()
+    assert model.blocks[0].moe.buffers is None
+    for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert weight.grad.any()
+        assert torch.equal(weight.grad, other.grad), name
+
+
 def test_checkpointing_does_not_recompute_the_routing():
     runs = []
 
