@@ -128,8 +128,8 @@ def require_correct_kernels(
 ):
     """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
 
-    accumulate: whether a step has several micro-batches. Logs the result. Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command
-    that finds the failing op.
+    accumulate: whether a step has several micro-batches. Logs the result. Raises InputError if an error exceeds its
+    tolerance or a kernel fails; the message has a command that finds the failing op.
     """
     began = time.perf_counter()
     config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
