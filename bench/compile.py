@@ -57,7 +57,7 @@ ODD = ModelConfig(
 )
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 # Parts of a size compile in parallel, longest first: each GEMM kernel alone, then each module's remaining kernels.
-GEMMS = ("_up_kernel", "_rows_kernel", "_weight_grad_kernel")
+GEMMS = ("_up_kernel", "_rows_kernel", "_hidden_grad_kernel", "_weight_grad_kernel")
 MODULES = ("router", "routing", "dispatch", "grouped_gemm", "expert_mlp", "rope", "cross_entropy", "rms_norm", "swiglu")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The flag of an ELF code section, and two SASS opcodes.

@@ -140,7 +140,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
 
 
 OPS = [case.op for case in cases("", ModelConfig.preset("tiny"), 1, torch.float32)]
-# Outputs of the grouped GEMMs, in the order of gemm_cases. hidden_grad includes an elementwise kernel.
+# Outputs of the grouped GEMMs, in the order of gemm_cases.
 GEMMS = {
     "up": ("h", "act"), "rows-down": ("y",), "hidden_grad": ("dh", "act", "dscores"), "rows-dx": ("rows",),
     "weight_grad-w13": ("dw13",), "weight_grad-w2": ("dw2",),
@@ -149,7 +149,7 @@ GEMMS = {
 
 def gemm_kernel(op: str) -> str:
     """Return the GEMM kernel that an op in GEMMS launches, by its name in ACCELERON_NO_TMA."""
-    return "rows" if op == "hidden_grad" else op.partition("-")[0]
+    return op.partition("-")[0]
 
 
 def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> Case:

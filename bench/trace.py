@@ -59,9 +59,11 @@ def nbytes(value) -> int:
 
 def grouped_flops(name: str, a: dict) -> float:
     """Return the FLOPs of a grouped GEMM kernel with arguments `a`."""
-    x = a["a" if name == "_weight_grad_kernel" else "x"]
+    x = a[{"_weight_grad_kernel": "a", "_hidden_grad_kernel": "dy"}.get(name, "x")]
     rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
-    return 4 * rows * a["D"] * a["F"] if name == "_up_kernel" else 2 * rows * a["I"] * a["O"]
+    if name in ("_up_kernel", "_hidden_grad_kernel"):
+        return (4 if name == "_up_kernel" else 2) * rows * a["D"] * a["F"]
+    return 2 * rows * a["I"] * a["O"]
 
 
 def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) -> Launch:
@@ -70,8 +72,6 @@ def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) ->
     moved = sum(nbytes(value) for value in a.values())
     if name == "_gather_kernel":
         moved += nbytes(a["out_ptr"]) - nbytes(a["x_ptr"])
-    if name == "_hidden_grad_kernel":
-        moved += nbytes(a["act_ptr"])  # read and overwritten
     if name == "_cross_entropy_kernel":
         moved += nbytes(a["logits_ptr"])  # read and overwritten; the second read hits L2
     if name in GEMMS:

@@ -5,13 +5,14 @@ Nothing is tuned during training. Environment variables:
   ACCELERON_TUNED   path of the tuned table (default: tuned.jsonl next to this module, if it exists), written by
                     `python -m bench tune`. A line has arch, device (a name, or "any"), op, dtype, sizes (see below),
                     the fields of `Config` and the median time. It is only used for launches with TMA.
-  ACCELERON_NO_TMA  comma-separated list of ops that load through pointers instead of TMA: up, rows, weight_grad or
-                    all
+  ACCELERON_NO_TMA  comma-separated list of ops that load through pointers instead of TMA: up, rows, hidden_grad,
+                    weight_grad or all
 
 | op | sizes |
 | --- | --- |
 | up | E, D, F |
 | rows | E, input width, output width, 1 if the weight is [E, output, input] else 0 |
+| hidden_grad | E, D, F |
 | weight_grad | E, output rows, output columns |
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .launch import Device
 
-OPS = ("up", "rows", "weight_grad")
+OPS = ("up", "rows", "hidden_grad", "weight_grad")
 KEY = ("arch", "device", "op", "dtype", "sizes")
 
 
@@ -138,7 +139,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(32, 32, 32, 4, 1, split=2)  # small: small tests have several tiles and shares
     if dtype == torch.float32:
         # No tensor cores. Swapping 4 and 8 warps spills a few bytes.
-        return Config(64, 32, 16, 4, 2) if op == "up" else Config(64, 64, 32, 8 if op == "rows" else 4, 2)
+        return Config(64, 32, 16, 4, 2) if op == "up" else Config(64, 64, 32, 4 if op == "weight_grad" else 8, 2)
     if device.arch.startswith("gfx"):
         return Config(128, 64 if op == "up" else 128, 32, 8, 2)
     if int(device.arch[3:]) not in (90, 100, 103):  # Ampere, Ada and small Blackwells: 99 KiB of shared memory or more
@@ -146,6 +147,8 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     # Addresses and masks use the registers a larger tile would need.
     if not tma or any(size % 64 for size in sizes[1:3]):
         return Config(64, 32 if op == "up" else 64, 32, 4, 3)
+    if op == "hidden_grad":  # eight warps of 128 registers, twice
+        return Config(128, 128, 64, 8, 3, programs=2)
     wide = sizes[2] > 128
     if op == "weight_grad":
         config = Config(128, 256 if wide else 128, 64, 8, 3)

@@ -4,8 +4,8 @@ Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K exp
 
 Forward launches four kernels: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection);
 y_TD, the weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not x_ND,
-act or the down-projection's output. Backward launches: gather dy_ND; r = w2.T dy; dh, the weighted act and the score
-gradients in one elementwise kernel; dW2; gather x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
+act or the down-projection's output. Backward launches: gather dy_ND; dh, the weighted act and the score gradients, in
+the epilogue of r = w2.T dy; dW2; gather x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
 """
 
 import torch
@@ -68,36 +68,52 @@ def _up_kernel(
 
 @triton.jit
 def _hidden_grad_kernel(
-    act_ptr, h_ptr, dh_ptr, gather_idx_ptr, topk_scores_ptr, dtopk_scores_ptr, N,
-    F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+    dy, offsets_ptr, w, h_ptr, gather_idx_ptr, topk_scores_ptr, act_ptr, dh_ptr, sums_ptr, N,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute dh and dtopk_scores. Overwrite r = w2[e].T @ dy with act times its score, the operand of dW2.
+    """Compute r[n] = w2[e].T @ dy[n]. Store dh, act times the score of its row, and a tile's part of sum(r * act).
 
-    For score s, dact = s r, and the gradient of s is r . act.
+    For score s, dact = s r, and the gradient of s is r . act. The epilogue handles a quarter of the tile's rows at a
+    time, which limits its registers: eight warps with more than 128 each would not fit twice on an SM.
     """
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = rows < N
-    assignments = tl.load(gather_idx_ptr + rows, mask=inside, other=0)
-    scale = tl.load(topk_scores_ptr + assignments, mask=inside, other=0.0)[:, None]
-    dtype: tl.constexpr = dh_ptr.dtype.element_ty
-    sums = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-    for f in range(0, F, BLOCK_F):
-        fs = f + tl.arange(0, BLOCK_F)
-        mask = inside[:, None] & (fs < F)[None, :]
-        wide = rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
-        act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
-        r = tl.load(act_ptrs, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(h_ptr + wide, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + wide + F, mask=mask, other=0.0).to(tl.float32)
-        s = sigmoid(gate)
-        silu = gate * s
-        act = silu * up
-        dact = r * scale
-        sums += tl.sum(r * act, axis=1)
-        tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
-        tl.store(dh_ptr + wide, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
-        tl.store(dh_ptr + wide + F, (dact * silu).to(dtype), mask=mask)
-    tl.store(dtopk_scores_ptr + assignments, sums, mask=inside)
+    begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
+    column_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.max(last_E, axis=0) * column_tiles
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    PART: tl.constexpr = BLOCK_M // 4
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
+        column_tile = tile % column_tiles
+        f = column_tile * BLOCK_N
+        acc = grouped_dot(dy, w, expert, row, end, f, F, D, "EIO", TMA, BLOCK_M, BLOCK_N, BLOCK_K)
+        # Triton splits in registers, after it has changed the tile to the layout of the coalesced loads of h.
+        quarters = tl.permute(tl.reshape(acc.to(dtype), (2, 2, PART, BLOCK_N)), (2, 3, 0, 1))
+        r02, r13 = tl.split(quarters)
+        r0, r2 = tl.split(r02)
+        r1, r3 = tl.split(r13)
+        quarters = (r0, r1, r2, r3)
+        fs = f + tl.arange(0, BLOCK_N)
+        for part in tl.static_range(4):
+            rows = row + part * PART + tl.arange(0, PART)
+            mine = rows < end
+            mask = mine[:, None] & (fs < F)[None, :]
+            assignments = tl.load(gather_idx_ptr + rows, mask=mine, other=0)
+            wide = rows.to(tl.int64)[:, None] * (2 * F) + fs[None, :]
+            act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * F + fs[None, :]
+            gate = tl.load(h_ptr + wide, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(h_ptr + wide + F, mask=mask, other=0.0).to(tl.float32)
+            scale = tl.load(topk_scores_ptr + assignments, mask=mine, other=0.0)[:, None]
+            r = quarters[part].to(tl.float32)
+            s = sigmoid(gate)
+            silu = gate * s
+            act = silu * up
+            dact = r * scale
+            sums = tl.sum(r * act, axis=1)
+            tl.store(act_ptrs, (act * scale).to(dtype), mask=mask)
+            tl.store(dh_ptr + wide, (dact * up * (s + silu * (1 - s))).to(dtype), mask=mask)
+            tl.store(dh_ptr + wide + F, (dact * silu).to(dtype), mask=mask)
+            tl.store(sums_ptr + column_tile.to(tl.int64) * N + assignments, sums, mask=mine)
 
 
 @triton.jit
@@ -228,21 +244,25 @@ def hidden_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dh_N2F, act_NF times the score of its row, and dtopk_scores_TK.
 
-    The elementwise kernel is separate from the GEMM because it needs few registers and runs at memory bandwidth. In the
-    GEMM's epilogue, eight warps would wait for h (bench/LOG.md, 2026-11-26).
+    Two programs per SM: the epilogue of one, at memory bandwidth, overlaps the GEMM of the other.
     """
-    act_NF, dh_N2F = grouped_rows(dy_ND, w2_EDF, offsets, False), torch.empty_like(h_N2F)
-    dtopk_scores_TK = torch.empty_like(topk_scores_TK)
-    N, F = act_NF.shape
-    if N:
-        block_f = min(256, triton.next_power_of_2(F))
-        block_rows = 2048 // block_f
-        with torch.cuda.device_of(h_N2F):
-            _hidden_grad_kernel[(triton.cdiv(N, block_rows),)](
-                act_NF, h_N2F, dh_N2F, gather_idx, topk_scores_TK, dtopk_scores_TK, N,
-                F=F, BLOCK_ROWS=block_rows, BLOCK_F=block_f, num_warps=8,
-            )  # fmt: skip
-    return dh_N2F, act_NF, dtopk_scores_TK
+    (N, D), (E, _, F) = dy_ND.shape, w2_EDF.shape
+    act_NF, dh_N2F = h_N2F.new_empty(N, F), torch.empty_like(h_N2F)
+    if N == 0:
+        return dh_N2F, act_NF, torch.empty_like(topk_scores_TK)
+    device = device_of(dy_ND)
+    config, tma = choose("hidden_grad", device, (E, D, F), D, dy_ND, w2_EDF)
+    dy, w = dy_ND, w2_EDF
+    if tma:
+        dy = TensorDescriptor.from_tensor(dy_ND, [config.block_m, config.block_k])
+        w = TensorDescriptor.from_tensor(w2_EDF.flatten(0, 1), [config.block_k, config.block_n])
+    sums = topk_scores_TK.new_empty(triton.cdiv(F, config.block_n), *topk_scores_TK.shape)
+    with torch.cuda.device_of(dy_ND):
+        _hidden_grad_kernel[persistent_grid(device, config, N, E, F)](
+            dy, offsets, w, h_N2F, gather_idx, topk_scores_TK, act_NF, dh_N2F, sums, N,
+            E=E, D=D, F=F, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
+        )  # fmt: skip
+    return dh_N2F, act_NF, sums.sum(dim=0)
 
 
 @hidden_grad.register_fake

@@ -72,7 +72,7 @@ def test_committed_candidates_are_unique_and_exclude_the_rule():
         candidates = [Config(*values) for values in listed]
         E, D, F = PRESETS[size].num_experts, PRESETS[size].d_model, PRESETS[size].d_ff
         sizes = {
-            "up": (E, D, F), "rows-down": (E, F, D, 1), "hidden_grad": (E, D, F, 0), "rows-dx": (E, 2 * F, D, 0),
+            "up": (E, D, F), "rows-down": (E, F, D, 1), "hidden_grad": (E, D, F), "rows-dx": (E, 2 * F, D, 0),
             "weight_grad-w13": (E, 2 * F, D), "weight_grad-w2": (E, D, F),
         }[op]  # fmt: skip
         rule = configs.rule(op_cases.gemm_kernel(op), h100, torch.bfloat16, sizes, True)

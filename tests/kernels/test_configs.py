@@ -122,7 +122,7 @@ def assert_valid(config):
 def test_rule_gives_valid_tiles_for_every_architecture(arch, dtype):
     device = Device("", arch, 108)
     for E, D, F in [(p.num_experts, p.d_model, p.d_ff) for p in PRESETS.values()] + [(2, 33, 17), (256, 8, 64)]:
-        sizes = {"up": [(E, D, F)], "rows": [(E, F, D, 1), (E, D, F, 0), (E, 2 * F, D, 0)]}
+        sizes = {"up": [(E, D, F)], "rows": [(E, F, D, 1), (E, 2 * F, D, 0)], "hidden_grad": [(E, D, F)]}
         sizes["weight_grad"] = [(E, 2 * F, D), (E, D, F)]
         assert set(sizes) == set(configs.OPS)
         for op in configs.OPS:
