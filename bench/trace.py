@@ -34,7 +34,7 @@ from .compile import GEMMS, LaunchMode, offline
 
 
 class Launch(NamedTuple):
-    """One kernel launch. bytes_moved: bytes read and written; repeated reads of a gathered row all count."""
+    """One kernel launch. bytes_moved: bytes read and written."""
 
     name: str
     flops: float
@@ -68,8 +68,6 @@ def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) ->
     """Return a launch of one of our kernels. Each argument is read or written once unless noted."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
-    if name == "_gather_kernel":
-        moved += nbytes(a["out_ptr"]) - nbytes(a["x_ptr"])
     if name == "_hidden_grad_kernel":
         moved += nbytes(a["act_ptr"])  # read and overwritten
     if name == "_cross_entropy_kernel":

@@ -1,11 +1,11 @@
-"""Routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
+"""Routed experts: sort by expert, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
-Forward launches four kernels: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection);
+Forward launches four kernels: copy x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection);
 y_TD, the weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not x_ND,
-act or the down-projection's output. Backward launches: gather dy_ND; r = w2.T dy; dh, the weighted act and the score
-gradients in one elementwise kernel; dW2; gather x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
+act or the down-projection's output. Backward launches: copy dy_ND; r = w2.T dy; dh, the weighted act and the score
+gradients in one elementwise kernel; dW2; copy x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
 """
 
 import torch
@@ -19,12 +19,12 @@ from .configs import choose
 from .contract import Plan
 from .grouped_gemm import (
     expert_rows,
-    gather_rows,
     grouped_dot,
     grouped_rows,
     grouped_weight_grad,
     locate,
     persistent_grid,
+    scatter_rows,
 )
 from .launch import check_launch, device_of
 from .swiglu import sigmoid
@@ -163,15 +163,15 @@ def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
 
 @torch.library.custom_op("acceleron_triton::expert_up", mutates_args=())
 def expert_up(
-    x_TD: Tensor, w13_E2FD: Tensor, gather_idx: Tensor, offsets: Tensor, with_h: bool
+    x_TD: Tensor, w13_E2FD: Tensor, scatter_idx_TK: Tensor, offsets: Tensor, with_h: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the pre-activation h_N2F (empty unless with_h) and act_NF = silu(gate) * up for expert-sorted rows."""
-    (E, F2, D), N = w13_E2FD.shape, gather_idx.numel()
+    (E, F2, D), N = w13_E2FD.shape, scatter_idx_TK.numel()
     F = F2 // 2
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
     if N == 0:
         return h_N2F, act_NF
-    device, x_ND = device_of(x_TD), gather_rows(x_TD, gather_idx)
+    device, x_ND = device_of(x_TD), scatter_rows(x_TD, scatter_idx_TK)
     config, tma = choose("up", device, (E, D, F), D, x_ND, w13_E2FD)
     x, w = x_ND, w13_E2FD
     if tma:
@@ -186,8 +186,8 @@ def expert_up(
 
 
 @expert_up.register_fake
-def _(x_TD, w13_E2FD, gather_idx, offsets, with_h):
-    N, F2 = gather_idx.shape[0], w13_E2FD.shape[1]
+def _(x_TD, w13_E2FD, scatter_idx_TK, offsets, with_h):
+    N, F2 = scatter_idx_TK.numel(), w13_E2FD.shape[1]
     return x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F2 // 2)
 
 
@@ -283,6 +283,7 @@ def expert_grads(
     h_N2F: Tensor,
     topk_scores_TK: Tensor,
     gather_idx: Tensor,
+    scatter_idx_TK: Tensor,
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
@@ -290,11 +291,11 @@ def expert_grads(
     dtype2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the expert-sorted rows of dx, dtopk_scores_TK, and dw13 and dw2 in the given dtypes (None: skip)."""
-    dy_ND = gather_rows(dy_TD, gather_idx)
+    dy_ND = scatter_rows(dy_TD, scatter_idx_TK)
     dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
     dw2_EDF = None if dtype2 is None else grouped_weight_grad(dy_ND, act_NF, offsets, None, dtype2)
     del act_NF, dy_ND
-    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, gather_idx, dtype13)
+    dw13_E2FD = None if dtype13 is None else grouped_weight_grad(dh_N2F, x_TD, offsets, scatter_idx_TK, dtype13)
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
     return rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF
 
@@ -303,18 +304,21 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13_E2FD, w2_EDF, with_h):
         w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
-        h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_h)
+        h_N2F, act_NF = expert_up(x_TD, w13, scatter_idx_TK, offsets, with_h)
         if with_h:
-            ctx.save_for_backward(scatter_idx_TK, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2)
+            ctx.save_for_backward(x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2)
             ctx.dtypes = w13_E2FD.dtype, w2_EDF.dtype
         return expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, None, None)
 
     @staticmethod
     @first_order("expert_mlp")
     def backward(ctx, dy_TD):
-        scatter_idx_TK, *saved = ctx.saved_tensors  # read once: with checkpointing, every access recomputes
+        # Read once: with checkpointing, every access recomputes.
+        *saved, scatter_idx_TK, offsets, w13, w2 = ctx.saved_tensors
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
-        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
+        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
+            dy_TD.contiguous(), *saved, scatter_idx_TK, offsets, w13, w2, *dtypes
+        )
         dx_TD = token_grad(rows_ND, scatter_idx_TK, None, None, None)
         return dx_TD, dtopk_scores_TK, None, None, None, dw13_E2FD, dw2_EDF, None
 

@@ -171,42 +171,43 @@ def _weight_grad_kernel(
 
 
 @triton.jit
-def _gather_kernel(
-    x_ptr, gather_idx_ptr, out_ptr, N,
-    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+def _scatter_kernel(
+    x_ptr, scatter_idx_ptr, out_ptr, T,
+    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copy the row of x for each assignment's token."""
+    """Read each token's row of x once and write it to the row of each of its assignments."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    rows = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (rows < N)[:, None] & (ds < D)[None, :]
-    tokens = (tl.load(gather_idx_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
-    x = tl.load(x_ptr + tokens[:, None] * D + ds[None, :], mask=mask)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + ds[None, :], x, mask=mask)
+    mask = (ts < T)[:, None] & (ds < D)[None, :]
+    x = tl.load(x_ptr + ts.to(tl.int64)[:, None] * D + ds[None, :], mask=mask)
+    for k in tl.static_range(TOP_K):
+        rows = tl.load(scatter_idx_ptr + TOP_K * ts + k, mask=ts < T, other=0).to(tl.int64)
+        tl.store(out_ptr + rows[:, None] * D + ds[None, :], x, mask=mask)
 
 
-@torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
-def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
+@torch.library.custom_op("acceleron_triton::scatter_rows", mutates_args=())
+def scatter_rows(x_TD: Tensor, scatter_idx_TK: Tensor) -> Tensor:
     """Return x_ND, which holds the token's row of x for each expert-sorted row.
 
     The GEMMs load tiles of this copy through TMA. GEMMs that gather rows through cp.async avoid the copy but take up to
     1.4 times as long (bench/LOG.md, 2026-11-26).
     """
-    (_, D), N = x_TD.shape, gather_idx.numel()
+    (T, D), N = x_TD.shape, scatter_idx_TK.numel()
     x_ND = x_TD.new_empty(N, D)
     if N:
         block_d = min(256, triton.next_power_of_2(D))
-        block_rows = 1024 // block_d
+        block_t = 1024 // block_d
         with torch.cuda.device_of(x_TD):
-            _gather_kernel[(triton.cdiv(N, block_rows) * triton.cdiv(D, block_d),)](
-                x_TD, gather_idx, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_ROWS=block_rows, BLOCK_D=block_d
+            _scatter_kernel[(triton.cdiv(T, block_t) * triton.cdiv(D, block_d),)](
+                x_TD, scatter_idx_TK, x_ND, T, D=D, TOP_K=TOP_K, BLOCK_T=block_t, BLOCK_D=block_d
             )
     return x_ND
 
 
-@gather_rows.register_fake
-def _(x_TD, gather_idx):
-    return x_TD.new_empty(gather_idx.shape[0], x_TD.shape[1])
+@scatter_rows.register_fake
+def _(x_TD, scatter_idx_TK):
+    return x_TD.new_empty(scatter_idx_TK.numel(), x_TD.shape[1])
 
 
 def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
@@ -244,17 +245,17 @@ def _(x_NI, w, offsets, out_first):
 
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
 def grouped_weight_grad(
-    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, dtype: torch.dtype
+    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, scatter_idx_TK: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return out_EOI[e] = a[rows].T @ b[rows] over each expert's rows, in this dtype. An expert without rows gets 0.
 
-    With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
-    reuse the rows gathered in the forward pass and keep them in memory until backward.
+    With `scatter_idx_TK`, b is [T, I] and its rows are sorted here. If the caller sorted them, torch.compile would
+    reuse the rows sorted in the forward pass and keep them in memory until backward.
     """
     (N, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
     if N == 0:
         return a_NO.new_zeros((E, O, I), dtype=dtype)
-    b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
+    b_NI = b_NI if scatter_idx_TK is None else scatter_rows(b_NI, scatter_idx_TK)
     device = device_of(a_NO)
     config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
     a, b, split = a_NO, b_NI, config.split
@@ -271,7 +272,7 @@ def grouped_weight_grad(
 
 
 @grouped_weight_grad.register_fake
-def _(a_NO, b_NI, offsets, gather_idx, dtype):
+def _(a_NO, b_NI, offsets, scatter_idx_TK, dtype):
     return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
 
 

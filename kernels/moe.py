@@ -31,7 +31,7 @@ class _MoE(torch.autograd.Function):
         gate_up_T2W = x_TD @ shared_w13.t()
         shared_act_TW = swiglu_forward(gate_up_T2W)
         shared_TD = shared_act_TW @ shared_w2.t()
-        h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_grad)
+        h_N2F, act_NF = expert_up(x_TD, w13, scatter_idx_TK, offsets, with_grad)
         y_TD = expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residual_TD)
         ctx.mark_non_differentiable(tokens_per_expert_E)
         if with_grad:
@@ -58,7 +58,7 @@ class _MoE(torch.autograd.Function):
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2, dtype13, dtype2
+            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, dtype13, dtype2
         )
         dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
         if router_dtype:
