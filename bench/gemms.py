@@ -32,7 +32,7 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
     routing = torch_ops.route_top2(torch.randn(T, E, generator=generator, device=device))
-    gather_idx, _, offsets = plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
+    gather_idx, scatter_idx_TK, offsets = plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     tokens_N, scores_TK = gather_idx // TOP_K, routing.topk_scores_TK
     scores_N1 = scores_TK.flatten()[gather_idx][:, None]
     x_TD, dy_ND, h_N2F, act_NF = randn(T, D), randn(2 * T, D), randn(2 * T, 2 * F), randn(2 * T, F)
@@ -66,6 +66,6 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
         Gemm(lambda x, w: grouped_rows(x, w, offsets, True), lambda x, w: grouped_gemm(x, w, plan), (act_NF, w2)),
         Gemm(lambda *x: hidden_grad(*x, scores_TK, gather_idx, offsets), plain_hidden_grad, (dy_ND, w2, h_N2F)),
         Gemm(lambda x, w: grouped_rows(x, w, offsets, False), plain_transposed, (h_N2F, w13)),
-        Gemm(partial(weight_grad, idx=gather_idx), lambda a, b: plain_weight_grad(a, b[tokens_N]), (h_N2F, x_TD)),
+        Gemm(partial(weight_grad, idx=scatter_idx_TK), lambda a, b: plain_weight_grad(a, b[tokens_N]), (h_N2F, x_TD)),
         Gemm(weight_grad, plain_weight_grad, (dy_ND, act_NF)),
     ]

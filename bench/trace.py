@@ -34,7 +34,7 @@ from .compile import GEMMS, LaunchMode, offline
 
 
 class Launch(NamedTuple):
-    """One kernel launch. bytes_moved: bytes read and written; repeated reads of a gathered row all count."""
+    """One kernel launch. bytes_moved: bytes read and written."""
 
     name: str
     flops: float
@@ -59,19 +59,16 @@ def nbytes(value) -> int:
 
 def grouped_flops(name: str, a: dict) -> float:
     """Return the FLOPs of a grouped GEMM kernel with arguments `a`."""
-    x = a[{"_weight_grad_kernel": "a", "_hidden_grad_kernel": "dy"}.get(name, "x")]
-    rows = (x.base if isinstance(x, TensorDescriptor) else x).shape[0]
     if name in ("_up_kernel", "_hidden_grad_kernel"):
-        return (4 if name == "_up_kernel" else 2) * rows * a["D"] * a["F"]
-    return 2 * rows * a["I"] * a["O"]
+        return (4 if name == "_up_kernel" else 2) * a["act_ptr"].shape[0] * a["D"] * a["F"]
+    x = a["a" if name == "_weight_grad_kernel" else "x"]
+    return 2 * (x.base if isinstance(x, TensorDescriptor) else x).shape[0] * a["I"] * a["O"]
 
 
 def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) -> Launch:
     """Return a launch of one of our kernels. Each argument is read or written once unless noted."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
-    if name == "_gather_kernel":
-        moved += nbytes(a["out_ptr"]) - nbytes(a["x_ptr"])
     if name == "_cross_entropy_kernel":
         moved += nbytes(a["logits_ptr"])  # read and overwritten; the second read hits L2
     if name in GEMMS:

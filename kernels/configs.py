@@ -149,18 +149,19 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(64, 32 if op == "up" else 64, 32, 4, 3)
     if op == "hidden_grad":  # eight warps of 128 registers, twice
         return Config(128, 128, 64, 8, 3, programs=2)
+    if op == "up":
+        block_n = 64 if device.arch != "sm_90" and dtype == torch.float16 else 128
+        return Config(128, block_n, 64, 8, 4, flatten=device.arch == "sm_90")
     wide = sizes[2] > 128
     if op == "weight_grad":
         config = Config(128, 256 if wide else 128, 64, 8, 3)
         return config._replace(split=_best_split(config, device, *sizes[:3]))
     if device.arch != "sm_90":
-        if op == "up":
-            return Config(128, 64 if dtype == torch.float16 else 128, 64, 8, 4)
         return Config(128, 256 if wide else 128, 64, 8, 4)
     # Two programs per SM let the epilogue of one overlap the GEMM of the other. This helps if the inner width is small.
     if op == "rows" and min(sizes[1:3]) > 1024:
         return Config(128, 256, 64, 8, 4, flatten=True)
-    return Config(128, 64 if op == "up" else 128, 64, 4, 3, programs=2, flatten=True)
+    return Config(128, 128, 64, 4, 3, programs=2, flatten=True)
 
 
 def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:

@@ -1,11 +1,11 @@
-"""Routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
+"""Routed experts: sort by expert, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 
-Forward launches four kernels: gather x_ND; h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection);
-y_TD, the weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not x_ND,
-act or the down-projection's output. Backward launches: gather dy_ND; dh, the weighted act and the score gradients, in
-the epilogue of r = w2.T dy; dW2; gather x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
+Forward launches three kernels: h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection); y_TD, the
+weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not act or the
+down-projection's output. Backward launches: copy dy_ND; dh, the weighted act and the score gradients, in the epilogue
+of r = w2.T dy; dW2; copy x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
 """
 
 import torch
@@ -20,12 +20,12 @@ from .contract import Plan
 from .grouped_gemm import (
     add_weight_grad,
     expert_rows,
-    gather_rows,
     grouped_dot,
     grouped_rows,
     grouped_weight_grad,
     locate,
     persistent_grid,
+    scatter_rows,
 )
 from .launch import check_launch, device_of
 from .swiglu import sigmoid
@@ -33,7 +33,7 @@ from .swiglu import sigmoid
 
 @triton.jit
 def _up_kernel(
-    x, offsets_ptr, w, h_ptr, act_ptr,
+    x_ptr, gather_idx_ptr, offsets_ptr, w, h_ptr, act_ptr,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,9 @@ def _up_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         f = (tile % column_tiles) * BLOCK_N
-        acc = grouped_dot(x, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
+        acc = grouped_dot(
+            x_ptr, gather_idx_ptr, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+        )
         rows = row + tl.arange(0, BLOCK_M)
         if not WITH_H:
             acc += 0.0  # otherwise ptxas moves fp16 conversions between the wgmmas and serializes them (C7514)
@@ -86,7 +88,7 @@ def _hidden_grad_kernel(
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         column_tile = tile % column_tiles
         f = column_tile * BLOCK_N
-        acc = grouped_dot(dy, w, expert, row, end, f, F, D, "EIO", TMA, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = grouped_dot(dy, None, w, expert, row, end, f, F, D, "EIO", TMA, BLOCK_M, BLOCK_N, BLOCK_K)
         # Triton splits in registers, after it has changed the tile to the layout of the coalesced loads of h.
         quarters = tl.permute(tl.reshape(acc.to(dtype), (2, 2, PART, BLOCK_N)), (2, 3, 0, 1))
         r02, r13 = tl.split(quarters)
@@ -188,15 +190,14 @@ def expert_up(
     h_N2F, act_NF = x_TD.new_empty(N if with_h else 0, F2), x_TD.new_empty(N, F)
     if N == 0:
         return h_N2F, act_NF
-    device, x_ND = device_of(x_TD), gather_rows(x_TD, gather_idx)
-    config, tma = choose("up", device, (E, D, F), D, x_ND, w13_E2FD)
-    x, w = x_ND, w13_E2FD
+    device = device_of(x_TD)
+    config, tma = choose("up", device, (E, D, F), D, x_TD, w13_E2FD)
+    w = w13_E2FD
     if tma:
-        x = TensorDescriptor.from_tensor(x_ND, [config.block_m, config.block_k])
         w = TensorDescriptor.from_tensor(w13_E2FD.view(2 * E, F, D), [2, config.block_n, config.block_k])
-    with torch.cuda.device_of(x_ND):
+    with torch.cuda.device_of(x_TD):
         _up_kernel[persistent_grid(device, config, N, E, F)](
-            x, offsets, w, h_N2F, act_NF,
+            x_TD, gather_idx, offsets, w, h_N2F, act_NF,
             E=E, D=D, F=F, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, **config.blocks(),
         )  # fmt: skip
     return h_N2F, act_NF
@@ -304,6 +305,7 @@ def expert_grads(
     h_N2F: Tensor,
     topk_scores_TK: Tensor,
     gather_idx: Tensor,
+    scatter_idx_TK: Tensor,
     offsets: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
@@ -314,19 +316,19 @@ def expert_grads(
 
     A weight gradient's target is a dtype, a tensor to add it to (the result is then None), or None to skip it.
     """
-    dy_ND = gather_rows(dy_TD, gather_idx)
+    dy_ND = scatter_rows(dy_TD, scatter_idx_TK)
     dh_N2F, act_NF, dtopk_scores_TK = hidden_grad(dy_ND, w2_EDF, h_N2F, topk_scores_TK, gather_idx, offsets)
     dw2_EDF = _weight_grad(dy_ND, act_NF, offsets, None, target2)
     del act_NF, dy_ND
-    dw13_E2FD = _weight_grad(dh_N2F, x_TD, offsets, gather_idx, target13)
+    dw13_E2FD = _weight_grad(dh_N2F, x_TD, offsets, scatter_idx_TK, target13)
     rows_ND = grouped_rows(dh_N2F, w13_E2FD, offsets, False)
     return rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF
 
 
-def _weight_grad(a_NO, b_NI, offsets, gather_idx, target: torch.dtype | Tensor | None) -> Tensor | None:
+def _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, target: torch.dtype | Tensor | None) -> Tensor | None:
     if isinstance(target, Tensor):
-        return add_weight_grad(a_NO, b_NI, offsets, gather_idx, target)
-    return None if target is None else grouped_weight_grad(a_NO, b_NI, offsets, gather_idx, target)
+        return add_weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, target)
+    return None if target is None else grouped_weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, target)
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -335,16 +337,19 @@ class _ExpertMLP(torch.autograd.Function):
         w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
         h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_h)
         if with_h:
-            ctx.save_for_backward(scatter_idx_TK, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2)
+            ctx.save_for_backward(x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2)
             ctx.dtypes = w13_E2FD.dtype, w2_EDF.dtype
         return expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, None, None)
 
     @staticmethod
     @first_order("expert_mlp")
     def backward(ctx, dy_TD):
-        scatter_idx_TK, *saved = ctx.saved_tensors  # read once: with checkpointing, every access recomputes
+        # Read once: with checkpointing, every access recomputes.
+        *saved, scatter_idx_TK, offsets, w13, w2 = ctx.saved_tensors
         dtypes = (dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad[5:7], strict=True))
-        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(dy_TD.contiguous(), *saved, *dtypes)
+        rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
+            dy_TD.contiguous(), *saved, scatter_idx_TK, offsets, w13, w2, *dtypes
+        )
         dx_TD = token_grad(rows_ND, scatter_idx_TK, None, None, None)
         return dx_TD, dtopk_scores_TK, None, None, None, dw13_E2FD, dw2_EDF, None
 

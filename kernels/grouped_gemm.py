@@ -22,6 +22,7 @@ from .launch import INTERPRETED, Device, check_launch, device_of
 
 # The interpreter's dot silently returns garbage for two bf16 tiles (up to Triton 3.9), so it gets fp32 tiles.
 _WIDEN = tl.constexpr(INTERPRETED)
+_TOP_K = tl.constexpr(TOP_K)
 
 
 @triton.jit
@@ -98,14 +99,19 @@ def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def grouped_dot(
-    x, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gather_idx_ptr, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return the [BLOCK_M, BLOCK_N] tile of x_NI @ w[expert] that starts at row `row` and column `o`, in fp32."""
-    safe = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+    """Return the [BLOCK_M, BLOCK_N] tile of x_NI @ w[expert] that starts at row `row` and column `o`, in fp32.
+
+    With gather_idx_ptr, x is always a pointer, to [T, I], and row n is that of assignment gather_idx[n]'s token.
+    """
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+    if gather_idx_ptr is not None:
+        rows = tl.load(gather_idx_ptr + rows) // _TOP_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, I, BLOCK_K):
-        a = x.load([row, i]) if TMA else row_tile(x, safe, i, I, BLOCK_K)
+        a = x.load([row, i]) if TMA and gather_idx_ptr is None else row_tile(x, rows, i, I, BLOCK_K)
         acc = dot(a, _weight_tile(w, expert, o, i, O, I, LAYOUT, TMA, BLOCK_N, BLOCK_K), acc)
     return acc
 
@@ -123,7 +129,7 @@ def _rows_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         o = (tile % column_tiles) * BLOCK_N
-        acc = grouped_dot(x, w, expert, row, end, o, O, I, LAYOUT, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = grouped_dot(x, None, w, expert, row, end, o, O, I, LAYOUT, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
         os = o + tl.arange(0, BLOCK_N)
         y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * O + os[None, :]
@@ -178,42 +184,43 @@ def _weight_grad_kernel(
 
 
 @triton.jit
-def _gather_kernel(
-    x_ptr, gather_idx_ptr, out_ptr, N,
-    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+def _scatter_kernel(
+    x_ptr, scatter_idx_ptr, out_ptr, T,
+    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copy the row of x for each assignment's token."""
+    """Read each token's row of x once and write it to the row of each of its assignments."""
     column_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    rows = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ts = tl.program_id(0) // column_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     ds = tl.program_id(0) % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (rows < N)[:, None] & (ds < D)[None, :]
-    tokens = (tl.load(gather_idx_ptr + rows, mask=rows < N, other=0) // TOP_K).to(tl.int64)
-    x = tl.load(x_ptr + tokens[:, None] * D + ds[None, :], mask=mask)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + ds[None, :], x, mask=mask)
+    mask = (ts < T)[:, None] & (ds < D)[None, :]
+    x = tl.load(x_ptr + ts.to(tl.int64)[:, None] * D + ds[None, :], mask=mask)
+    for k in tl.static_range(TOP_K):
+        rows = tl.load(scatter_idx_ptr + TOP_K * ts + k, mask=ts < T, other=0).to(tl.int64)
+        tl.store(out_ptr + rows[:, None] * D + ds[None, :], x, mask=mask)
 
 
-@torch.library.custom_op("acceleron_triton::gather_rows", mutates_args=())
-def gather_rows(x_TD: Tensor, gather_idx: Tensor) -> Tensor:
+@torch.library.custom_op("acceleron_triton::scatter_rows", mutates_args=())
+def scatter_rows(x_TD: Tensor, scatter_idx_TK: Tensor) -> Tensor:
     """Return x_ND, which holds the token's row of x for each expert-sorted row.
 
     The GEMMs load tiles of this copy through TMA. GEMMs that gather rows through cp.async avoid the copy but take up to
     1.4 times as long (bench/LOG.md, 2026-11-26).
     """
-    (_, D), N = x_TD.shape, gather_idx.numel()
+    (T, D), N = x_TD.shape, scatter_idx_TK.numel()
     x_ND = x_TD.new_empty(N, D)
     if N:
         block_d = min(256, triton.next_power_of_2(D))
-        block_rows = 1024 // block_d
+        block_t = 1024 // block_d
         with torch.cuda.device_of(x_TD):
-            _gather_kernel[(triton.cdiv(N, block_rows) * triton.cdiv(D, block_d),)](
-                x_TD, gather_idx, x_ND, N, D=D, TOP_K=TOP_K, BLOCK_ROWS=block_rows, BLOCK_D=block_d
+            _scatter_kernel[(triton.cdiv(T, block_t) * triton.cdiv(D, block_d),)](
+                x_TD, scatter_idx_TK, x_ND, T, D=D, TOP_K=TOP_K, BLOCK_T=block_t, BLOCK_D=block_d
             )
     return x_ND
 
 
-@gather_rows.register_fake
-def _(x_TD, gather_idx):
-    return x_TD.new_empty(gather_idx.shape[0], x_TD.shape[1])
+@scatter_rows.register_fake
+def _(x_TD, scatter_idx_TK):
+    return x_TD.new_empty(scatter_idx_TK.numel(), x_TD.shape[1])
 
 
 def persistent_grid(device: Device, config: Config, rows: int, experts: int, columns: int) -> tuple[int]:
@@ -249,10 +256,10 @@ def _(x_NI, w, offsets, out_first):
     return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
 
 
-def _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, dtype, total_EOI=None) -> Tensor:
+def _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, dtype, total_EOI=None) -> Tensor:
     """Return the weight gradient's row shares [split, E, O, I]. A single share is added to total_EOI, if given."""
     (_, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
-    b_NI = b_NI if gather_idx is None else gather_rows(b_NI, gather_idx)
+    b_NI = b_NI if scatter_idx_TK is None else scatter_rows(b_NI, scatter_idx_TK)
     device = device_of(a_NO)
     config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
     a, b, split = a_NO, b_NI, config.split
@@ -272,35 +279,37 @@ def _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, dtype, total_EOI=None) 
 
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
 def grouped_weight_grad(
-    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, dtype: torch.dtype
+    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, scatter_idx_TK: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return out_EOI[e] = a[rows].T @ b[rows] over each expert's rows, in this dtype. An expert without rows gets 0.
 
-    With `gather_idx`, b is [T, I] and its rows are gathered here. If the caller gathered them, torch.compile would
-    reuse the rows gathered in the forward pass and keep them in memory until backward.
+    With `scatter_idx_TK`, b is [T, I] and its rows are sorted here. If the caller sorted them, torch.compile would
+    reuse the rows sorted in the forward pass and keep them in memory until backward.
     """
     if a_NO.shape[0] == 0:
         return a_NO.new_zeros((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
-    shares = _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, dtype)
+    shares = _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, dtype)
     return shares[0] if len(shares) == 1 else shares.sum(dim=0).to(dtype)
 
 
 @grouped_weight_grad.register_fake
-def _(a_NO, b_NI, offsets, gather_idx, dtype):
+def _(a_NO, b_NI, offsets, scatter_idx_TK, dtype):
     return a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("acceleron_triton::add_weight_grad", mutates_args=("total_EOI",))
-def add_weight_grad(a_NO: Tensor, b_NI: Tensor, offsets: Tensor, gather_idx: Tensor | None, total_EOI: Tensor) -> None:
+def add_weight_grad(
+    a_NO: Tensor, b_NI: Tensor, offsets: Tensor, scatter_idx_TK: Tensor | None, total_EOI: Tensor
+) -> None:
     """Add the result of `grouped_weight_grad` to total_EOI, which is fp32."""
     if a_NO.shape[0]:
-        shares = _weight_grad_shares(a_NO, b_NI, offsets, gather_idx, torch.float32, total_EOI)
+        shares = _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, torch.float32, total_EOI)
         if len(shares) > 1:
             total_EOI += shares.sum(dim=0)
 
 
 @add_weight_grad.register_fake
-def _(a_NO, b_NI, offsets, gather_idx, total_EOI):
+def _(a_NO, b_NI, offsets, scatter_idx_TK, total_EOI):
     pass
 
 

@@ -64,7 +64,7 @@ class _MoE(torch.autograd.Function):
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
         targets = (dtype if total is None else total for dtype, total in ((dtype13, sum13_E2FD), (dtype2, sum2_EDF)))
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, offsets, w13, w2, *targets
+            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, *targets
         )
         dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
         if router_dtype:

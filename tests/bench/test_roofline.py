@@ -50,15 +50,15 @@ def test_launch_counts_and_bytes_match_manual_counts(steps):
     launches = steps["MoE"].launches
     counts = Counter(launch.name for launch in launches)
     assert [counts[name] for name in ("_route_kernel", "_up_kernel", "attention", "attention backward")] == [L] * 4
-    assert [counts[name] for name in ("_rows_kernel", "_weight_grad_kernel", "_gather_kernel")] == [2 * L, 2 * L, 3 * L]
+    assert [counts[name] for name in ("_rows_kernel", "_weight_grad_kernel", "_scatter_kernel")] == [2 * L] * 3
     assert counts.total() <= 346  # per micro-batch; each costs the host microseconds
     by_hand = {
         # AdamW reads and writes, in fp32, the weight, both moments and the gradient (which it clips).
         "_fused_adamw_": 32 * Acceleron(CONFIG).num_parameters()[0],
-        # Sorted rows of x, w13, h and act; expert offsets.
-        "_up_kernel": L * (2 * (N * D + 2 * E * F * D + 3 * N * F) + 4 * (E + 1)),
-        # x twice and dy: each gathered row is read and written; the gather index.
-        "_gather_kernel": 3 * L * (2 * 2 * N * D + 4 * N),
+        # x, w13, h and act; the gather index and expert offsets.
+        "_up_kernel": L * (2 * (T * D + 2 * E * F * D + 3 * N * F) + 4 * (N + E + 1)),
+        # x and dy: each token's row is read once and written twice; the scatter index.
+        "_scatter_kernel": 2 * L * (2 * 3 * T * D + 4 * N),
         # Sorted rows of dy, w2, h, act and dh; the gather index, the top-k scores, partial sums and expert offsets.
         "_hidden_grad_kernel": L * (2 * (N * D + E * D * F + 5 * N * F) + 4 * N * (2 + -(-F // 128)) + 4 * (E + 1)),
         # Logits, overwritten by their gradient; labels and losses.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 OTHERS = {
     *("_logits_kernel", "_input_grad_kernel", "_router_grad_kernel"),
     *("_route_kernel", "_route_sums_kernel", "_route_backward_kernel", "_count_kernel", "_place_kernel"),
-    *("_gather_kernel", "_combine_kernel", "_token_grad_kernel"),
+    *("_scatter_kernel", "_combine_kernel", "_token_grad_kernel"),
     *("_swiglu_kernel", "_swiglu_backward_kernel", "_rope_kernel"),
     *("_rms_norm_kernel", "_rms_norm_backward_kernel", "_cross_entropy_kernel"),
 }

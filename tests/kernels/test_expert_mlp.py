@@ -204,14 +204,14 @@ for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, t
     gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(ids, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
-    dy_rows = guarded(gemms.gather_rows(dy, gather_idx))
+    dy_rows = guarded(gemms.scatter_rows(dy, scatter_idx))
     h, act = map(guarded, mlp.expert_up(x, w13, gather_idx, offsets, True))
     mlp.expert_down(act, w2, scores, scatter_idx, offsets, shared, dy)
     dh, act, dots = map(guarded, mlp.hidden_grad(dy_rows, w2, h, scores, gather_idx, offsets))
     rows = guarded(gemms.grouped_rows(dh, w13, offsets, False))
     mlp.token_grad(rows, scatter_idx, shared, logits, guarded(torch.randn(E, D)))
     gemms.grouped_weight_grad(dy_rows, act, offsets, None, dtype)
-    gemms.grouped_weight_grad(dh, x, offsets, gather_idx, dtype)
+    gemms.grouped_weight_grad(dh, x, offsets, scatter_idx, dtype)
 print("done")
 """
 

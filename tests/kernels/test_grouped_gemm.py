@@ -129,10 +129,10 @@ def test_expert_rows_that_the_split_does_not_divide(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [1, 40, 257, 1024])
-def test_gather_rows_returns_the_token_of_each_assignment(width):
+def test_scatter_rows_returns_the_token_of_each_assignment(width):
     plan = make_plan(50, 5, (0, 2, 4))
     x = randn(50, width, dtype=torch.float16)
-    rows = module.gather_rows(x, plan.gather_idx)
+    rows = module.scatter_rows(x, plan.scatter_idx_TK)
     assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, 2, -1))
 
 
@@ -203,10 +203,10 @@ def test_custom_ops_pass_opcheck():
     x, w, plan, grad = inputs(3, 8, 12, 2, None, torch.float32)
     opcheck(ops.grouped_rows.default, (x, w, plan.offsets, True))
     opcheck(ops.grouped_rows.default, (grad, w, plan.offsets, False))
-    for b, gather_idx in ((x, None), (x[:3], plan.gather_idx)):
-        opcheck(ops.grouped_weight_grad.default, (grad, b, plan.offsets, gather_idx, x.dtype))
-        opcheck(ops.add_weight_grad.default, (grad, b, plan.offsets, gather_idx, torch.zeros_like(w)))
-    opcheck(ops.gather_rows.default, (x[:3], plan.gather_idx))
+    for b, scatter_idx_TK in ((x, None), (x[:3], plan.scatter_idx_TK)):
+        opcheck(ops.grouped_weight_grad.default, (grad, b, plan.offsets, scatter_idx_TK, x.dtype))
+        opcheck(ops.add_weight_grad.default, (grad, b, plan.offsets, scatter_idx_TK, torch.zeros_like(w)))
+    opcheck(ops.scatter_rows.default, (x[:3], plan.scatter_idx_TK))
 
 
 def test_compiles_without_graph_breaks():
