@@ -167,13 +167,13 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
 def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:
     """Return the fastest number of shares. More shares fill the last wave of tiles, but adding them up takes time.
 
-    Each share is written and read in fp32, 8 E O I bytes, and the GEMM has 4 T O I FLOPs. At 65,536 tokens, 500 TFLOP/s
-    and 2.7 TB/s, a share costs 0.57% * E of the GEMM's time.
+    Each share is written and read in fp32, 8 E O I bytes, and the GEMM has 4 T O I FLOPs. At 32,768 tokens, 500 TFLOP/s
+    and 2.7 TB/s, a share costs 1.1% * E of the GEMM's time.
     """
     tiles = E * -(-O // config.block_m) * -(-I // config.block_n)
 
     def seconds(split: int) -> float:
         waves = tiles * split / (device.processors * config.programs)
-        return -(-waves // 1) / waves + 0.0057 * E * split * (split > 1)
+        return -(-waves // 1) / waves + 0.011 * E * split * (split > 1)
 
     return min(range(1, 5), key=seconds)

@@ -27,6 +27,7 @@ SETTINGS = {
     "eager": dict(no_gradient_checkpointing=True),
     "recomputed, accumulated": dict(grad_accum=2, batch_size=2, num_workers=3),
     "compiled": dict(no_compile=False, no_gradient_checkpointing=True),
+    "compiled, recomputed, deterministic": dict(no_compile=False, deterministic=True, dtype="bf16"),
     "dense, bf16": dict(dense=True, dtype="bf16", skip_spikes=True),
     "deterministic, wsd": dict(deterministic=True, schedule="wsd"),
 }
