@@ -14,9 +14,9 @@ from .config import ModelConfig, short_repr
 from .errors import InputError, path_error
 from .log import say
 
-FORMAT = 2
+FORMAT = 3
 FIELD_TYPES = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)
-FIELD_TYPES |= dict(statistics=dict, rng=dict, environment=dict)
+FIELD_TYPES |= dict(statistics=dict, environment=dict)
 # The only globals that tensors and plain values need. torch's weights_only allows more; some can exhaust memory.
 ALLOWED_GLOBALS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
 ALLOWED_GLOBALS |= {f"torch.{name}Storage" for name in ("Float", "Double", "Long", "Int", "Byte")}

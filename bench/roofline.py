@@ -3,9 +3,9 @@
 bench/trace.py traces a step of the MoE and of its dense baseline. A table lists the launches by kind:
   bound ms      per launch, the larger of its FLOPs and its bytes divided by the GPU's measured ceilings
   gap ms        the part of the bound above the FLOP time: memory traffic that no faster kernel avoids
-  predicted ms  the time at rates measured in training steps on an H200, at least 3 us per launch
+  predicted ms  the time at rates measured in training steps on an H100, at least 3 us per launch
 The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
-limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/LOG.md, 2026-11-26,
+limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/LOG.md, 2026-11-27,
 compares predictions with measurements.
 """
 
@@ -23,13 +23,14 @@ from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
 # Measured FLOP/s of an 8192^3 bf16 cuBLAS GEMM, and bytes/s of a copy.
 CEILINGS = {"h100": (798e12, 3.0e12), "h200": (796e12, 4.23e12)}
 USABLE_GIB = 79  # usable part of an H100's memory
-# Rates in profiled training steps on an H200 (bench/LOG.md, 2026-11-26): cuBLAS GEMMs, our grouped GEMMs, and attention
+# Rates in profiled training steps on an H100 (bench/LOG.md, 2026-11-27): cuBLAS GEMMs, our grouped GEMMs, and attention
 # (forward, backward) by the tile width that cuDNN pads head_dim to.
-GEMM_RATE = 670e12
+GEMM_RATE = 690e12
 GROUPED_RATES = {
-    "_up_kernel": dict(zip(SIZES, (510e12, 584e12, 593e12, 620e12), strict=True)),
-    "_rows_kernel": dict.fromkeys(SIZES, 668e12),
-    "_weight_grad_kernel": dict(zip(SIZES, (716e12, 576e12, 624e12, 649e12), strict=True)),
+    "_up_kernel": dict(zip(SIZES, (458e12, 491e12, 531e12, 523e12), strict=True)),
+    "_rows_kernel": dict(zip(SIZES, (710e12, 623e12, 620e12, 686e12), strict=True)),
+    "_hidden_grad_kernel": dict(zip(SIZES, (208e12, 275e12, 314e12, 375e12), strict=True)),
+    "_weight_grad_kernel": dict(zip(SIZES, (742e12, 574e12, 617e12, 628e12), strict=True)),
 }
 ATTENTION_RATES = {64: (385e12, 335e12), 128: (470e12, 413e12)}
 # The share of peak bandwidth that memory-bound kernels reach, and the minimum seconds per launch.

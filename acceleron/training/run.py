@@ -2,13 +2,11 @@
 
 import math
 import os
-import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,10 +52,7 @@ class Run:
             num_workers=options.num_workers,
             pin_memory=device.type == "cuda",
         )
-        # Nothing uses Python's or numpy's global generators today. Seeding them keeps future uses reproducible.
-        random.seed(options.seed)
-        np.random.seed(options.seed % 2**32)
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed)  # for the initial weights; steps use no random numbers
         self.model = Acceleron(config, compute_dtype=dtype).to(device)
         self.model.gradient_checkpointing = not options.no_gradient_checkpointing
         self.optimizer = build_optimizer(self.model, options.weight_decay)
@@ -189,7 +184,10 @@ class Run:
         return record
 
     def state_dict(self) -> dict:
-        """Return everything that later steps depend on. Call `read_anomalies` first."""
+        """Return everything that later steps depend on. Call `read_anomalies` first.
+
+        No step draws random numbers. Compiling can, so the generators' states would differ after resuming.
+        """
         return {
             "step": self.steps,
             "tokens": self.tokens,
@@ -206,7 +204,6 @@ class Run:
                 "unread_steps": self.unread_steps,
                 "skipped_steps": self.skipped_steps,
             },
-            "rng": rng_state(self.device),
         }
 
     def load_state_dict(self, checkpoint: dict, path: str | Path):
@@ -226,10 +223,6 @@ class Run:
         self.detector.mean_variance_count = copies["guard"]
         self.detector.consecutive_skips = saved["in_a_row"]
         self.unread_steps, self.skipped_steps = saved["unread_steps"], saved["skipped_steps"]
-        try:
-            set_rng_state(checkpoint["rng"], self.device)
-        except Exception as error:  # each generator raises its own errors
-            raise InputError(f"{path}: damaged: its random generator states are invalid") from error
 
     def memory_test(self):
         """Run two steps and print the peak memory. The optimizer state does not exist until after the first step."""
@@ -245,23 +238,3 @@ def _is_like(value, example) -> bool:
     if isinstance(example, Tensor):
         return is_cpu_tensor(value, example.shape, example.dtype)
     return type(value) is int and 0 <= value < 2**62
-
-
-def rng_state(device: torch.device) -> dict:
-    """Return the states of all random generators as tensors and plain values."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict, device: torch.device):
-    """Restore the states from `rng_state`. Raises various exceptions for an invalid state."""
-    if not 0 <= state["numpy"][2] <= 624:  # numpy does not check this and would read out of bounds
-        raise ValueError("numpy's position is out of range")
-    torch.set_rng_state(state["torch"].clone())
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].clone(), device)

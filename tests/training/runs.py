@@ -55,7 +55,7 @@ def final_state(save_dir: Path, step: int) -> tuple[list[dict], dict]:
     """Return a run's log and checkpoint contents. Interruptions must not change them."""
     log = [{name: value for name, value in line.items() if name not in MEASURED} for line in records(save_dir)]
     contents = load_checkpoint(save_dir / f"checkpoint_{step}.pt")
-    kept = ("step", "tokens", "config", "model", "optimizer", "data", "statistics", "rng")
+    kept = ("step", "tokens", "config", "model", "optimizer", "data", "statistics")
     return log, {name: contents[name] for name in kept}
 
 

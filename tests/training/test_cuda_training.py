@@ -12,9 +12,11 @@ from acceleron.training import train
 from acceleron.training.run import Run
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_resumed_deterministic_run_equals_an_uninterrupted_one(data_dir, tmp_path, compiled):
+def test_resumed_deterministic_run_equals_an_uninterrupted_one(data_dir, tmp_path, compiled, recomputed):
     settings = dict(device="cuda", dtype="bf16", deterministic=True, no_compile=not compiled, batch_size=8)
+    settings |= dict(no_gradient_checkpointing=not recomputed)
     settings |= dict(max_steps=8, save_interval=3, log_interval=4, eval_interval=5)
     train(options(data_dir, tmp_path / "uninterrupted", **settings))
     resumed = options(data_dir, tmp_path / "resumed", **settings)

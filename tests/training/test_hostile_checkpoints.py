@@ -35,10 +35,6 @@ def test_unmodified_checkpoint_is_accepted(small_run, small_checkpoint):
         (["statistics", "counts"], torch.zeros(1, dtype=torch.int64).expand(10**10)),
         (["optimizer", "state", 0, "exp_avg"], torch.zeros(())),
         (["model", "embedding"], torch.zeros(VOCAB_SIZE, 16, dtype=torch.float64)),
-        (["rng", "torch"], torch.zeros(3)),
-        (["rng", "numpy"], []),
-        (["rng", "numpy", 2], 10**5),
-        (["rng", "python"], [3, [2**40], None]),
     ],
 )
 def test_checkpoint_with_an_absurd_value_is_rejected(small_run, small_checkpoint, tmp_path, keys, value):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from acceleron.checkpoint import load_checkpoint
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
+from acceleron.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -48,6 +50,22 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, case):
         assert_bitwise_equal(final_state(tmp_path / "resumed", 8), expected)
     # The losses differ, so the comparison is not trivial.
     assert len({line["loss"] for line in expected[0]}) == len(expected[0]) == 5
+
+
+def test_steps_do_not_depend_on_global_random_generators(data_dir, tmp_path, monkeypatch):
+    """A checkpoint does not contain their states."""
+    settings = dict(batch_size=8, max_steps=4, eval_interval=3)
+    train(options(data_dir, tmp_path / "expected", **settings))
+    step = Run.step
+
+    def reseeded_step(run, lr):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(run.steps)
+        step(run, lr)
+
+    monkeypatch.setattr(Run, "step", reseeded_step)
+    train(options(data_dir, tmp_path / "reseeded", **settings))
+    assert_bitwise_equal(final_state(tmp_path / "reseeded", 4), final_state(tmp_path / "expected", 4))
 
 
 def test_evaluation_changes_only_the_log(data_dir, tmp_path):
