@@ -19,7 +19,7 @@ FIELD_TYPES = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict
 FIELD_TYPES |= dict(statistics=dict, environment=dict)
 # The only globals that tensors and plain values need. torch's weights_only allows more; some can exhaust memory.
 ALLOWED_GLOBALS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}
-ALLOWED_GLOBALS |= {f"torch.{name}Storage" for name in ("Float", "Double", "Long", "Int", "Byte")}
+ALLOWED_GLOBALS |= {f"torch.{name}Storage" for name in ("Float", "Double", "Long", "Int")}
 MAX_PICKLE_BYTES = 16 << 20  # unpickled, it takes up to 64 times as much memory; a large run's is under 5 MB
 
 

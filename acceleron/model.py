@@ -183,12 +183,14 @@ class Acceleron(nn.Module):
         """Context manager for the micro-batches of a step, forward and backward.
 
         On Triton kernels, it saves a cast of the routed experts' weights and two passes over their gradients per
-        micro-batch. Do not change the weights or set their .grad inside it.
+        micro-batch. Run each micro-batch's backward pass once, before the next forward pass. Inside the context, do not
+        change the weights, call zero_grad or set .grad. Gradient hooks of the experts' weights do not run. Layers with
+        frozen or 16-bit expert weights are unaffected.
         """
-        moes = [block.moe for block in self.blocks if hasattr(block, "moe")]
-        device = self.embedding.device
-        if not ops.uses_triton(device, self.compute_dtype, "moe") or self.embedding.dtype != torch.float32:
-            moes = []
+        moes = []
+        if ops.uses_triton(self.embedding.device, self.compute_dtype, "moe"):
+            layers = [block.moe for block in self.blocks if hasattr(block, "moe")]
+            moes = [moe for moe in layers if moe.can_add_gradients()]
         try:
             for moe in moes:
                 moe.allocate_buffers(self.compute_dtype)

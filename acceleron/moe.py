@@ -69,14 +69,18 @@ class MoE(nn.Module):
         y_TD, *stats = ops.moe(x_TD, *weights, residual_TD, force, self.buffers)
         return y_TD.view_as(x), MoEStats(*stats)
 
+    def can_add_gradients(self) -> bool:
+        """Whether the kernels can add to .grad of the routed experts' weights: both are trained, and in fp32."""
+        return all(w.requires_grad and w.dtype == torch.float32 for w in (self.w13_E2FD, self.w2_EDF))
+
     def allocate_buffers(self, dtype: torch.dtype):
         """Cast the routed experts' weights to `dtype` once for several micro-batches, and set their .grad.
 
-        Until `buffers` is None again, backward passes on Triton kernels add to .grad without an intermediate gradient.
+        While `buffers` is set, backward passes on Triton kernels add to .grad directly.
         """
         weights = self.w13_E2FD, self.w2_EDF
         for weight in weights:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
         self.buffers = ExpertBuffers(*(w.detach().to(dtype) for w in weights), *(w.grad for w in weights))
 
     def decode_token(self, x: Tensor) -> Tensor:

@@ -134,12 +134,15 @@ def moe(
     plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
 
     With `buffers`, the Triton kernels read w13 and w2 from them instead of casting the weights, and backward adds their
-    gradients to the buffers instead of returning them. The reference ignores `buffers`.
+    gradients to the buffers instead of returning them. The reference ignores `buffers`, as do all backends under an
+    autocast dtype that differs from the buffers'.
     """
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     gemm_x_TD = _autocast(x_TD)
     if residual_TD is not None and autocast_dtype(x_TD.device):
         residual_TD = residual_TD.to(gemm_x_TD.dtype)
+    if buffers is not None and buffers.w13_E2FD.dtype != gemm_x_TD.dtype:
+        buffers = None  # autocast started after the buffers were allocated
     contract.check_moe(gemm_x_TD, *weights, residual_TD, buffers)
     with no_autocast(x_TD.device):
         if gemm_x_TD.dtype != x_TD.dtype:  # autocast: the router still reads the uncast x, so the ops are not fused

@@ -5,8 +5,8 @@ bench/trace.py traces a step of the MoE and of its dense baseline. A table lists
   gap ms        the part of the bound above the FLOP time: memory traffic that no faster kernel avoids
   predicted ms  the time at rates measured in training steps on an H100, at least 3 us per launch
 The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
-limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/LOG.md, 2026-11-27,
-compares predictions with measurements.
+limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/README.md compares
+predictions with measurements.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from .trace import LIBRARY_GEMMS, Launch, Step, trace_step
 # Measured FLOP/s of an 8192^3 bf16 cuBLAS GEMM, and bytes/s of a copy.
 CEILINGS = {"h100": (798e12, 3.0e12), "h200": (796e12, 4.23e12)}
 USABLE_GIB = 79  # usable part of an H100's memory
-# Rates in profiled training steps on an H100 (bench/LOG.md, 2026-11-27): cuBLAS GEMMs, our grouped GEMMs, and attention
-# (forward, backward) by the tile width that cuDNN pads head_dim to.
+# Rates in profiled training steps on an H100 (bench/LOG.md, 2026-11-27): cuBLAS GEMMs and our grouped GEMMs; and on an
+# H200 (2026-11-26): attention (forward, backward) by the tile width that cuDNN pads head_dim to.
 GEMM_RATE = 690e12
 GROUPED_RATES = {
     "_up_kernel": dict(zip(SIZES, (458e12, 491e12, 531e12, 523e12), strict=True)),

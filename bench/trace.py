@@ -69,6 +69,8 @@ def triton_launch(function: JITFunction, *args, grid, warmup: bool, **kwargs) ->
     """Return a launch of one of our kernels. Each argument is read or written once unless noted."""
     a, name = dict(zip(function.arg_names, args, strict=False)) | kwargs, function.__name__
     moved = sum(nbytes(value) for value in a.values())
+    if a.get("ADD"):
+        moved += nbytes(a["out_ptr"])  # read and written
     if name == "_cross_entropy_kernel":
         moved += nbytes(a["logits_ptr"])  # read and overwritten; the second read hits L2
     if name in GEMMS:

@@ -147,7 +147,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
     # Addresses and masks use the registers a larger tile would need.
     if not tma or any(size % 64 for size in sizes[1:3]):
         return Config(64, 32 if op == "up" else 64, 32, 4, 3)
-    if op == "hidden_grad":  # eight warps of 128 registers, twice
+    if op == "hidden_grad":  # two programs per SM: eight warps, 128 registers per thread
         return Config(128, 128, 64, 8, 3, programs=2)
     if op == "up":
         block_n = 64 if device.arch != "sm_90" and dtype == torch.float16 else 128

@@ -1,4 +1,4 @@
-"""Routed experts: sort by expert, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
+"""Routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
 
 Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
 

@@ -104,7 +104,7 @@ def grouped_dot(
 ):  # fmt: skip
     """Return the [BLOCK_M, BLOCK_N] tile of x_NI @ w[expert] that starts at row `row` and column `o`, in fp32.
 
-    With gather_idx_ptr, x is always a pointer, to [T, I], and row n is that of assignment gather_idx[n]'s token.
+    With gather_idx_ptr, x is a pointer to x_TI, and row n is that of token gather_idx[n] // 2.
     """
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if gather_idx_ptr is not None:
@@ -203,8 +203,8 @@ def _scatter_kernel(
 def scatter_rows(x_TD: Tensor, scatter_idx_TK: Tensor) -> Tensor:
     """Return x_ND, which holds the token's row of x for each expert-sorted row.
 
-    The GEMMs load tiles of this copy through TMA. GEMMs that gather rows through cp.async avoid the copy but take up to
-    1.4 times as long (bench/LOG.md, 2026-11-26).
+    The GEMMs load tiles of this copy through TMA. `up` gathers its rows instead. For dW13, gathering takes 1.04 to 1.3
+    times as long as the copy and the GEMM (bench/LOG.md, 2026-11-27).
     """
     (T, D), N = x_TD.shape, scatter_idx_TK.numel()
     x_ND = x_TD.new_empty(N, D)

@@ -62,7 +62,7 @@ class _MoE(torch.autograd.Function):
             dshared_w13 = (dgate_up_T2W.t() @ x_TD).to(shared_dtype13)
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
-        targets = (dtype if total is None else total for dtype, total in ((dtype13, sum13_E2FD), (dtype2, sum2_EDF)))
+        targets = (dtype and (dtype if x is None else x) for dtype, x in ((dtype13, sum13_E2FD), (dtype2, sum2_EDF)))
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
             dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, *targets
         )
@@ -91,5 +91,7 @@ def moe(
     names = ("router_ED", "w13_E2FD", "w2_EDF", "shared_w13_2WD", "shared_w2_DW")
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
     check_launch("moe", x_TD=x_TD, **dict(zip(names, weights, strict=True)), residual_TD=residual_TD)
+    if buffers is not None:
+        check_launch("moe: buffers", **buffers._asdict())
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (x_TD, *weights, residual_TD) if x is not None)
     return MoEOutput(*_MoE.apply(x_TD, *weights, residual_TD, force_load_balance, with_grad, *(buffers or ())))

@@ -186,7 +186,7 @@ class Run:
     def state_dict(self) -> dict:
         """Return everything that later steps depend on. Call `read_anomalies` first.
 
-        No step draws random numbers. Compiling can, so the generators' states would differ after resuming.
+        No step draws random numbers. torch.compile can, so generator states differ after resuming; they are not saved.
         """
         return {
             "step": self.steps,

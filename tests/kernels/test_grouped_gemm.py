@@ -157,6 +157,8 @@ def test_add_weight_grad_adds_to_the_sum(monkeypatch, split, case):
     module.add_weight_grad(grad, x, plan.offsets, None, total)
     assert torch.equal(total, expected)
     assert error(total, truth) <= sum_floor(len(x))
+    module.add_weight_grad(grad[:0], x[:0], torch.zeros_like(plan.offsets), None, total)
+    assert torch.equal(total, expected)
 
 
 # Loads stop at the end of an expert: TMA's ragged descriptors ensure that in the first case, masks in the second. At an

@@ -11,6 +11,7 @@ from compare import error
 from acceleron import Acceleron, ModelConfig, ops
 from acceleron.config import PRESETS
 from acceleron.device import missing_compiler
+from acceleron.kernels import expert_mlp
 from acceleron.training import TrainOptions, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,24 +101,50 @@ def test_compiled_and_checkpointed_blocks(expected):
     check(losses_and_gradients(model, "triton"), expected)
 
 
+def backward(model, ids):
+    model(ids, labels=ids).loss.backward()
+
+
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_accumulated_gradients_match_the_sum_of_separate_ones(compiled):
+@pytest.mark.parametrize(("compiled", "dtype"), [(False, torch.float16), (True, torch.float32)])
+def test_accumulated_gradients_match_the_sum_of_separate_ones(compiled, dtype):
     ops.set_backend("triton", DEVICE)
-    expected, model = build(), build()
+    expected, model = build(dtype), build(dtype)
+    model.blocks[1].moe.w2_EDF.requires_grad_(False)  # its layer returns gradients as usual
     if compiled:
         expected.compile_blocks()
         model.compile_blocks()
-    batches = [torch.randint(CONFIG.vocab_size, (1, 9), device=DEVICE) for _ in range(3)]
-    for ids in batches:
-        expected(ids, labels=ids).loss.backward()
+    first, *rest = [torch.randint(CONFIG.vocab_size, (1, 9), device=DEVICE) for _ in range(3)]
+    for ids in (first, *rest):
+        backward(expected, ids)
+    backward(model, first)
     with model.accumulate_gradients():
-        for ids in batches:
-            model(ids, labels=ids).loss.backward()
+        total, buffers = model.blocks[0].moe.w13_E2FD.grad, model.blocks[0].moe.buffers
+        assert buffers.w2_EDF.dtype == dtype
+        for ids in rest:
+            backward(model, ids)
+    assert model.blocks[0].moe.w13_E2FD.grad is total  # added in place
     assert model.blocks[0].moe.buffers is None
+    frozen = model.blocks[1].moe.w2_EDF
     for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert weight.grad.any()
-        assert torch.equal(weight.grad, other.grad), name
+        assert (weight.grad is None) == (weight is frozen), name
+        assert weight is frozen or (weight.grad.any() and torch.equal(weight.grad, other.grad)), name
+
+
+def test_kernels_add_to_the_gradients_of_a_step_with_several_micro_batches(monkeypatch):
+    """No gradient of an expert's weight is returned. Under autocast, gradients are returned as usual."""
+    ops.set_backend("triton", DEVICE)
+    model = build()
+    ids = torch.randint(CONFIG.vocab_size, (1, 9), device=DEVICE)
+    returned = []
+    plain = expert_mlp.grouped_weight_grad
+    monkeypatch.setattr(expert_mlp, "grouped_weight_grad", lambda *args: returned.append(1) or plain(*args))
+    with model.accumulate_gradients():
+        backward(model, ids)
+        assert not returned
+        with torch.autocast(DEVICE.type, torch.float16):
+            backward(model, ids)
+        assert len(returned) == 2 * CONFIG.num_layers
 
 
 def test_checkpointing_does_not_recompute_the_routing():
