@@ -155,7 +155,7 @@ def moe(
             return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
             return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance, buffers)
-        return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance)
+        return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance, buffers)
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import first_order, no_autocast, scale_gradient, split_mean
-from .contract import TOP_K, MoEOutput, Plan, Routing, wide
+from .contract import TOP_K, ExpertBuffers, MoEOutput, Plan, Routing, wide
 from .formulas import rope, split_rope
 from .formulas import swiglu as swiglu_formula
 
@@ -272,8 +272,9 @@ def moe(
     shared_w2_DW: Tensor,
     residual_TD: Tensor | None = None,
     force_load_balance: bool = False,
+    buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
-    """Run the layer op by op."""
+    """Run the layer op by op. `buffers` is not used."""
     routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
     plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)

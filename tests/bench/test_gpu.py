@@ -99,7 +99,7 @@ def test_commands_accept_the_flags_of_every_part(monkeypatch, tmp_path, stage, s
     parse_args = Parser.parse_args
     monkeypatch.setattr(Parser, "parse_args", stop)
     commands = [part.command[2:] for part in gpu.parts(stage, smoke, tmp_path) if part.command[1] == "bench"]
-    assert len(commands) > 2
+    assert len(commands) > 1
     for words in commands:
         monkeypatch.setattr("sys.argv", ["bench", *words])
         with pytest.raises(Parsed):
