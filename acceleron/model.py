@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,24 @@ class Acceleron(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.build_rope()
         self.reset_parameters()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> "Acceleron":
+        """Load the model of a checkpoint, with fp32 parameters, to train or evaluate it.
+
+        Raises InputError if the file is missing, damaged, or from another version.
+        """
+        from .checkpoint import assign_weights, load_checkpoint  # needs tqdm, which a model alone does not
+
+        contents = load_checkpoint(path)
+        with torch.device("meta"):
+            model = cls(contents["config"], compute_dtype)
+        model.to_empty(device=device)
+        assign_weights(model, contents, path, assign=False)  # copies, because the file is memory-mapped
+        model.build_rope()
+        return model.to(device)
 
     def build_rope(self):
         """cos and sin of position * theta**(-2i / head_dim), (max_seq_len, head_dim) in fp32 with two equal halves."""

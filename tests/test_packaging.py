@@ -65,6 +65,7 @@ def test_wheel_imports(source, tmp_path):
     pip_install(source, tmp_path, "--target", str(site))
     assert python(PROBE, site, cwd=tmp_path) == str(site / "acceleron" / "kernels" / "torch_ops.py")
     assert not (site / "kernels").exists()
+    assert (site / "acceleron" / "py.typed").exists()
 
 
 def test_editable_install_imports(source, tmp_path):

@@ -4,7 +4,8 @@ import errno
 import json
 import math
 import os
-import threading
+import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,13 +58,9 @@ class Metrics:
                     file.writelines(kept)
         self._file = path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-        except ImportError:
-            self._board = None
-        self._hook, threading.excepthook = threading.excepthook, self._ignore_os_errors
+        self._board: Board | None = None
+        with suppress(ImportError):
+            self._board = Board(directory / "tensorboard", step)
 
     @property
     def has_tensorboard(self) -> bool:
@@ -74,9 +71,7 @@ class Metrics:
         self.flush()
         try:
             if self._board:
-                for name, value in record.items():
-                    if name != "step" and value is not None:
-                        self._board.add_scalar(name, value, record["step"])
+                self._board.write(record)
         except OSError as error:
             self._board = None
             say(f"warning: {self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
@@ -99,18 +94,42 @@ class Metrics:
         except OSError as error:
             say(f"warning: {self._file.name}: {error.strerror}; the pending lines will be written later")
 
-    def _ignore_os_errors(self, failure):
-        """TensorBoard writes in its own thread. A failure there also reaches `write`, which logs it."""
-        if not isinstance(failure.exc_value, OSError):
-            self._hook(failure)
-
     def close(self):
         self.flush()
         self._file.close()
         if self._board:
-            with suppress(OSError):
-                self._board.close()
-        threading.excepthook = self._hook
+            self._board.close()
+
+
+class Board:
+    """Writes records to a TensorBoard file. Steps after `step` in older files of the directory are hidden.
+
+    torch's SummaryWriter writes in a thread, where a full disk ends in a traceback. Raises ImportError without
+    tensorboard, and OSError for a failed write.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.Event, self.Summary = Event, Summary
+        directory.mkdir(exist_ok=True)
+        path = directory / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self.records = RecordWriter(path.open("wb", buffering=0))
+        self._write(file_version="brain.Event:2")
+        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields):
+        self.records.write(self.Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def write(self, record: dict):
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        scalars = [self.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=record["step"], summary=self.Summary(value=scalars))
+
+    def close(self):
+        self.records.close()
 
 
 def _step_of(line: bytes) -> float:

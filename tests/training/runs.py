@@ -21,7 +21,7 @@ from acceleron.training import TrainOptions, train
 
 # The fork server has imported everything, so child processes start in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["acceleron.training", "torch.utils.tensorboard", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["acceleron.training", "torch._dynamo"])
 SMALL_NANO = dataclasses.replace(
     PRESETS["nano"], d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4, d_ff=32, d_ff_shared=32
 )

@@ -8,11 +8,14 @@ import threading
 import time
 import zipfile
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import SplitWriter, assert_bitwise_equal, final_state, options, records
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from waiting import TIMEOUT
 
 from acceleron.checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint, verify_archive
@@ -308,19 +311,27 @@ def test_log_of_a_different_run_is_renamed(data_dir, tmp_path):
     assert [line["step"] for line in records(tmp_path)] == [1]
 
 
-def test_tensorboard_thread_fails_without_a_traceback(tmp_path, capsys):
-    before = threading.excepthook
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    for start, loss in ((0, 2.0), (2, 3.0)):  # resumed from step 2
+        metrics = Metrics(tmp_path, start)
+        for step in (start + 1, start + 2, start + 3):
+            metrics.write({"step": step, "loss": loss, "val_loss": None, "tokens": 10 * step})
+        metrics.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert found.Tags()["scalars"] == ["loss", "tokens"]
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 2), (2, 2), (3, 3), (4, 3), (5, 3)]
+    assert [event.value for event in found.Scalars("tokens")] == [10, 20, 30, 40, 50]
+
+
+def test_full_disk_stops_tensorboard_but_not_the_log(tmp_path, capsys):
     metrics = Metrics(tmp_path, 0)
-
-    def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    thread = threading.Thread(target=fail)
-    thread.start()
-    thread.join()
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        metrics._board.records = RecordWriter(full)
+        for step in (1, 2):
+            metrics.write({"step": step, "loss": 1.0})
     metrics.close()
-    assert "Traceback" not in capsys.readouterr().err
-    assert threading.excepthook is before
+    assert [line["step"] for line in records(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count("cannot write TensorBoard files") == 1
 
 
 def test_auto_does_not_skip_an_unreadable_checkpoint(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import options, records
+from runs import assert_bitwise_equal, options, records
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.checkpoint import load_checkpoint
@@ -57,6 +57,25 @@ def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, dat
     model = Acceleron(ModelConfig(**contents["config"]))
     model.load_state_dict(contents["model"])
     assert all(w.dtype == torch.float32 for w in contents["model"].values())
+
+
+def test_acceleron_load_returns_the_trained_model(small_nano, data_dir, tmp_path):
+    train(options(data_dir, tmp_path, max_steps=2, no_gradient_checkpointing=True))
+    path = tmp_path / "checkpoint_2.pt"
+    expected = load_checkpoint(path)
+    weights = {name: weight.clone() for name, weight in expected["model"].items()}
+    model = Acceleron.load(path)
+    path.unlink()  # the model does not need the file
+    assert model.config == expected["config"]
+    assert_bitwise_equal(dict(model.state_dict()), weights)
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    other = Acceleron(model.config)
+    other.load_state_dict(weights)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    assert all(weight.grad.any() for weight in model.parameters())
+    with pytest.raises(InputError, match=r"checkpoint_2\.pt"):
+        Acceleron.load(path)
 
 
 def test_accumulation_equals_a_larger_batch(data_dir, tmp_path):
