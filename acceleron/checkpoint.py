@@ -104,7 +104,9 @@ def pickle_globals(pickled: bytes) -> set[str]:
 
 def tensor_bytes(contents) -> int:
     """Total bytes of all tensors in nested dicts, lists and tuples. Counts a tensor once per occurrence."""
-    total, seen, stack = 0, set(), [contents]
+    total = 0
+    seen = set()
+    stack = [contents]
     while stack:
         value = stack.pop()
         if isinstance(value, Tensor):

@@ -62,7 +62,9 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
     except OSError as error:
         reason = "no such directory" if isinstance(error, FileNotFoundError) else error.strerror
         return InputError(f"{what} {path} does not exist, and {directory} cannot be read ({reason})")
-    listed = repr(", ".join(names[:5]) + ", …" * (len(names) > 5))[1:-1] or "nothing"  # escaped for the terminal
+    listed = (
+        repr(", ".join(names[:5]) + (", …" if len(names) > 5 else ""))[1:-1] or "nothing"
+    )  # escaped for the terminal
     if path.is_dir():
         return InputError(f"{what} {path} is a directory: pass a {wanted} in it; it contains {listed}")
     if path.exists():
@@ -99,7 +101,7 @@ def run_command(main: Callable[[], None]) -> int:
         if not status:
             status, line = _outcome(sys.stdout.flush)
     with suppress(OSError):
-        print(line, end="\n" * bool(line), file=sys.stderr)
+        print(line, end="\n" if line else "", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

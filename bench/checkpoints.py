@@ -38,7 +38,12 @@ def snapshot(state: dict) -> dict:
 
 def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
     """Yield an entry for `run_entries`."""
-    run, manager, baseline, blocked, written, wrong = trainer.run, trainer.checkpoints, [], [], [], 0
+    run = trainer.run
+    manager = trainer.checkpoints
+    baseline = []
+    blocked = []
+    written = []
+    wrong = 0
     yield row
 
     def steps() -> float:

@@ -129,7 +129,11 @@ def kernel_stats(arch: str, function: JITFunction, kernel, arguments: dict) -> d
 
     Instructions and barriers are static counts. They are 0 on AMD, where they are not counted.
     """
-    wgmma, tma, serialized, instructions, barriers = 0, 0, False, 0, 0
+    wgmma = 0
+    tma = 0
+    serialized = False
+    instructions = 0
+    barriers = 0
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.vgpr_{f}: +(\d+)", text)[1]) for f in ("count", "spill_count"))

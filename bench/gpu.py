@@ -126,7 +126,9 @@ class Log:
     """Prints lines and appends them to a file of bounded size."""
 
     def __init__(self, path: Path):
-        self.file, self.left, self.lock = path.open("a", encoding="utf-8"), LOG_BYTES, threading.Lock()
+        self.file = path.open("a", encoding="utf-8")
+        self.left = LOG_BYTES
+        self.lock = threading.Lock()
 
     def write(self, line: str):
         with self.lock:
@@ -189,7 +191,7 @@ def run(planned: list[Part], seconds: float, output: Path, log: Log, old_rows: i
         row |= {"failed": reason} if reason else {"check": "exit status", "error": 0, "allowed": 0}
         row |= {"about": {"command": " ".join(part.command), "date": datetime.now(UTC).isoformat(timespec="seconds")}}
         with (output / "results.jsonl").open("a") as file:
-            file.write("\n" * bool(partial_line(output)) + json.dumps(row) + "\n")
+            file.write(("\n" if partial_line(output) else "") + json.dumps(row) + "\n")
         if reason:
             failed.append(f"{part.name}: {reason}")
         (output / "summary.txt").write_text("\n".join(summary(failed, read_rows(output))) + "\n")
@@ -238,7 +240,9 @@ def summary(failed: list[str], rows: list[dict]) -> list[str]:
     columns = "{:10} {:12} {:>12} {:>12} {:>8} {:>6} {:>8}".format
     lines.append(columns("size", "mode", "MoE tok/s", "dense tok/s", "ratio", "MFU", "GiB"))
     for moe in moes:
-        case, details, about = moe["case"], moe["details"], moe["about"]
+        case = moe["case"]
+        details = moe["details"]
+        about = moe["about"]
         key = moe["group"], about["date"]
         dense = [row for row in trained if row not in moes and (row["group"], row["about"]["date"]) == key]
         fastest = max((row["median"] for row in dense), default=None)

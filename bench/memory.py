@@ -55,7 +55,9 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
 
 def saved_bytes(block: nn.Module, run: Callable) -> dict[str, int]:
     """Count the bytes that autograd saves in calls of the block during run(): "weight_copies" and all other "bytes"."""
-    tensors, parameters, call = {}, list(block.parameters()), type(block).__call__
+    tensors = {}
+    parameters = list(block.parameters())
+    call = type(block).__call__
 
     def keep(tensor: Tensor) -> Tensor:
         # Keeping the tensor alive keeps its address unique.
@@ -142,7 +144,10 @@ def measure_row(contender: Contender, device: torch.device) -> Row:
 def main():
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints two lines per use
     arguments = parse(__doc__, model_size="tiny", tokens=SEQ_LEN, dtype="auto")
-    device, dtype, tokens, failed = arguments.device, arguments.dtype, arguments.tokens, False
+    device = arguments.device
+    dtype = arguments.dtype
+    tokens = arguments.tokens
+    failed = False
     if tokens < 2 or (tokens > SEQ_LEN and tokens % SEQ_LEN):
         raise InputError(f"--tokens {tokens}: expected 2 to {SEQ_LEN}, or a multiple of {SEQ_LEN}")
     results, ours = Results(arguments.output, device), our_backend(device, dtype)
@@ -153,7 +158,8 @@ def main():
         row = measure_row(Contender(source, *shape, block=block, **variant), device)
         failed |= not results.write(row) and source == ours
         result = row.problem() or f"{row.details['bytes_per_token']:,.0f} bytes per token"
-        say(f"{row.case['what']}: {row.provider}{', checkpointed' * row.case['checkpointing']}: {result}")
+        mode = ", checkpointed" if row.case["checkpointing"] else ""
+        say(f"{row.case['what']}: {row.provider}{mode}: {result}")
     print(f"wrote {results.path}")
     if failed:
         sys.exit(1)

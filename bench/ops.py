@@ -220,7 +220,10 @@ class Checker:
 
     def measure(self, number: int, case: Case, names: list[str]) -> list[Row]:
         """Check and time a case. Returns a row per provider and pass, or only the last pass without rounds."""
-        steps, passed, seconds, reasons = {BOTH: 0}, {}, {}, {}
+        steps = {BOTH: 0}
+        passed = {}
+        seconds = {}
+        reasons = {}
         if not names:
             return []
         try:
@@ -285,7 +288,9 @@ def fallbacks(rows: list[Row]) -> dict[str, str]:
 
 def run_cases(checker: Checker, selected: Sequence[str] | None, results: Results) -> list[Row]:
     """Check all cases and, if rounds > 0, time them. Writes each row immediately and returns all rows."""
-    rows, absent, env = [], {}, None
+    rows = []
+    absent = {}
+    env = None
     for number, case in enumerate(progress(checker.settings.cases(), "cases")):
         found = [p for p in providers(case, checker.settings.device) if not selected or p.name in selected]
         absent |= {(case.op, provider.name): provider.absent for provider in found if provider.absent}
@@ -313,7 +318,9 @@ def main():
     choices = {"model_size": (*PRESETS, *PUBLISHED), "op": (*OPS, *GEMMS), "dtype": ("auto", *DTYPES, "fp16")}
     flags = dict(model_size=[], op=[], provider=[], tokens=int, dtype="auto", rounds=int, limit=120.0, check_only=False)
     arguments = parse(__doc__, choices, **flags)
-    device, check_only, selected = arguments.device, arguments.check_only, arguments.provider
+    device = arguments.device
+    check_only = arguments.check_only
+    selected = arguments.provider
     if not check_only and os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET=1 makes timings meaningless: unset it, or add --check_only")
     sizes, names = arguments.model_size or SIZES[device.type], arguments.op or [*OPS, *(GEMMS if check_only else [])]

@@ -59,10 +59,10 @@ class Contender:
     block: bool = False
 
     def row(self, benchmark: str, unit: str, **case) -> Row:
-        provider = f"{'dense' if self.dense else 'MoE'}, {self.source}" + ", compiled" * self.compiled
+        provider = f"{'dense' if self.dense else 'MoE'}, {self.source}" + (", compiled" if self.compiled else "")
         provider = PEERS[self.dense] if self.source == "transformers" else provider
         case = {"size": self.size, "dtype": dtype_name(self.dtype)} | case
-        return Row(benchmark, provider, case, unit, group=self.size + ", block" * self.block)
+        return Row(benchmark, provider, case, unit, group=self.size + (", block" if self.block else ""))
 
     def build(self, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
         """Return the model, a function that runs forward and backward, and one that returns CPU gradients by our names.
@@ -79,7 +79,9 @@ class Contender:
         if self.compiled:
             model.compile_blocks()
         if self.source == "transformers":
-            ours, backend, model = model, "auto", transformers_model(config, self.dtype)
+            ours = model
+            backend = "auto"
+            model = transformers_model(config, self.dtype)
             parameters = load_weights(model, ours)
         model.to(device)
 

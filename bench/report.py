@@ -101,10 +101,14 @@ def changes(here: list[Row], there: list[Row]) -> list[dict]:
         raise InputError("--compare: no row has the same benchmark, provider, case, device and switches in both")
     lines = []
     for line in both.itertuples():
-        mark, before, now = "regression" if line.why.startswith("FAILED") else "", "", line.why
+        mark = "regression" if line.why.startswith("FAILED") else ""
+        before = ""
+        now = line.why
         if not line.why and line.row.values and line.row_before.values:
             (old, *most), (new, *least) = spread(line.row_before.values), spread(line.row.values)
-            before, now, unit = ranged((old, *most)), ranged((new, *least)), line.row.unit
+            before = ranged((old, *most))
+            now = ranged((new, *least))
+            unit = line.row.unit
             if max(most[0] - least[1], least[0] - most[1]) > (LOSS_FLOOR if unit == "nats" else FLOOR) * old:
                 mark = "improvement" if (new > old) == unit.endswith("/s") else "regression"
         if mark:

@@ -132,7 +132,9 @@ class Results:
         """Append the row. Returns False if it is invalid. The `values` of a row that fails its check are dropped."""
         if not row.absent and row.problem():
             unchecked = {"unchecked_values": row.values} if row.values else {}  # for debugging; reports ignore them
-            row.failed, row.values, row.details = row.problem(), [], row.details | unchecked
+            row.failed = row.problem()
+            row.values = []
+            row.details = row.details | unchecked
         row.about = self.about
         fields = {name: value for name, value in asdict(row).items() if value not in ("", [], {}, None)}
         if row.values:

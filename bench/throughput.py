@@ -61,7 +61,9 @@ NEVER = 1 << 30
 
 def serve(connection, options: TrainOptions):
     """The worker of a contender: runs the check, then train.py's loop, which pauses between rounds."""
-    device, step, left = torch.device(options.device), Run.step, 1
+    device = torch.device(options.device)
+    step = Run.step
+    left = 1
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles signals; the loop would save a checkpoint
         signal.signal(number, signal.SIG_IGN)
     if options.deterministic:
@@ -171,7 +173,9 @@ class Contender:
     """The parent's side of a training process. `row` collects its measurements or its `failed` reason."""
 
     def __init__(self, options: TrainOptions, mode: str, limit: float):
-        self.options, self.limit, self.step_seconds = options, limit, 0.0
+        self.options = options
+        self.limit = limit
+        self.step_seconds = 0.0
         case = {"size": options.model_size, "mode": mode, "dtype": options.dtype, "batch_size": options.batch_size}
         case |= {"grad_accum": options.grad_accum, "seq_len": options.seq_len}
         provider = f"{'dense' if options.dense else 'MoE'}, {options.kernels}"

@@ -89,7 +89,10 @@ LIBRARY_GEMMS = ("mm", "addmm", "bmm")  # inductor calls libraries for these and
 
 def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
     """Return a launch of a torch op. It reads inputs, writes outputs, and does both for tensors modified in place."""
-    moved, flops, head_dim, known = 0.0, 0.0, 0, set()
+    moved = 0.0
+    flops = 0.0
+    head_dim = 0
+    known = set()
     arguments = func._schema.arguments
     inputs = [*zip(arguments, args, strict=False), *((x, kwargs[x.name]) for x in arguments if x.name in kwargs)]
     for argument, value in inputs:
@@ -107,7 +110,10 @@ def torch_launch(func, name: str, args: tuple, kwargs: dict, results) -> Launch:
         backward = name.endswith("backward")
         B, H, S, head_dim = args[backward].shape
         # Causal: half of two GEMMs, or of five in backward.
-        flops, name = (5 if backward else 2) * B * H * S * S * head_dim, "attention" + " backward" * backward
+        flops, name = (
+            (5 if backward else 2) * B * H * S * S * head_dim,
+            "attention backward" if backward else "attention",
+        )
     return Launch(name, flops, moved, head_dim)
 
 

@@ -75,7 +75,9 @@ def tune(candidates: dict[ops.Settings, list[Config]], results: Results, seconds
             compiled[gemm] = {x: compilers(compile_candidate, gemm, arch, x, seconds=limit) for x in listed}
         for number, (gemm, listed) in enumerate(progress(candidates.items(), "GEMMs")):
             wait(compiled[gemm].values())
-            name, best, now = f"{gemm.sizes[0]} {gemm.ops[0]}", 1.0, time.monotonic()
+            name = f"{gemm.sizes[0]} {gemm.ops[0]}"
+            best = 1.0
+            now = time.monotonic()
             case = dict(size=gemm.sizes[0], op=gemm.ops[0], dtype=ops.NAMES[gemm.dtype], tokens=gemm.tokens)
             for config in listed:
                 if time.monotonic() > now + (end - now) / (len(candidates) - number):

@@ -275,7 +275,8 @@ class Loader:
         parts = []
         for shard, group in groupby(locations[:MAX_ROWS_LISTED], key=itemgetter(0)):
             numbers = [str(row) for _, row in group]
-            parts.append(f"{self.chunks.shards.paths[shard]} row{'s' * (len(numbers) > 1)} {', '.join(numbers)}")
+            noun = "rows" if len(numbers) > 1 else "row"
+            parts.append(f"{self.chunks.shards.paths[shard]} {noun} {', '.join(numbers)}")
         more = len(locations) - MAX_ROWS_LISTED
         return "; ".join(parts) + (f" and {more} more" if more > 0 else "")
 

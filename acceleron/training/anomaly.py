@@ -36,7 +36,9 @@ class AnomalyDetector:
     def __init__(self, device: torch.device, skip_spikes: bool):
         self.skip_spikes = skip_spikes
         self.mean_variance_count = torch.zeros(3, dtype=torch.float64, device=device)
-        self.consecutive_skips = self.longest_streak = self.last_good_step = 0
+        self.consecutive_skips = 0
+        self.longest_streak = 0
+        self.last_good_step = 0
         self._unread: list[tuple[int, int, Tensor]] = []
 
     def check(self, step: int, position: int, loss: Tensor, grad_norm: Tensor) -> Tensor:

@@ -76,7 +76,10 @@ class CheckpointManager:
         return value
 
     def _write(self, contents: dict, good_step: int, ready: torch.cuda.Event | None):
-        path, start, size, reason = checkpoint_path(self.directory, contents["step"]), time.perf_counter(), 0, None
+        path = checkpoint_path(self.directory, contents["step"])
+        start = time.perf_counter()
+        size = 0
+        reason = None
         try:
             if ready:
                 ready.synchronize()

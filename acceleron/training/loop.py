@@ -197,7 +197,9 @@ class Trainer:
                 self._save()
 
     def _begin_interval(self):
-        self.interval_start, self.interval_steps, self.save_wait = time.perf_counter(), self.run.steps, 0.0
+        self.interval_start = time.perf_counter()
+        self.interval_steps = self.run.steps
+        self.save_wait = 0.0
 
     def _log(self, evaluate: bool):
         """Write a log line. If a signal interrupts the evaluation, the resumed run repeats it and writes the line."""
@@ -410,10 +412,11 @@ def validate(run: Run, shards: Shards, text_bytes: ByteCounter | None, should_st
                 num_bytes += text_bytes.count(batch.numpy())
     finally:
         loader.close()
-    nats = total.item() if total.isfinite() else None
-    record = {"val_loss": nats and nats / targets}
+    nats = total.item()
+    finite = math.isfinite(nats)
+    record = {"val_loss": nats / targets if finite else None}
     if num_bytes:
-        record["val_bits_per_byte"] = nats and nats / math.log(2) / num_bytes
+        record["val_bits_per_byte"] = nats / math.log(2) / num_bytes if finite else None
     return record
 
 
