@@ -35,7 +35,7 @@ def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess
     ("arch", "size", "tokens", "without_tma"),
     [
         ("sm_90", "small", None, ""),
-        ("sm_90", "tiny", "1", "rows,up"),
+        pytest.param("sm_90", "tiny", "1", "rows,up", marks=pytest.mark.slow),
         pytest.param("sm_80", "tiny", "17", "", marks=pytest.mark.slow),
         pytest.param("sm_100", "tiny", "256", "", marks=pytest.mark.slow),
         ("sm_90", "odd", "17", ""),

@@ -67,7 +67,7 @@ CASES = SIZES | {
     "empty experts": (37, 32, 40, 6, (1, 3, 4)),  # the first and the last are empty
     "hot experts": (40, 64, 32, 5, (4, 2)),  # two tiles of rows each
     "two experts": (33, 32, 32, 2, None),
-    "many experts": (16, 8, 8, 64, None),
+    "many experts": (16, 8, 8, 33, None),
     "odd widths": (33, 33, 17, 5, None),  # loads through pointers instead of TMA, and partial tiles on every axis
     "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its two rows
 }
@@ -143,7 +143,7 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
     assert paths(33, 17, torch.float16) == [False] * 6
 
 
-@pytest.mark.parametrize("names", ["up", "rows", "hidden_grad", "weight_grad", "rows, up", "all"])
+@pytest.mark.parametrize("names", ["rows, up", "hidden_grad", "weight_grad", "all"])
 def test_disabling_tma_does_not_change_the_results(names, monkeypatch):
     tensors, plan = inputs(50, 64, 96, 3, dtype=torch.float16)
     expected, used = run(expert_mlp, tensors, plan, tensors[0]), {}

@@ -52,7 +52,7 @@ CASES = {
     "hot expert": (48, 32, 32, 4, (2,)),  # exactly three blocks of rows
     "last expert": (20, 32, 32, 4, (3,)),
     "two experts": (33, 32, 40, 2, None),
-    "many experts": (20, 8, 16, 64, None),
+    "many experts": (20, 8, 16, 33, None),
     "narrow": (20, 1, 2, 3, None),
 }
 if DEVICE == "cuda":

@@ -61,7 +61,7 @@ CASES = {
     "empty experts": (37, 32, 40, 6, 24, (1, 3, 4)),
     "hot experts": (40, 64, 32, 5, 16, (4, 2)),
     "two experts": (33, 32, 32, 2, 8),
-    "many experts": (16, 8, 8, 64, 8),
+    "many experts": (16, 8, 8, 33, 8),
     "odd widths": (33, 33, 17, 5, 9),
     "wide rows": (9, 264, 8, 3, 8),
 }

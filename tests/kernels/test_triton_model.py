@@ -106,7 +106,9 @@ def backward(model, ids):
 
 
 @pytest.mark.skipif(missing_compiler(DEVICE) is not None, reason="torch.compile needs a compiler")
-@pytest.mark.parametrize(("compiled", "dtype"), [(False, torch.float16), (True, torch.float32)])
+@pytest.mark.parametrize(
+    ("compiled", "dtype"), [(False, torch.float16), pytest.param(True, torch.float32, marks=pytest.mark.slow)]
+)
 def test_accumulated_gradients_match_the_sum_of_separate_ones(compiled, dtype):
     ops.set_backend("triton", DEVICE)
     expected, model = build(dtype), build(dtype)
