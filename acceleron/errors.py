@@ -62,9 +62,8 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
     except OSError as error:
         reason = "no such directory" if isinstance(error, FileNotFoundError) else error.strerror
         return InputError(f"{what} {path} does not exist, and {directory} cannot be read ({reason})")
-    listed = (
-        repr(", ".join(names[:5]) + (", …" if len(names) > 5 else ""))[1:-1] or "nothing"
-    )  # escaped for the terminal
+    listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    listed = repr(listed)[1:-1] or "nothing"  # escaped for the terminal
     if path.is_dir():
         return InputError(f"{what} {path} is a directory: pass a {wanted} in it; it contains {listed}")
     if path.exists():

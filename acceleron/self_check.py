@@ -53,11 +53,11 @@ def check_gradients(
 ) -> GradientCheck:
     """Compare loss and gradients of a random model and batch on `backend` with the fp32 reference.
 
-    backend: as in `ops.set_backend`. `compiled`, `checkpointing` and `accumulate` (use
-    `model.accumulate_gradients`) apply only to `backend`. Tokens are routed
-    round-robin: in 16 bits, tokens near a tie would choose different experts, and that difference would hide a wrong
-    kernel. Uses no global random generator and restores the backend. Needs memory for a second model with gradients,
-    and for a set of gradients on the CPU. Kernel errors propagate.
+    backend: as in `ops.set_backend`. accumulate: use `model.accumulate_gradients`. `compiled`, `checkpointing` and
+    `accumulate` apply only to `backend`. Tokens are routed round-robin: in 16 bits, tokens near a tie would choose
+    different experts, and that difference would hide a wrong kernel. Uses no global random generator and restores the
+    backend. Needs memory for a second model with gradients, and for a set of gradients on the CPU. Kernel errors
+    propagate.
     """
     generator = torch.Generator(device).manual_seed(0)
     model = _random_model(replace(config, debug_force_load_balance=True), device, generator)

@@ -47,8 +47,8 @@ class _MoE(torch.autograd.Function):
     @staticmethod
     @first_order("moe")
     def backward(ctx, dy_TD, dz, dbalance, _counts):
-        # With checkpointing, every access of saved_tensors recomputes them.
-        sum13_E2FD, sum2_EDF, x_TD, router_ED, *routing, h_N2F, w13, w2 = (saved := ctx.saved_tensors)[:-4]
+        saved = ctx.saved_tensors  # read once: with checkpointing, every access recomputes
+        sum13_E2FD, sum2_EDF, x_TD, router_ED, *routing, h_N2F, w13, w2 = saved[:-4]
         gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = saved[-4:]
         logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets = routing
         need_x, *need_weights, need_residual = ctx.needs_input_grad[:7]
@@ -62,9 +62,10 @@ class _MoE(torch.autograd.Function):
             dshared_w13 = (dgate_up_T2W.t() @ x_TD).to(shared_dtype13)
         if shared_dtype2:
             dshared_w2 = (dy_TD.t() @ shared_act_TW).to(shared_dtype2)
-        targets = (dtype and (dtype if x is None else x) for dtype, x in ((dtype13, sum13_E2FD), (dtype2, sum2_EDF)))
+        target13 = dtype13 if sum13_E2FD is None or dtype13 is None else sum13_E2FD
+        target2 = dtype2 if sum2_EDF is None or dtype2 is None else sum2_EDF
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
-            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, *targets
+            dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, target13, target2
         )
         dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
         if router_dtype:
