@@ -156,8 +156,8 @@ def profile_step(step: Callable, device: torch.device) -> dict:
         step()
         synchronize(device)
     if not on_gpu:
-        ops = [(op.key, op.count, op.self_cpu_time_total / 1e6) for op in trace.key_averages()]
-        rows = pd.DataFrame(ops, columns=["kernel", "calls", "seconds"])
+        times = [(op.key, op.count, op.self_cpu_time_total / 1e6) for op in trace.key_averages()]
+        rows = pd.DataFrame(times, columns=["kernel", "calls", "seconds"])
         return {"profile": rows.nlargest(40, "seconds").to_dict("records")}
     events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     times = [(event.name[:120], event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
