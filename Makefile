@@ -36,7 +36,7 @@ demo: setup
 	fi; \
 	set -x; $(BIN)/python train.py --data_dir $(DEMO)/data --save_dir $(DEMO)/run --no_gradient_checkpointing \
 		--num_workers 1 --log_interval 25 --eval_interval 150 $$flags
-	$(BIN)/python -m acceleron.training.plot $(DEMO)/run
+	$(BIN)/python -m acceleron.plot $(DEMO)/run
 	$(BIN)/python generate.py --checkpoint $$(ls $(DEMO)/run/checkpoint_*.pt) --prompt "def " --max_new_tokens 120 --seed 1
 	@echo "The loss curve is $(DEMO)/run/loss.png"
 

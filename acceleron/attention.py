@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +92,12 @@ def causal_attention(q_BSHC: Tensor, k_BLGC: Tensor, v_BLGC: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def best_sdpa():
-    """Context manager that makes SDPA try its fastest backend first.
+def best_sdpa(device: torch.device):
+    """Context manager that makes SDPA try its fastest backend first on a GPU.
 
     torch.use_deterministic_algorithms(True) excludes cuDNN and makes the other backends deterministic.
     """
-    return sdpa_kernel(SDPA_BACKENDS, set_priority=True)
+    return sdpa_kernel(SDPA_BACKENDS, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 class Linear(nn.Linear):

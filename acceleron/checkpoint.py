@@ -1,6 +1,8 @@
 """checkpoint_<step>.pt: tensors and plain values only, so loading it runs no code. Every record has a checksum."""
 
 import errno
+import logging
+import os
 import pickletools
 import re
 import zipfile
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from .config import ModelConfig, short_repr
 from .errors import InputError, path_error
-from .log import say
+from .files import atomic_write
 
-FORMAT = 3
+logger = logging.getLogger(__name__)
+
+FORMAT = 4
 FIELD_TYPES = dict(step=int, tokens=int, config=dict, model=dict, optimizer=dict, data=dict, options=dict)
 FIELD_TYPES |= dict(statistics=dict, environment=dict)
 # The only globals that tensors and plain values need. torch's weights_only allows more; some can exhaust memory.
@@ -43,8 +47,23 @@ def find_checkpoint(name: str, directory: Path) -> Path:
     if path.exists() or path.name != name or not directory.is_dir():
         return path
     if alternative.is_file():
-        say(f"note: {path} does not exist: using {alternative}")
+        logger.info(f"note: {path} does not exist: using {alternative}")
     return alternative
+
+
+def save_checkpoint(contents: dict, path: Path) -> int:
+    """Write a checkpoint, read it back from the disk and verify it. Returns its size in bytes.
+
+    Raises an error of torch.save (the OSError is its context), OSError, or DamagedCheckpoint. `path` is then unchanged.
+    """
+    with atomic_write(path) as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # drop the page cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        verify_archive(Path(file.name))
+        return file.tell()
 
 
 def verify_archive(path: Path):
@@ -165,7 +184,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict] | None:
         try:
             return path, load_checkpoint(path)
         except DamagedCheckpoint as error:
-            say(f"warning: skipped: {error}")
+            logger.warning(f"skipped: {error}")
     if paths:
         raise InputError(f"--resume auto: {directory} has no valid checkpoint; move its files to start a new run")
     return None

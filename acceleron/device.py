@@ -1,6 +1,7 @@
 """Devices: parsing of flags, compiler lookup, peak FLOP/s and memory."""
 
 import os
+import platform
 import re
 import resource
 import shutil
@@ -31,6 +32,16 @@ def resolve_device(name: str) -> torch.device:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--device {name} is not available ({reason}); use auto or cpu") from error
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Name the device, for example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.machine()]
+    amx = " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
+    return f"{models[0]}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .log import log_to_stderr
+
 # Exit statuses for schedulers. 0 is success; 1 is a bug, with a traceback.
 BAD_INPUT = 2  # same as argparse: running the same command again would fail
 FAILED = 3  # the run cannot continue or its output cannot be written; the message says how to fix it
@@ -88,6 +90,7 @@ def run_command(main: Callable[[], None]) -> int:
     clean up, unless it installs its own handlers. Blank CC, CXX and ACCELERON_* variables count as unset.
     """
     _prepare_streams()
+    log_to_stderr()
     os.environ.pop("MPLBACKEND", None)  # plots go to files, and importing matplotlib with an unknown backend fails
     for name, value in list(os.environ.items()):
         if not value.strip() and (name in ("CC", "CXX") or name.startswith("ACCELERON_")):

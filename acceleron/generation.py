@@ -1,7 +1,6 @@
 """Generate text from a checkpoint with a KV cache."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def generate(
     length = min(config.max_seq_len, len(prompt_ids) + max_new_tokens)
     cache = KVCache(config, 1, length, device, model.compute_dtype)
     input_ids = torch.tensor([prompt_ids], device=device)
-    with best_sdpa() if device.type == "cuda" else nullcontext():
+    with best_sdpa(device):
         for _ in range(length - len(prompt_ids)):
             x, _ = model.hidden_states(input_ids, cache)
             logits_V = model.head(x[0, -1])[:num_entries]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from . import ops
 from .attention import Attention, KVCache
+from .checkpoint import assign_weights, load_checkpoint
 from .config import ModelConfig
 from .kernels.autograd import autocast_dtype, no_autocast
 from .moe import MoE, MoEStats, SwiGLU
@@ -107,8 +108,6 @@ class Acceleron(nn.Module):
 
         Raises InputError if the file is missing, damaged, or from another version.
         """
-        from .checkpoint import assign_weights, load_checkpoint  # needs tqdm, which a model alone does not
-
         contents = load_checkpoint(path)
         with torch.device("meta"):
             model = cls(contents["config"], compute_dtype)
@@ -143,6 +142,15 @@ class Acceleron(nn.Module):
         total = sum(weight.numel() for weight in self.parameters())
         routed = sum(w.numel() for name, w in self.named_parameters() if name.endswith(("w13_E2FD", "w2_EDF")))
         return total, total - routed + routed * 2 // self.config.num_experts
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward FLOPs: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
+
+        The embedding counts once, as the output head. Recomputation does not count.
+        """
+        config = self.config
+        norms = (2 * config.num_layers + 1) * config.d_model
+        return 6 * (self.num_parameters()[1] - norms) + 6 * config.num_layers * config.d_model * seq_len
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """input_ids: int64 (B, S), S <= max_seq_len. labels: the same shape, usually input_ids itself.

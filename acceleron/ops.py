@@ -82,10 +82,19 @@ def set_backend(choice: str, device: torch.device | str) -> str:
     _backend, _reference_ops = "reference" if choice == "auto" and reason else choice, reference_ops
     if _backend == "reference":
         return f"reference ({'as requested' if choice == 'reference' else reason})"
+    return _describe_triton(device)
+
+
+def backend_name(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel backend for tensors of this device and dtype: "reference", or Triton's version and exceptions."""
+    return _describe_triton(device) if uses_triton(device, dtype) else "reference"
+
+
+def _describe_triton(device: torch.device) -> str:
     line = f"Triton {launch.triton.__version__}" + (", interpreted" if device.type == "cpu" else "")
     if without := os.environ.get("ACCELERON_NO_TMA"):
         line += f", without TMA for {without}"
-    return line + (f", but the reference for {', '.join(reference_ops)}" if reference_ops else "")
+    return line + (f", but the reference for {', '.join(_reference_ops)}" if _reference_ops else "")
 
 
 def _read_reference_ops() -> tuple[str, ...]:

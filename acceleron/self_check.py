@@ -1,6 +1,7 @@
 """Checks a kernel backend on this device: compares a model's loss and gradients with the fp32 reference."""
 
 import gc
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,8 +15,9 @@ from .attention import best_sdpa
 from .config import ModelConfig
 from .device import reset_peak_memory
 from .errors import InputError, is_out_of_memory
-from .log import say
 from .model import Acceleron
+
+logger = logging.getLogger(__name__)
 
 # A backend's error can be at most FACTOR times the reference's error in the same dtype, plus FLOOR. In bf16, the
 # reference's error is about 0.01 for gradients, and 0 to 2e-5 for the loss, which is a single value.
@@ -62,7 +64,7 @@ def check_gradients(
     generator = torch.Generator(device).manual_seed(0)
     model = _random_model(replace(config, debug_force_load_balance=True), device, generator)
     ids = torch.randint(config.vocab_size, (batch_size, seq_len), device=device, generator=generator)
-    with best_sdpa() if device.type == "cuda" else nullcontext():
+    with best_sdpa(device):
         with ops.using_backend("reference", device):
             model.gradient_checkpointing = True
             truth = {name: value.cpu() for name, value in _loss_and_gradients(model, ids, torch.float32).items()}
@@ -117,22 +119,18 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
     return {name: error(results[name], truth[name]) for name in truth}
 
 
-def require_correct_kernels(
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    size: str,
-    batch_size: int,
-    seq_len: int,
-    accumulate: bool,
-):
+def require_correct_kernels(model: Acceleron, size: str, batch_size: int, seq_len: int, accumulate: bool):
     """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
 
-    accumulate: whether a step has several micro-batches. Logs the result. Raises InputError if an error exceeds its
-    tolerance or a kernel fails; the message has a command that finds the failing op.
+    accumulate: whether a step has several micro-batches. Logs the result; does nothing if "auto" selects the reference.
+    Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command that finds the
+    failing op.
     """
+    device, dtype = model.embedding.device, model.compute_dtype
+    if not ops.uses_triton(device, dtype):
+        return
     began = time.perf_counter()
-    config, batch_size = replace(config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
+    config, batch_size = replace(model.config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
     try:
         shape = dict(batch_size=batch_size, seq_len=seq_len)
         check = check_gradients(config, device, dtype, "auto", **shape, accumulate=accumulate)
@@ -144,7 +142,7 @@ def require_correct_kernels(
         name = check.name if check.name == "loss" else f"the gradient of {check.name}"
         result = f"{name} has an error of {check.error:.2g} (at most {check.allowed:.2g} is allowed)"
         if check.passed:
-            say(f"checked the kernels in {time.perf_counter() - began:.1f} s: worst case: {result}")
+            logger.info(f"checked the kernels in {time.perf_counter() - began:.1f} s: worst case: {result}")
             reset_peak_memory(device)
             return
     raise InputError(

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from statistics import median
 
 from torch import Tensor
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_map_only
 from acceleron.checkpoint import load_checkpoint
 from acceleron.device import dtype_name, synchronize
 from acceleron.errors import RunFailed
-from acceleron.training.loop import Trainer
+from acceleron.training.checkpointing import CheckpointManager
 from acceleron.training.options import TrainOptions
-from acceleron.training.signals import StopSignals
+from acceleron.training.setup import build_trainer
+from acceleron.training.trainer import Trainer
 
 from .command import parse, run_entries
 from .corpus import write_corpus
@@ -36,10 +38,8 @@ def snapshot(state: dict) -> dict:
     return tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.detach().cpu().numpy().tobytes()), state)
 
 
-def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
+def entry(trainer: Trainer, manager: CheckpointManager, interval: int, row: Row) -> Iterator:
     """Yield an entry for `run_entries`."""
-    run = trainer.run
-    manager = trainer.checkpoints
     baseline = []
     blocked = []
     written = []
@@ -49,19 +49,20 @@ def entry(trainer: Trainer, interval: int, row: Row) -> Iterator:
     def steps() -> float:
         start = time.perf_counter()
         for _ in range(interval):
-            run.step(LEARNING_RATE)
-        synchronize(run.device)
+            trainer.train_step(LEARNING_RATE)
+        synchronize(trainer.device)
         return time.perf_counter() - start
 
     def ratio() -> float:
         nonlocal wrong
         baseline.append(steps())
-        saved, start = snapshot(run.state_dict()), time.perf_counter()
-        trainer._save()
+        trainer.read_anomalies()
+        saved = snapshot(trainer.state_dict() | {"config": trainer.model.config})
+        start = time.perf_counter()
+        manager.save(trainer.state_dict(), trainer.detector.good_step)
         blocked.append(time.perf_counter() - start)
         steps()
-        manager.wait()
-        seconds, result = time.perf_counter() - start, manager.result()
+        result, seconds = manager.poll(wait=True), time.perf_counter() - start
         if result.error:
             raise RunFailed(f"cannot write a checkpoint to TMPDIR ({result.error}): choose a different TMPDIR")
         written.append(result.seconds)
@@ -85,12 +86,11 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         print(write_corpus(f"{name}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
         options = TrainOptions(
-            f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, save_dir=name, keep_last=1,
-            **shape,
-        )  # fmt: skip
-        trainer = Trainer(options, None, StopSignals())
-        trainer.open_outputs()
-        case = dict(size=size, dtype=dtype_name(trainer.run.model.compute_dtype), **shape, interval=arguments.interval)
+            f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, save_dir=name, **shape
+        )
+        trainer, _ = build_trainer(options, None)
+        manager = CheckpointManager(Path(name), keep_last=1)
+        case = dict(size=size, dtype=dtype_name(trainer.model.compute_dtype), **shape, interval=arguments.interval)
         row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
-        with closing(trainer.run.loader), closing(trainer.metrics), trainer.run.context():
-            run_entries([entry(trainer, arguments.interval, row)], arguments.rounds, results, ours=1)
+        with closing(trainer.loader), closing(manager), trainer.context():
+            run_entries([entry(trainer, manager, arguments.interval, row)], arguments.rounds, results, ours=1)

@@ -4,7 +4,6 @@ All providers of an op take the same inputs and return the same outputs, in the 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -147,7 +146,7 @@ def attention_providers(device: torch.device) -> list[Provider]:
     on_gpu = device.type == "cuda"
 
     def model_attention(q, k, v):
-        with best_sdpa() if on_gpu else nullcontext():
+        with best_sdpa(device):
             return causal_attention(q, k, v)
 
     found = {"acceleron": (model_attention, None)}

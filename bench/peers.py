@@ -10,7 +10,6 @@ because transformers defines them differently.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -86,7 +85,7 @@ class Contender:
         model.to(device)
 
         def run():
-            with ops.using_backend(backend, device), best_sdpa() if device.type == "cuda" else nullcontext():
+            with ops.using_backend(backend, device), best_sdpa(device):
                 model(input_ids=ids, labels=ids).loss.backward()
 
         return model, run, lambda: {name: torch.cat([p.grad for p in ps]).cpu() for name, ps in parameters.items()}

@@ -34,10 +34,9 @@ from acceleron import device as devices
 from acceleron.device import dtype_name, peak_memory, synchronize
 from acceleron.errors import InputError
 from acceleron.self_check import check_gradients
-from acceleron.training.loop import model_config, train
-from acceleron.training.metrics import flops_per_token
-from acceleron.training.options import TrainOptions
-from acceleron.training.run import Run
+from acceleron.training import TrainOptions, train
+from acceleron.training.setup import model_config
+from acceleron.training.trainer import Trainer
 
 from .command import parse
 from .corpus import write_corpus
@@ -62,7 +61,7 @@ NEVER = 1 << 30
 def serve(connection, options: TrainOptions):
     """The worker of a contender: runs the check, then train.py's loop, which pauses between rounds."""
     device = torch.device(options.device)
-    step = Run.step
+    step = Trainer.train_step
     left = 1
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles signals; the loop would save a checkpoint
         signal.signal(number, signal.SIG_IGN)
@@ -88,13 +87,13 @@ def serve(connection, options: TrainOptions):
         with device:  # initializing large models is fast on a GPU
             return Acceleron(*args, **kwargs)
 
-    def refill(run: Run):
+    def refill(trainer: Trainer):
         """Run an untimed step, which refills the allocator's cache."""
         if device.type == "cuda":
-            step(run, run.optimizer.param_groups[0]["lr"])
+            step(trainer, trainer.optimizer.param_groups[0]["lr"])
             synchronize(device)
 
-    def pause(run: Run) -> int:
+    def pause(trainer: Trainer) -> int:
         """Send the round's seconds, answer requests, and return the number of steps in the next round."""
         nonlocal answer, start
         synchronize(device)
@@ -108,28 +107,28 @@ def serve(connection, options: TrainOptions):
             except (EOFError, ConnectionError):
                 sys.exit()  # after an exception, the loop would save a checkpoint
             if message == "metrics":
-                answer = metrics(run)
+                answer = metrics(trainer)
                 continue
-            refill(run)
+            refill(trainer)
             if isinstance(message, int):
                 break
-            answer = profile_step(lambda: step(run, 0.0), device)
+            answer = profile_step(lambda: step(trainer, 0.0), device)
         answer, start = {}, time.perf_counter()
         return message
 
-    def paused_step(run: Run, lr: float):
+    def paused_step(trainer: Trainer, lr: float):
         nonlocal left
-        left = left or pause(run)
+        left = left or pause(trainer)
         try:
-            step(run, lr)
+            step(trainer, lr)
         except Exception as error:
             connection.send(Failure(describe(error)))
             sys.exit()
         left -= 1
 
     with (
-        mock.patch.object(Run, "step", paused_step),
-        mock.patch("acceleron.training.run.Acceleron", build),
+        mock.patch.object(Trainer, "train_step", paused_step),
+        mock.patch("acceleron.training.trainer.Acceleron", build),
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
@@ -137,11 +136,11 @@ def serve(connection, options: TrainOptions):
         train(options)
 
 
-def metrics(run: Run) -> dict:
+def metrics(trainer: Trainer) -> dict:
     """Return a contender's metrics after its rounds."""
-    flops = flops_per_token(run.model.config, run.model.num_parameters()[1], run.options.seq_len)
-    values = {"peak_memory_bytes": peak_memory(run.device), "flops_per_token": flops}
-    statistics = run.read_statistics() if run.unread_steps else {}
+    flops = trainer.model.flops_per_token(trainer.options.seq_len)
+    values = {"peak_memory_bytes": peak_memory(trainer.device), "flops_per_token": flops}
+    statistics = trainer.read_statistics() if trainer.statistics.steps else {}
     names = ("loss", "expert_least_share", "expert_most_share")
     return values | {name: statistics[name] for name in names if name in statistics}
 

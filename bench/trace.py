@@ -1,7 +1,8 @@
 """Trace a training step without a GPU: the kernels it launches on a GPU, their FLOPs and bytes, and its peak memory.
 
-The step is train.py's own (`Run.step`), compiled, on fake tensors (`offline`). A step that waits for the device fails.
-Inductor compiles for Triton up to its schedule, which lists the fused kernels. Our custom ops run up to launch.
+The step is train.py's own (`Trainer.train_step`), compiled, on fake tensors (`offline`). A step that waits for the
+device fails. Inductor compiles for Triton up to its schedule, which lists the fused kernels. Our custom ops run up to
+launch.
 """
 
 import tempfile
@@ -26,9 +27,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from acceleron import ModelConfig
 from acceleron.data import Shards
 from acceleron.data.shards import ROW_LENGTH
-from acceleron.training.metrics import flops_per_token
 from acceleron.training.options import TrainOptions
-from acceleron.training.run import Run
+from acceleron.training.trainer import Trainer
 
 from .compile import GEMMS, LaunchMode, offline
 
@@ -203,15 +203,14 @@ def trace_step(
         np.save(f"{directory}/shard_00000.npy", np.zeros((64, ROW_LENGTH), dtype=np.int32))  # repeated every epoch
         shards = Shards(directory)
         with recording() as recorder:
-            run = Run(options, config, shards, torch.device("cpu"), torch.bfloat16)
-            run.model.compile_blocks()
-            with closing(run.loader):  # a failing step must not leave reader threads behind
-                run.step(1e-3)  # compiles, and creates the optimizer state
-                run.fetch()
+            trainer = Trainer(options, config, shards, torch.device("cpu"), torch.bfloat16)
+            trainer.model.compile_blocks()
+            with closing(trainer.loader):  # a failing step must not leave reader threads behind
+                trainer.train_step(1e-3)  # compiles, and creates the optimizer state
+                trainer.fetch()
                 recorder.launches.clear()
-                recorder.track([[*run.model.parameters()], [*run.optimizer.state.values()]])
+                recorder.track([[*trainer.model.parameters()], [*trainer.optimizer.state.values()]])
                 with recorder:
-                    run.step(1e-3)
-    active = run.model.num_parameters()[1]
-    model_flops = options.tokens_per_step * flops_per_token(config, active, seq_len)
+                    trainer.train_step(1e-3)
+    model_flops = options.tokens_per_step * trainer.model.flops_per_token(seq_len)
     return Step(recorder.launches, recorder.peak_bytes, options.tokens_per_step, model_flops)

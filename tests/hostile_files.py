@@ -4,7 +4,6 @@ import json
 import signal
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,14 @@ import pytest
 import torch
 
 from acceleron import ModelConfig
-from acceleron.checkpoint import FORMAT, load_checkpoint
+from acceleron.checkpoint import load_checkpoint
 from acceleron.data import Shards
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.generation import load_model
 from acceleron.training import TrainOptions
 from acceleron.training.checkpointing import CheckpointManager
-from acceleron.training.resume import warn_about_changes
-from acceleron.training.run import Run
+from acceleron.training.setup import warn_about_changes
+from acceleron.training.trainer import Trainer
 
 resource = pytest.importorskip("resource")
 
@@ -55,35 +54,32 @@ def limits(case: str):
         signal.signal(signal.SIGPROF, handler)
 
 
-def small_run(directory: Path) -> Run:
+def small_run(directory: Path) -> Trainer:
     """A run of CONFIG on data written to `directory`."""
     np.save(directory / "shard_00000.npy", np.arange(40 * ROW_LENGTH, dtype=np.int32).reshape(40, -1) % VOCAB_SIZE)
     options = TrainOptions(data_dir=str(directory), batch_size=2, seq_len=ROW_LENGTH, num_workers=1)
-    return Run(options, CONFIG, Shards(directory), torch.device("cpu"), torch.float32)
+    return Trainer(options, CONFIG, Shards(directory), torch.device("cpu"), torch.float32)
 
 
-def write_checkpoint(run: Run, directory: Path) -> Path:
+def write_checkpoint(run: Trainer, directory: Path) -> Path:
     """Train a new run for two steps and save a checkpoint in train.py's format."""
     for _ in range(2):
-        run.step(1e-3)
+        run.train_step(1e-3)
     run.read_anomalies()
-    contents = {"format": FORMAT, "config": CONFIG.to_dict(), "options": asdict(run.options), "environment": {"a": "b"}}
     manager = CheckpointManager(directory)
-    manager.save(contents | run.state_dict(), 0)
-    manager.wait()
-    assert manager.result().error is None
+    manager.save(run.state_dict(), 0)
+    assert manager.poll(wait=True).error is None
     return directory / "checkpoint_2.pt"
 
 
-def use_checkpoint(run: Run, path: Path):
+def use_checkpoint(run: Trainer, path: Path):
     """Load and use a checkpoint as train.py and generate.py do."""
     contents = load_checkpoint(path)
     load_model(contents, path, torch.device("cpu"), torch.float32)
-    run.batches = []
     run.load_state_dict(contents, path)
     warn_about_changes(run.options, {"torch": "2"}, contents)
-    assert 0 <= run.steps < 2**62
-    run.step(1e-3)
+    assert 0 <= run.step < 2**62
+    run.train_step(1e-3)
 
 
 def rewrite(original: Path, path: Path, change, **kwargs):

@@ -29,7 +29,7 @@ from hostile_files import (
 from acceleron import Acceleron, ModelConfig
 from acceleron.checkpoint import load_checkpoint
 from acceleron.config import LIMITS
-from acceleron.data import Loader, Shards, validation_batches
+from acceleron.data import Loader, Shards
 from acceleron.data.tokenizer import ByteCounter, load_tokenizer
 from acceleron.errors import InputError
 
@@ -286,10 +286,9 @@ def test_damaged_shards(tmp_path):
         bad_data = ("fail", "skip")[rng.integers(2)]
         entries = damage_values(rng, [*copy.deepcopy(known), ["shard_00001.npy", 20, 32, 0]], NUMBERS + VALUES)
         shards = Shards(tmp_path, entries if rng.integers(4) == 0 else None)
-        settings = dict(seq_len=16, batch_size=3, vocab_size=VOCAB_SIZE, bad_data=bad_data)
-        loader = Loader(shards, seed=0, **settings)
+        loader = Loader(shards, seed=0, seq_len=16, batch_size=3, vocab_size=VOCAB_SIZE, bad_data=bad_data)
         batches = [next(loader) for _ in range(3)]
-        for batch in [*batches, *validation_batches(shards, **settings)]:
+        for batch in [*batches, *loader.held_out()]:
             assert batch.dtype == torch.int64
             assert 1 <= len(batch) <= 3
             assert batch.shape[1] == 16

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
@@ -158,7 +158,7 @@ class Loader:
         skipped_rows: rows that this rank has replaced so far (`bad_data="skip"`).
         warnings: one line per replaced row. The caller logs and clears them.
 
-    With `validation`, iterate once over the held-out split: see validation_loader.
+    With `validation`, iterate once over the held-out split: see `held_out`.
     """
 
     def __init__(
@@ -262,6 +262,17 @@ class Loader:
         for thread, _ in readers:
             thread.join(max(0, deadline - time.monotonic()))
 
+    def held_out(self) -> "Loader":
+        """Return a Loader over the held-out split in a fixed order, with the same settings but one reader.
+
+        It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch.
+        """
+        chunks = self.chunks
+        return Loader(
+            chunks.shards, seq_len=chunks.seq_len, batch_size=self.batch_size, vocab_size=chunks.vocab_size, seed=0,
+            bad_data=chunks.bad_data, validation=True,
+        )  # fmt: skip
+
     @property
     def epoch(self) -> float:
         """Number of epochs consumed so far, including fractions."""
@@ -330,35 +341,3 @@ def _changes(before: list[list], now: list[list]) -> list[str]:
         elif old[name] != new[name]:
             changes.append(f"{name} has different content")
     return changes
-
-
-def validation_loader(
-    shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
-) -> tuple[Loader, int]:
-    """Return a Loader over the held-out split in a fixed order, and its number of batches.
-
-    It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch.
-    """
-    loader = Loader(
-        shards,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        vocab_size=vocab_size,
-        seed=0,
-        bad_data=bad_data,
-        validation=True,
-    )
-    return loader, loader.end // loader.batch_size
-
-
-def validation_batches(
-    shards: Shards, *, seq_len: int, batch_size: int, vocab_size: int, bad_data: str = "fail"
-) -> Iterator[torch.Tensor]:
-    """Yield the batches of a validation_loader, and close it even if the caller stops early."""
-    loader, _ = validation_loader(
-        shards, seq_len=seq_len, batch_size=batch_size, vocab_size=vocab_size, bad_data=bad_data
-    )
-    try:
-        yield from loader
-    finally:
-        loader.close()

@@ -4,6 +4,7 @@ import codecs
 import fcntl
 import filecmp
 import json
+import logging
 import os
 import shutil
 import stat
@@ -16,11 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import InputError, file_error, path_error
-from ..log import say
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
 from .tokenizer import END_OF_TEXT, encode, load_tokenizer, num_ids, split_document, train_tokenizer, unique_keys
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_CHARACTERS = 200_000_000  # sample size for tokenizer training; more text changes few merges
@@ -124,7 +127,7 @@ class _Corpus:
         self.hidden: list[Path] = []
         self._find([Path(name) for name in reversed(inputs)], Path(os.path.realpath(output)))
         if self.hidden:
-            say(f"skipped: {len(self.hidden)} hidden files and directories, such as {self.hidden[0]}")
+            logger.info(f"skipped: {len(self.hidden)} hidden files and directories, such as {self.hidden[0]}")
         if not self.files:
             raise InputError(f"--input {' '.join(inputs)}: no files found")
 
@@ -165,7 +168,7 @@ class _Corpus:
 
     def _skip(self, path: Path, reason: str):
         if path not in self.skipped and len(self.skipped) < MAX_SKIPPED_LOGGED:
-            say(f"skipped: {path} ({reason})")
+            logger.info(f"skipped: {path} ({reason})")
         self.skipped.add(path)
 
     def documents(self, label: str) -> Iterator[str]:
@@ -268,7 +271,7 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
             "choose another directory"
         )
     corpus = _Corpus(inputs, target)
-    with _staged(target) as staging:
+    with _staged(target) as staging, logging_redirect_tqdm():
         if tokenizer:
             content = Path(tokenizer_path).read_bytes()
         else:
@@ -281,7 +284,7 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
         (staging / "tokenizer.json").write_bytes(content)
         (staging / METADATA).write_bytes(metadata(content, num_ids(tokenizer), shards))
     if len(corpus.skipped) > MAX_SKIPPED_LOGGED:
-        say(f"skipped: {len(corpus.skipped)} files in total")
+        logger.info(f"skipped: {len(corpus.skipped)} files in total")
     print(
         f"{target}: {rows * ROW_LENGTH:,} tokens in {rows:,} rows and {len(shards)} shards, vocabulary of "
         f"{tokenizer.get_vocab_size():,}; dropped the last {remainder} tokens, which do not fill a row"

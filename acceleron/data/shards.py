@@ -6,6 +6,7 @@ shards.json in the same directory records the shards and their tokenizer: see `m
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -20,7 +21,8 @@ from numpy.lib import format as npy
 
 from ..config import short_repr
 from ..errors import InputError, path_error
-from ..log import say
+
+logger = logging.getLogger(__name__)
 
 ROW_LENGTH = 2048
 ROWS_PER_SHARD = 10_000
@@ -162,7 +164,7 @@ class Shards:
                 f"({self.paths[0].name}: {self._unusable[0]}); pass the same data"
             )
         for index, reason in self._unusable.items():
-            say(f"warning: {self.paths[index]}: {reason}; none of its rows can be read")
+            logger.warning(f"{self.paths[index]}: {reason}; none of its rows can be read")
         self.row_length = self._fingerprint[0][2]
         for path, (_, _, row_length, _) in zip(self.paths, self._fingerprint, strict=True):
             if row_length != self.row_length:

@@ -30,15 +30,18 @@ class AnomalyDetector:
     does not hide the next, and a loss that stays high soon stops counting as a spike.
 
     `read` updates `consecutive_skips` (skipped steps up to the latest step), `longest_streak` (the most consecutive
-    skips among the steps just read) and `last_good_step` (the latest step that was not skipped).
+    skips among the steps just read) and `good_step` (the newest step whose checkpoint is good: the step after it was
+    not skipped).
     """
+
+    SAVED = ("mean_variance_count", "consecutive_skips")
 
     def __init__(self, device: torch.device, skip_spikes: bool):
         self.skip_spikes = skip_spikes
         self.mean_variance_count = torch.zeros(3, dtype=torch.float64, device=device)
         self.consecutive_skips = 0
         self.longest_streak = 0
-        self.last_good_step = 0
+        self.good_step = -1
         self._unread: list[tuple[int, int, Tensor]] = []
 
     def check(self, step: int, position: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class AnomalyDetector:
         rows = torch.stack([values for _, _, values in self._unread]).tolist() if self._unread else []
         for (step, position, _), (loss, norm, threshold, skipped, spike) in zip(self._unread, rows, strict=True):
             self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-            self.last_good_step = self.last_good_step if skipped else step
+            self.good_step = self.good_step if skipped else step - 1
             self.longest_streak = max(self.longest_streak, self.consecutive_skips)
             if skipped or spike:
                 anomalies.append(Anomaly(step, position, loss, norm, bool(skipped), threshold))

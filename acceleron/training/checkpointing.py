@@ -1,21 +1,32 @@
 """Checkpoints, written in the background while training continues."""
 
 import errno
-import os
+import logging
+import math
 import shutil
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import checkpoint_path, list_checkpoints, tensor_bytes, verify_archive
-from ..errors import InputError
-from ..files import PARTIAL, atomic_write
-from ..log import say
+from ..checkpoint import checkpoint_path, list_checkpoints, save_checkpoint, tensor_bytes, verify_archive
+from ..errors import InputError, RunFailed
+from ..files import PARTIAL
+from .signals import POLL_SECONDS
+
+# Wait before retrying a failed save.
+RETRY_SECONDS = 60.0
+# The final save is attempted at least FINAL_ATTEMPTS times, for up to FINAL_TIMEOUT seconds or until a stop request.
+# The wait between attempts doubles from FINAL_RETRY_SECONDS up to RETRY_SECONDS.
+FINAL_ATTEMPTS, FINAL_RETRY_SECONDS, FINAL_TIMEOUT = 3, 3.0, 900.0
+
+logger = logging.getLogger(__name__)
 
 
 class SaveResult(NamedTuple):
@@ -23,43 +34,117 @@ class SaveResult(NamedTuple):
 
     path: Path
     step: int
+    good_step: int
     bytes: int
     seconds: float
     error: str | None
 
 
 class CheckpointManager:
-    """Copies a training state to CPU buffers and writes it to checkpoint_<step>.pt in a thread.
+    """Decides when to save a run, writes checkpoint_<step>.pt in a thread, and deletes old checkpoints.
 
     A checkpoint gets its name only after it has been written to disk, read back and verified against its checksums.
     Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one kept
-    checkpoint is good: the step after it was not skipped. A failed attempt changes nothing.
+    checkpoint is good: the step after it was not skipped. A failed attempt changes nothing and is repeated.
+
+    In all methods, `good_step` is the newest step whose checkpoint is good.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 0, device: torch.device | None = None):
-        """device: the tensors' device, if it is not the CPU."""
-        self.directory, self.keep_last, self.device = directory, keep_last, device
-        self._buffers: dict[tuple, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._result: SaveResult | None = None
+    def __init__(
+        self, directory: Path, interval: int = 1, keep_last: int = 0, *,
+        before_save: Callable[[], None] = lambda: None, step: int = 0, saved: bool = True,
+        resumed_from: Path | None = None,
+    ):  # fmt: skip
+        """saved: whether `step` needs no checkpoint."""
+        self.directory, self.interval, self.keep_last = directory, interval, keep_last
+        self.before_save, self.resumed_from = before_save, resumed_from
+        self.saved: dict[int, Path] = {}  # checkpoints that this process has written, by step
+        self.saved_step, self.attempted_step = step if saved else -1, step
+        self.retry_at = math.inf
         self._valid: set[Path] = set()  # checkpoints that this process has written or verified
+        self._buffers: dict[tuple, Tensor] = {}
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write_in_progress: Future[SaveResult] | None = None
         for partial in directory.glob(f"checkpoint_*{PARTIAL}"):  # left by a killed process
             partial.unlink()
 
-    def save(self, contents: dict, good_step: int):
-        """Start writing a checkpoint once the previous one is finished. `contents` can change after this returns.
+    def due(self, step: int) -> bool:
+        """Return whether to save now: once per interval, and RETRY_SECONDS after a failed attempt."""
+        self.poll()
+        return step // self.interval > self.attempted_step // self.interval or time.monotonic() >= self.retry_at
 
-        good_step: the newest step whose checkpoint is good.
-        """
-        self.wait()
-        self._result = None
-        copied = self._copy(contents)
-        ready = None
-        if self.device is not None and self.device.type == "cuda":
+    def save(self, contents: dict, good_step: int):
+        """Start writing a checkpoint once the previous one is finished. `contents` can change after this returns."""
+        self.poll(wait=True)
+        self.before_save()
+        self.attempted_step, self.retry_at = contents["step"], math.inf
+        copied, ready = self._copy(contents), None
+        device = next(iter(contents["model"].values())).device
+        if device.type == "cuda":
             ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.device))
-        self._thread = threading.Thread(target=self._write, args=(copied, good_step, ready), name="checkpoint")
-        self._thread.start()
+            ready.record(torch.cuda.current_stream(device))
+        self._write_in_progress = self._executor.submit(self._write, copied, good_step, ready)
+
+    def poll(self, wait: bool = False, quiet: bool = False) -> SaveResult | None:
+        """Log and return the result of the last write, once, if it has ended. quiet: do not log a failure."""
+        if self._write_in_progress is None or not (wait or self._write_in_progress.done()):
+            return None
+        result, self._write_in_progress = self._write_in_progress.result(), None
+        if result.error is None:
+            self.saved_step = result.step
+            self.saved[result.step] = result.path
+            logger.info(f"saved {result.path}: {result.bytes / 1e6:,.1f} MB in {result.seconds:.2f} s")
+            return result
+        self.retry_at = time.monotonic() + RETRY_SECONDS
+        if not quiet:
+            last_good = self._last_good(result.good_step)
+            logger.warning(f"{result.path} could not be written ({result.error}); {last_good}")
+        return result
+
+    def finish(self, contents: dict, good_step: int, should_stop: Callable[[], bool]) -> str:
+        """Save `contents` unless they are saved, and return where they are. Repeats a failed attempt.
+
+        Raises RunFailed after FINAL_TIMEOUT seconds, or earlier if `should_stop` returns true.
+        """
+        step, give_up = contents["step"], time.monotonic() + FINAL_TIMEOUT
+        for attempts in count():
+            self.poll(wait=True, quiet=attempts > 1)
+            if self.saved_step == step:
+                path = self.saved.get(step, self.resumed_from)
+                return f"everything is saved in {path}" if path else "there is nothing to save yet"
+            if attempts >= FINAL_ATTEMPTS and (should_stop() or time.monotonic() > give_up):
+                break
+            if attempts == 1:
+                seconds = f"{FINAL_RETRY_SECONDS:.0f} to {RETRY_SECONDS:.0f} s"
+                logger.info(f"retrying for {FINAL_TIMEOUT / 60:.0f} minutes, every {seconds}")
+            if attempts:
+                seconds, start = min(FINAL_RETRY_SECONDS * 2 ** (attempts - 1), RETRY_SECONDS), time.monotonic()
+                while time.monotonic() < start + (min(seconds, FINAL_RETRY_SECONDS) if should_stop() else seconds):
+                    time.sleep(POLL_SECONDS)
+            self.save(contents, good_step)
+        raise RunFailed(
+            f"step {step} could not be saved in {attempts} attempts; {self._last_good(good_step)}: free space or "
+            "repair the disk, then continue with --resume auto"
+        )
+
+    def rename_diverged(self, good_step: int) -> str:
+        """Rename this process's checkpoints that are not good. Return which checkpoint is the last good one."""
+        self.poll(wait=True)
+        for path in (path for step, path in self.saved.items() if step > good_step):
+            try:
+                path.replace(path.with_name(path.name + ".diverged"))
+                logger.warning(f"no good step followed {path}: renamed to {path.name}.diverged")
+            except OSError as error:
+                logger.warning(f"no good step followed {path}, but it cannot be renamed ({error.strerror})")
+        return self._last_good(good_step)
+
+    def close(self):
+        """Wait for the write in progress, if any."""
+        self._executor.shutdown()
+
+    def _last_good(self, good_step: int) -> str:
+        path = self.saved.get(max((step for step in self.saved if step <= good_step), default=None), self.resumed_from)
+        return f"the last good checkpoint is {path}" if path else "there is no good checkpoint yet"
 
     def _copy(self, value, key: tuple = ()):
         """Return the value with all tensors copied to CPU buffers. The next checkpoint reuses them."""
@@ -75,7 +160,7 @@ class CheckpointManager:
             return type(value)(self._copy(item, (*key, index)) for index, item in enumerate(value))
         return value
 
-    def _write(self, contents: dict, good_step: int, ready: torch.cuda.Event | None):
+    def _write(self, contents: dict, good_step: int, ready: torch.cuda.Event | None) -> SaveResult:
         path = checkpoint_path(self.directory, contents["step"])
         start = time.perf_counter()
         size = 0
@@ -84,15 +169,7 @@ class CheckpointManager:
             if ready:
                 ready.synchronize()
             self.directory.mkdir(parents=True, exist_ok=True)  # the user may have moved it
-            with atomic_write(path) as file:
-                torch.save(contents, file)
-                file.flush()
-                os.fsync(file.fileno())
-                # Drop the page cache, so the file is read back from the disk.
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                verify_archive(Path(file.name))
-                size = file.tell()
+            size = save_checkpoint(contents, path)
             self._valid.add(path)
             self._delete_old(contents["step"], good_step)
         except Exception as error:
@@ -103,7 +180,7 @@ class CheckpointManager:
                 with suppress(OSError):
                     needed, free = tensor_bytes(contents) / 1e6, shutil.disk_usage(self.directory).free / 1e6
                     reason += f": it needs {needed:,.1f} MB, and {free:,.1f} MB are free"
-        self._result = SaveResult(path, contents["step"], size, time.perf_counter() - start, reason)
+        return SaveResult(path, contents["step"], good_step, size, time.perf_counter() - start, reason)
 
     def _delete_old(self, newest: int, good_step: int):
         kept, good = 0, False
@@ -117,7 +194,7 @@ class CheckpointManager:
             try:
                 path.unlink()
             except OSError as error:
-                say(f"warning: {path} could not be deleted ({error.strerror})")
+                logger.warning(f"{path} could not be deleted ({error.strerror})")
 
     def _is_valid(self, path: Path) -> bool:
         if path not in self._valid:
@@ -127,15 +204,3 @@ class CheckpointManager:
                 return False
             self._valid.add(path)
         return True
-
-    def result(self) -> SaveResult | None:
-        """Return the result of the last attempt, once. Returns None while the attempt is running."""
-        if self._thread is None or self._thread.is_alive():
-            return None
-        self._thread = None
-        return self._result
-
-    def wait(self):
-        """Wait for the write in progress, if any."""
-        if self._thread:
-            self._thread.join()

@@ -2,28 +2,78 @@
 
 import errno
 import json
+import logging
 import math
 import os
 import platform
+import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..files import atomic_write
-from ..log import say
+from .options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 
-def flops_per_token(config: ModelConfig, active_parameters: int, seq_len: int) -> int:
-    """Forward and backward FLOPs: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
+class Statistics:
+    """Sums and times since the last log line. The tensors stay on the device until `read` is called.
 
-    The embedding counts once, as the output head. Recomputation does not count.
+    `steps` includes steps of the process that wrote the checkpoint; the times do not.
     """
-    norms = (2 * config.num_layers + 1) * config.d_model
-    return 6 * (active_parameters - norms) + 6 * config.num_layers * config.d_model * seq_len
+
+    SAVED = ("losses", "micro_batches", "tokens_per_expert_LE", "grad_norm", "steps", "skipped_steps")
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        self.dense = config.dense
+        self.losses = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, z-loss and balance loss
+        self.micro_batches = torch.zeros((), dtype=torch.int64, device=device)  # with finite losses
+        shape_LE = (config.num_layers, config.num_experts)
+        self.tokens_per_expert_LE = torch.zeros(shape_LE, dtype=torch.int64, device=device)
+        self.grad_norm = torch.zeros((), device=device)  # of the last step
+        self.steps = self.skipped_steps = 0
+        self.start_clock()
+
+    def start_clock(self):
+        self.start = time.perf_counter()
+        self.timed_steps = 0
+        self.data_wait = self.save_wait = 0.0
+
+    def add(self, losses: Tensor, tokens_per_expert_LE: Tensor, grad_norm: Tensor, micro_batches: int):
+        """Add a step: the sums of its micro-batches. Non-finite losses are left out of the means."""
+        finite = losses.isfinite().all()
+        self.losses += torch.where(finite, losses, 0.0)
+        self.micro_batches += finite * micro_batches
+        self.tokens_per_expert_LE += tokens_per_expert_LE
+        self.grad_norm = grad_norm
+        self.steps += 1
+        self.timed_steps += 1
+
+    def read(self, tokens_per_step: int) -> dict:
+        """Return the mean losses, the expert load and the speed. Synchronizes with the device.
+
+        The losses are None if no step had a finite loss.
+        """
+        seconds = time.perf_counter() - self.start
+        means = (self.losses / self.micro_batches).tolist() if self.micro_batches else [None] * 3
+        record = dict(zip(("loss", "z_loss", "balance_loss"), means, strict=True))
+        norm = self.grad_norm.item()
+        record["grad_norm"] = norm if math.isfinite(norm) else None
+        if not self.dense:
+            record |= expert_health(self.tokens_per_expert_LE.cpu())
+        record["tokens_per_second"] = self.timed_steps * tokens_per_step / (seconds - self.save_wait)
+        record |= {"data_wait": self.data_wait / seconds, "save_wait": self.save_wait / seconds}
+        return record | {"skipped_steps": self.skipped_steps}
 
 
 def expert_health(tokens_per_expert_LE: Tensor) -> dict:
@@ -42,10 +92,10 @@ def expert_health(tokens_per_expert_LE: Tensor) -> dict:
 
 
 class Metrics:
-    """Appends records to metrics.jsonl, one JSON object per line, and to TensorBoard if it is installed.
+    """Appends records to metrics.jsonl, one JSON object per line, and to a TensorBoard file.
 
-    Drops the lines after `step`, because the resumed run writes them again. If the disk is
-    full, a line is written later, together with the next one. Raises OSError if the directory is not writable.
+    Drops the lines after `step`, because the resumed run writes them again. If the disk is full, a line is written
+    later, together with the next one. Raises OSError if the directory is not writable.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -58,13 +108,7 @@ class Metrics:
                     file.writelines(kept)
         self._file = path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
-        self._board: Board | None = None
-        with suppress(ImportError):
-            self._board = Board(directory / "tensorboard", step)
-
-    @property
-    def has_tensorboard(self) -> bool:
-        return self._board is not None
+        self._board: Board | None = Board(directory / "tensorboard", step)
 
     def write(self, record: dict):
         self._unwritten.append(json.dumps(record).encode() + b"\n")
@@ -74,7 +118,7 @@ class Metrics:
                 self._board.write(record)
         except OSError as error:
             self._board = None
-            say(f"warning: {self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
+            logger.warning(f"{self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
 
     def flush(self, to_disk: bool = False):
         """Write all pending lines. With `to_disk`, they survive a power failure."""
@@ -92,7 +136,7 @@ class Metrics:
             if to_disk:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            say(f"warning: {self._file.name}: {error.strerror}; the pending lines will be written later")
+            logger.warning(f"{self._file.name}: {error.strerror}; the pending lines will be written later")
 
     def close(self):
         self.flush()
@@ -104,16 +148,10 @@ class Metrics:
 class Board:
     """Writes records to a TensorBoard file. Steps after `step` in older files of the directory are hidden.
 
-    torch's SummaryWriter writes in a thread, where a full disk ends in a traceback. Raises ImportError without
-    tensorboard, and OSError for a failed write.
+    torch's SummaryWriter writes in a thread, where a full disk ends in a traceback. Raises OSError for a failed write.
     """
 
     def __init__(self, directory: Path, step: int):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.Event, self.Summary = Event, Summary
         directory.mkdir(exist_ok=True)
         path = directory / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
         self.records = RecordWriter(path.open("wb", buffering=0))
@@ -121,12 +159,12 @@ class Board:
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, **fields):
-        self.records.write(self.Event(wall_time=time.time(), **fields).SerializeToString())
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, record: dict):
         values = {name: value for name, value in record.items() if name != "step" and value is not None}
-        scalars = [self.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step=record["step"], summary=self.Summary(value=scalars))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=record["step"], summary=Summary(value=scalars))
 
     def close(self):
         self.records.close()
@@ -140,14 +178,20 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def format_line(record: dict, max_steps: int, seconds_left: float) -> str:
+def print_line(record: dict, options: TrainOptions):
+    """Print the record above the progress bar. Write errors are ignored, so a closed terminal does not end the run."""
+    with suppress(OSError, ValueError):
+        tqdm.write(format_line(record, options), file=sys.stdout)
+
+
+def format_line(record: dict, options: TrainOptions) -> str:
     """Format the record as a log line for the terminal."""
 
     def number(name: str, form: str) -> str:
         return "not finite" if record[name] is None else format(record[name], form)
 
     parts = [
-        f"step {record['step']}/{max_steps}",
+        f"step {record['step']}/{options.max_steps}",
         f"loss {number('loss', '.4f')}",
         f"grad {number('grad_norm', '.2f')}",
         f"lr {record['lr']:.2e}",
@@ -167,6 +211,8 @@ def format_line(record: dict, max_steps: int, seconds_left: float) -> str:
     if "val_loss" in record:
         bits = f" ({number('val_bits_per_byte', '.3f')} bits/byte)" if "val_bits_per_byte" in record else ""
         parts.append(f"val_loss {number('val_loss', '.4f')}{bits}")
-    minutes, seconds = divmod(round(seconds_left), 60)
-    parts.append(f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}")
+    speed = record["tokens_per_second"] * (1 - record["save_wait"])
+    if speed > 0:  # a resumed run can write its first line before its first step
+        seconds = (options.max_steps - record["step"]) * options.tokens_per_step / speed
+        parts.append(f"ETA {timedelta(seconds=round(seconds))}")
     return " | ".join(parts)

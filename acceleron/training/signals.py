@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from ..errors import INTERRUPTED, STOPPED
 
+POLL_SECONDS = 0.2  # how often a waiting run checks for a stop request
 # SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -48,6 +49,9 @@ class StopSignals:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writing)  # ends the thread
+
+    def is_requested(self) -> bool:
+        return self.requested is not None
 
     def _watch(self):
         while received := os.read(self._reading, 1):

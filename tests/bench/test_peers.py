@@ -96,7 +96,7 @@ def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
         return copied
 
     monkeypatch.setattr(CheckpointManager, "_copy", flip_bit)
-    monkeypatch.setattr("acceleron.training.loop.missing_compiler", lambda device: "none here")
+    monkeypatch.setattr("acceleron.training.setup.missing_compiler", lambda device: "none here")
     monkeypatch.setattr(checkpoints, "CPU_BATCH", {"nano": 1})
     monkeypatch.setattr(checkpoints, "CPU_SEQ_LEN", 16)
     monkeypatch.setattr(checkpoints, "CORPUS_CHARACTERS", 1_000_000)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from acceleron.data import Loader, Shards, validation_loader
+from acceleron.data import Loader, Shards
 
 ROW_LENGTH = 16
 # Unequal shards. The single-row shard holds out nothing; the others hold out 1% of their rows, rounded up.
@@ -43,8 +43,9 @@ def shards_of(chunks):
 
 
 def make_validation(shards, **changes):
-    settings = {"seq_len": ROW_LENGTH // 4, "batch_size": 5, "vocab_size": VOCAB_SIZE} | changes
-    return validation_loader(shards, **settings)
+    """Return the loader of the held-out split and its number of batches."""
+    loader = make_loader(shards, **{"seq_len": ROW_LENGTH // 4} | changes).held_out()
+    return loader, loader.end // loader.batch_size
 
 
 def held_out_order(seq_len):

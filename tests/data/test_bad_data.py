@@ -24,7 +24,7 @@ from counting_shards import (
     write_shards,
 )
 
-from acceleron.data import ShardError, Shards, validation_batches
+from acceleron.data import ShardError, Shards
 from acceleron.data import shards as shards_module
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
@@ -302,12 +302,12 @@ def test_resuming_while_skipping_reads_the_same_batches(shards, num_workers):
 
 def test_validation_substitutes_come_from_the_validation_split(shards):
     shards.paths[BAD].unlink()
-    (batch,) = validation_batches(shards, seq_len=16, batch_size=64, vocab_size=VOCAB_SIZE, bad_data="skip")
+    (batch,) = make_loader(shards, batch_size=64, bad_data="skip").held_out()
     good = as_set(all_rows()[1][:2]) | as_set(all_rows()[1][-1:])
     assert len(batch) == sum(HELD_OUT)
     assert as_set(batch) <= good
     with pytest.raises(ShardError, match="missing"):
-        list(validation_batches(shards, seq_len=16, batch_size=64, vocab_size=VOCAB_SIZE))
+        list(make_loader(shards, batch_size=64).held_out())
 
 
 def test_skipping_raises_if_no_row_is_readable(shards):

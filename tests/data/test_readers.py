@@ -10,7 +10,7 @@ import torch
 from counting_shards import ROW_LENGTH, VOCAB_SIZE, held_out_order, make_loader, make_validation, write_shards
 from waiting import TIMEOUT
 
-from acceleron.data import Loader, Shards, validation_batches
+from acceleron.data import Loader, Shards
 from acceleron.data import loader as loader_module
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
@@ -98,8 +98,8 @@ def test_validation_reader_reads_at_most_20_batches_and_ends(shards, batch_size,
 
 def test_stopping_validation_early_ends_its_reader(shards):
     with assert_readers_end():
-        settings = dict(seq_len=1, batch_size=1, vocab_size=VOCAB_SIZE)  # more batches than the prefetch limit
-        for batch in validation_batches(shards, **settings):
+        # more batches than the prefetch limit
+        for batch in make_loader(shards, seq_len=1, batch_size=1).held_out():
             assert torch.equal(batch, held_out_order(1)[:1])
             assert len(readers()) == 1
             break

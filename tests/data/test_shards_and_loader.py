@@ -11,7 +11,7 @@ import pytest
 import torch
 from counting_shards import ROW_LENGTH, ROWS, VOCAB_SIZE, all_rows, as_set, make_loader, write_shards
 
-from acceleron.data import Shards, validation_batches
+from acceleron.data import Shards
 from acceleron.data.loader import Chunks
 from acceleron.errors import InputError
 
@@ -50,20 +50,20 @@ def test_seed_determines_the_order(shards):
 
 @pytest.mark.parametrize("seq_len", [ROW_LENGTH, ROW_LENGTH // 4])
 def test_validation_uses_exactly_the_held_out_rows(shards, seq_len):
-    batches = list(validation_batches(shards, seq_len=seq_len, batch_size=2, vocab_size=VOCAB_SIZE))
+    batches = list(make_loader(shards, seq_len=seq_len, batch_size=2).held_out())
     assert as_set(np.concatenate(batches)) == as_set(all_rows()[1].reshape(-1, seq_len))
-    again = list(validation_batches(shards, seq_len=seq_len, batch_size=2, vocab_size=VOCAB_SIZE))
+    again = list(make_loader(shards, seq_len=seq_len, batch_size=2).held_out())
     assert all(map(torch.equal, batches, again))
 
 
 def test_small_validation_split_yields_one_small_batch(shards):
-    (batch,) = validation_batches(shards, seq_len=ROW_LENGTH, batch_size=64, vocab_size=VOCAB_SIZE)
+    (batch,) = make_loader(shards, batch_size=64).held_out()
     assert as_set(batch) == as_set(all_rows()[1])
 
 
 def test_single_row_shards_still_hold_out_one_row(tmp_path):
     shards = write_shards(tmp_path, rows=(1, 1))
-    (held_out,) = validation_batches(shards, seq_len=ROW_LENGTH, batch_size=1, vocab_size=VOCAB_SIZE)
+    (held_out,) = make_loader(shards, batch_size=1).held_out()
     batch = next(make_loader(shards, batch_size=2))  # one batch spans two epochs
     assert as_set(batch) == {tuple(range(ROW_LENGTH))}
     assert as_set(held_out) == {tuple(range(ROW_LENGTH, 2 * ROW_LENGTH))}

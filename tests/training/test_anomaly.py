@@ -22,8 +22,8 @@ from acceleron.errors import RunFailed, RunStopped
 from acceleron.model import Acceleron
 from acceleron.training import anomaly, train
 from acceleron.training.anomaly import SPIKE_WINDOW, AnomalyDetector
-from acceleron.training.run import Run
 from acceleron.training.signals import StopSignals
+from acceleron.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -71,11 +71,11 @@ def test_skipped_step_does_not_advance_the_optimizer(data_dir, tmp_path, poison,
 @pytest.mark.parametrize("change", [nan_loss, inf_gradient])
 def test_skipped_step_leaves_weights_and_state_unchanged(data_dir, tmp_path, poison, change):
     config = ModelConfig.preset("nano", vocab_size=64)
-    run = Run(options(data_dir, tmp_path), config, Shards(data_dir), torch.device("cpu"), torch.float32)
+    run = Trainer(options(data_dir, tmp_path), config, Shards(data_dir), torch.device("cpu"), torch.float32)
     poison({3}, change)
     states = []
     for _ in range(4):
-        run.step(1e-3)
+        run.train_step(1e-3)
         state = run.state_dict()
         states.append(copy.deepcopy({name: state[name] for name in ("model", "optimizer")}))
     first, second, third, fourth = states
@@ -174,7 +174,7 @@ def test_run_that_ends_with_skipped_steps_is_saved(data_dir, tmp_path, poison):
     poison({4, 5}, nan_loss)
     train(options(data_dir, tmp_path, max_steps=5, save_interval=100))
     saved = load_checkpoint(tmp_path / "checkpoint_5.pt")
-    assert saved["statistics"]["in_a_row"] == 2
+    assert saved["statistics"]["consecutive_skips"] == 2
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
 
 

@@ -20,9 +20,10 @@ from waiting import TIMEOUT
 
 from acceleron.checkpoint import FORMAT, list_checkpoints, load_checkpoint, newest_checkpoint, verify_archive
 from acceleron.errors import InputError, RunFailed
-from acceleron.training import loop, train
+from acceleron.training import checkpointing, train
 from acceleron.training.checkpointing import CheckpointManager, SaveResult
 from acceleron.training.metrics import Metrics
+from acceleron.training.signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -66,8 +67,7 @@ def contents(step: int, seed: int = 0) -> dict:
 
 def save(manager: CheckpointManager, step: int, good_step: int = 0) -> SaveResult:
     manager.save(contents(step), good_step)
-    manager.wait()
-    return manager.result()
+    return manager.poll(wait=True)
 
 
 def test_save_writes_a_snapshot_in_the_background(tmp_path, monkeypatch):
@@ -81,14 +81,13 @@ def test_save_writes_a_snapshot_in_the_background(tmp_path, monkeypatch):
         manager.save(given, step)
         for weight in given["model"].values():
             weight.zero_()
-        assert manager.result() is None
+        assert manager.poll() is None
         assert not (tmp_path / f"checkpoint_{step}.pt").exists()
         gate.set()
-        manager.wait()
-        result = manager.result()
+        result = manager.poll(wait=True)
         assert result.error is None
         assert_bitwise_equal(torch.load(result.path), contents(step, seed=step))
-        assert manager.result() is None  # returned once
+        assert manager.poll() is None  # returned once
 
 
 def test_keep_last_deletes_only_older_checkpoints(tmp_path):
@@ -189,9 +188,11 @@ def test_flipped_bits_are_detected_in_every_record(tmp_path):
 
 def test_full_disk_costs_a_checkpoint_but_not_the_run(data_dir, tmp_path, monkeypatch, capsys, full_disk):
     """The run retries before the next interval and keeps the previous checkpoint."""
-    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "RETRY_SECONDS", 0.0)
     save = CheckpointManager.save
-    monkeypatch.setattr(CheckpointManager, "save", lambda manager, *args: save(manager, *args) or manager.wait())
+    monkeypatch.setattr(
+        CheckpointManager, "save", lambda manager, *args: save(manager, *args) or manager.poll(wait=True)
+    )
     train(options(data_dir, tmp_path / "expected", save_interval=4))
     full_disk(2, 3)
     capsys.readouterr()
@@ -209,8 +210,8 @@ def test_full_disk_costs_a_checkpoint_but_not_the_run(data_dir, tmp_path, monkey
 
 
 def test_failed_final_save_names_the_last_good_checkpoint(data_dir, tmp_path, monkeypatch, full_disk):
-    monkeypatch.setattr(loop, "FINAL_RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "FINAL_TIMEOUT", 0.0)
+    monkeypatch.setattr(checkpointing, "FINAL_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "FINAL_TIMEOUT", 0.0)
     full_disk(2, 3, 4)
     first = tmp_path / "checkpoint_6.pt"
     with pytest.raises(RunFailed, match=f"step 12 could not be saved in 3 attempts; the last good .* is {first}"):
@@ -228,11 +229,10 @@ def test_final_save_is_retried_at_growing_intervals(data_dir, tmp_path, monkeypa
 
     def sleep(seconds: float):
         now[0] += seconds
-        if now[0] > stop_at:
-            monkeypatch.setattr(loop.Trainer, "_stop_requested", lambda trainer: True)
 
+    monkeypatch.setattr(StopSignals, "is_requested", lambda stop: now[0] > stop_at)
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep, perf_counter=time.perf_counter)
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(checkpointing, "time", clock)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_500_000))
     full_disk(*range(1, 1000))
     fail = torch.save

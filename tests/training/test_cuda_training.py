@@ -9,7 +9,7 @@ from runs import assert_bitwise_equal, final_state, options
 from acceleron import ModelConfig
 from acceleron.data import Shards
 from acceleron.training import train
-from acceleron.training.run import Run
+from acceleron.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -31,14 +31,14 @@ def test_resumed_deterministic_run_equals_an_uninterrupted_one(data_dir, tmp_pat
 def test_step_does_not_synchronize(data_dir, tmp_path):
     run_options = options(data_dir, tmp_path, device="cuda", dtype="bf16", grad_accum=2, skip_spikes=True)
     device = torch.device("cuda")
-    run = Run(run_options, ModelConfig.preset("nano", vocab_size=64), Shards(data_dir), device, torch.bfloat16)
+    run = Trainer(run_options, ModelConfig.preset("nano", vocab_size=64), Shards(data_dir), device, torch.bfloat16)
     with run.context():
         for _ in range(3):
-            run.step(1e-3)
+            run.train_step(1e-3)
         run.fetch()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run.step(1e-3)
+            run.train_step(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert run.read_anomalies() == []

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +16,9 @@ from waiting import TIMEOUT
 from acceleron.checkpoint import load_checkpoint
 from acceleron.data.loader import Chunks, Loader
 from acceleron.errors import InputError, RunFailed
-from acceleron.training import loop, train
-from acceleron.training import run as run_module
-from acceleron.training.run import Run
+from acceleron.training import checkpointing, loop, metrics, train
+from acceleron.training import trainer as trainer_module
+from acceleron.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -99,7 +100,7 @@ def test_unreadable_rows_are_skipped_identically_after_a_resume(data_dir, tmp_pa
     gone = data_dir / "shard_00001.npy"
     settings = dict(max_steps=12, eval_interval=12, save_interval=6, log_interval=3, bad_data="skip")
     run = options(data_dir, tmp_path / "uninterrupted", **settings)
-    monkeypatch.setattr(run_module, "MAX_ROW_WARNINGS", 3)
+    monkeypatch.setattr(trainer_module, "MAX_ROW_WARNINGS", 3)
     before_batch(4, lambda: gone.rename(tmp_path / "away.npy"))
     train(run)
     output = capsys.readouterr().err
@@ -129,8 +130,8 @@ def test_reader_failure_saves_and_stops_the_run(data_dir, tmp_path, before_batch
 
 
 def test_data_and_disk_failures_are_both_reported(data_dir, tmp_path, before_batch, monkeypatch):
-    monkeypatch.setattr(loop, "FINAL_TIMEOUT", 0.0)
-    monkeypatch.setattr(loop, "FINAL_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "FINAL_TIMEOUT", 0.0)
+    monkeypatch.setattr(checkpointing, "FINAL_RETRY_SECONDS", 0.0)
 
     def full(contents, file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -143,8 +144,9 @@ def test_data_and_disk_failures_are_both_reported(data_dir, tmp_path, before_bat
 
 def test_data_stall_is_logged_and_measured(data_dir, tmp_path, monkeypatch, capsys):
     """The clock advances by 25 s per step and per failed poll. The fourth batch needs three extra polls."""
-    clock, poll, step, failures = SimpleNamespace(now=0.0), Loader.poll, Run.step, [25.0, 25.0, 25.0]
+    clock, poll, step, failures = SimpleNamespace(now=0.0), Loader.poll, Trainer.train_step, [25.0, 25.0, 25.0]
     clock.perf_counter = clock.monotonic = lambda: clock.now
+    clock.time, clock.time_ns = time.time, time.time_ns
 
     def poll_again(loader, timeout):
         if loader.position == 3 * loader.batch_size and failures:
@@ -156,13 +158,13 @@ def test_data_stall_is_logged_and_measured(data_dir, tmp_path, monkeypatch, caps
         step(run, lr)
         clock.now += 25.0
 
-    monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(run_module, "time", clock)
+    for module in (loop, metrics, trainer_module):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(Loader, "poll", poll_again)
-    monkeypatch.setattr(Run, "step", timed_step)
+    monkeypatch.setattr(Trainer, "train_step", timed_step)
     train(options(data_dir, tmp_path / "run", max_steps=4, eval_interval=4))
     output = capsys.readouterr()
-    assert run_module.STALL_SECONDS == 60  # only the third poll exceeds it
+    assert trainer_module.STALL_SECONDS == 60  # only the third poll exceeds it
     (warning,) = [line for line in output.err.splitlines() if "no data" in line]
     assert re.fullmatch(rf"warning: no data for 75 s: {data_dir}/shard_0000[01]\.npy rows? \d+.*", warning)
     log = records(tmp_path / "run")

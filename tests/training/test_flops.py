@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acceleron import Acceleron, ModelConfig
 from acceleron.kernels import torch_ops
-from acceleron.training.metrics import flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
 # All widths differ, so no two terms are equal.
@@ -83,4 +82,4 @@ def test_flops_per_token_equals_torchs_count_with_half_the_attention(name):
     pairs = BATCH * config.num_heads * SEQ_LEN**2
     assert attention == 6 * config.num_layers * 2 * pairs * config.head_dim
     counted = counter.get_total_flops() - attention // 2
-    assert flops_per_token(config, model.num_parameters()[1], SEQ_LEN) * BATCH * SEQ_LEN == counted
+    assert model.flops_per_token(SEQ_LEN) * BATCH * SEQ_LEN == counted

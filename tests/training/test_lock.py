@@ -11,8 +11,8 @@ import pytest
 from runs import Child, options, pause_at_step, shrink_nano
 
 from acceleron.errors import InputError
+from acceleron.lock import DirectoryLock
 from acceleron.training import train
-from acceleron.training.lock import DirectoryLock
 
 
 def test_second_run_is_rejected_with_the_pid_and_host_of_the_first(data_dir, tmp_path):

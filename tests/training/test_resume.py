@@ -13,7 +13,7 @@ from acceleron.checkpoint import load_checkpoint
 from acceleron.data.tokenizer import train_tokenizer
 from acceleron.errors import InputError
 from acceleron.training import train
-from acceleron.training.run import Run
+from acceleron.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -56,14 +56,14 @@ def test_steps_do_not_depend_on_global_random_generators(data_dir, tmp_path, mon
     """A checkpoint does not contain their states."""
     settings = dict(batch_size=8, max_steps=4, eval_interval=3)
     train(options(data_dir, tmp_path / "expected", **settings))
-    step = Run.step
+    step = Trainer.train_step
 
     def reseeded_step(run, lr):
         for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(run.steps)
+            seed(run.step)
         step(run, lr)
 
-    monkeypatch.setattr(Run, "step", reseeded_step)
+    monkeypatch.setattr(Trainer, "train_step", reseeded_step)
     train(options(data_dir, tmp_path / "reseeded", **settings))
     assert_bitwise_equal(final_state(tmp_path / "reseeded", 4), final_state(tmp_path / "expected", 4))
 

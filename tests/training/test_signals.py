@@ -25,7 +25,6 @@ from waiting import wait_until
 from acceleron.checkpoint import list_checkpoints, load_checkpoint
 from acceleron.data import Loader
 from acceleron.data.loader import Chunks
-from acceleron.training import loop
 
 STEPS = 40
 STOPPED = 75
@@ -45,12 +44,12 @@ def uninterrupted(data_dir, tmp_path_factory):
 
 
 def pause_evaluation(gate: str, stalls: bool = False):
-    """Hook: pause at the first of 50 evaluation batches. With `stalls`, the batch never arrives."""
+    """Hook: pause at the first of endless evaluation batches. With `stalls`, the batch never arrives."""
     shrink_nano()
-    make = loop.validation_loader
+    make = Loader.held_out
 
-    def make_paused(*args, **kwargs):
-        loader, _ = make(*args, **kwargs)
+    def make_paused(training_loader):
+        loader = make(training_loader)
         batch, polls = next(loader), itertools.count(1)
 
         def poll(timeout):
@@ -60,10 +59,10 @@ def pause_evaluation(gate: str, stalls: bool = False):
                 pause(gate)
             return None if stalls else batch
 
-        loader.poll = poll
-        return loader, 50
+        loader.poll, loader.position = poll, 0
+        return loader
 
-    loop.validation_loader = make_paused
+    Loader.held_out = make_paused
 
 
 def stall_data(gate: str):
@@ -187,14 +186,14 @@ def compile_evaluation_with(compiler: str, gate: str):
     """Hook: pause only the evaluation's compilation, in a new process group."""
     shrink_nano()
     os.setsid()
-    make = loop.validation_loader
+    make = Loader.held_out
 
-    def make_and_pause(*args, **kwargs):
+    def make_and_pause(loader):
         compile_with(compiler)
         open(gate, "w").close()
-        return make(*args, **kwargs)
+        return make(loader)
 
-    loop.validation_loader = make_and_pause
+    Loader.held_out = make_and_pause
 
 
 @pytest.mark.slow

@@ -19,10 +19,9 @@ from acceleron.data.tokenizer import train_tokenizer
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
 from acceleron.training import TrainOptions, loop, train
-from acceleron.training.metrics import expert_health, flops_per_token
-from acceleron.training.optimizer import build_optimizer
+from acceleron.training.metrics import expert_health
+from acceleron.training.optimizer import build_optimizer, learning_rate
 from acceleron.training.options import parse_options
-from acceleron.training.schedule import learning_rate
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -41,7 +40,7 @@ def test_run_learns_and_writes_all_metrics_and_checkpoints(data_dir, tmp_path, m
     assert log[-1]["val_loss"] < 2.0  # the unigram entropy is about log 64 = 4.16, the chain's entropy log 4 = 1.39
     assert log[-1]["tokens"] == 60 * 4 * 64
     config = ModelConfig.preset("nano", vocab_size=64)
-    flops = flops_per_token(config, Acceleron(config).num_parameters()[1], 64)
+    flops = Acceleron(config).flops_per_token(64)
     assert all(0 < r["mfu"] == pytest.approx(r["tokens_per_second"] * flops / 1e12) for r in log)
     assert {p.name for p in tmp_path.glob("checkpoint_*")} == {f"checkpoint_{s}.pt" for s in range(6, 61, 6)}
     assert list((tmp_path / "tensorboard").iterdir())

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from waiting import TIMEOUT
 
 from acceleron.errors import InputError
-from acceleron.training.plot import plot_losses, read_curves
+from acceleron.plot import plot_losses, read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = """{"tokens": 100, "loss": 4.5}
@@ -33,7 +33,7 @@ def test_plot_works_with_any_directory_name_and_backend(tmp_path):
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text(LINES)
     subprocess.run(
-        [sys.executable, "-m", "acceleron.training.plot", str(run_dir)],
+        [sys.executable, "-m", "acceleron.plot", str(run_dir)],
         cwd=ROOT, env=os.environ | {"MPLBACKEND": "xyz"}, timeout=TIMEOUT, check=True,
     )  # fmt: skip
     picture = imread(run_dir / "loss.png")

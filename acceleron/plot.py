@@ -1,12 +1,12 @@
-"""Plot the loss curves of a run: python -m acceleron.training.plot RUN_DIR writes RUN_DIR/loss.png."""
+"""Plot the loss curves of a run: python -m acceleron.plot RUN_DIR writes RUN_DIR/loss.png."""
 
 import json
 import math
 import sys
 from pathlib import Path
 
-from ..errors import InputError, file_error, path_error, run_command
-from ..flags import Parser, nonempty
+from .errors import InputError, file_error, path_error, run_command
+from .flags import Parser, nonempty
 
 
 def read_curves(path: Path) -> list[list[tuple[float, float]]]:
@@ -60,7 +60,7 @@ def plot_losses(run_dir: Path) -> Path:
 
 
 def main():
-    parser = Parser(prog="python -m acceleron.training.plot", description=__doc__)
+    parser = Parser(prog="python -m acceleron.plot", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=nonempty)
     print(f"wrote {plot_losses(Path(parser.parse_args().run_dir))}")
 

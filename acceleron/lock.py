@@ -3,15 +3,17 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import InputError, file_error
-from ..log import say
+from .errors import InputError, file_error
 
 NAME = "run.lock"
+
+logger = logging.getLogger(__name__)
 
 
 class DirectoryLock:
@@ -34,7 +36,7 @@ class DirectoryLock:
             raise file_error(f"--save_dir {directory}: cannot be written", error) from error
         stale = self._file.read()
         if stale:
-            say(f"note: {self._path} was left by {_describe(stale)}, which is no longer running")
+            logger.info(f"note: {self._path} was left by {_describe(stale)}, which is no longer running")
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
         with suppress(OSError):  # the lock also works on a full disk, but the file then does not name its holder
             self._file.truncate(0)
@@ -51,8 +53,8 @@ class DirectoryLock:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    say(
-                        f"warning: the file system of {self._path.parent} does not support locks ({error.strerror}): "
+                    logger.warning(
+                        f"the file system of {self._path.parent} does not support locks ({error.strerror}): "
                         "do not start a second run there"
                     )
                     return file

@@ -1,0 +1,31 @@
+"""The validation loss of a model."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .data.tokenizer import ByteCounter
+from .model import Acceleron
+
+
+@torch.no_grad()
+def evaluate(model: Acceleron, batches: Iterable[Tensor], text_bytes: ByteCounter | None = None) -> dict:
+    """Return val_loss in nats per token and, with `text_bytes`, val_bits_per_byte. Both are None if not finite.
+
+    batches: int64 (B, S) token ids on the CPU.
+    """
+    total = targets = num_bytes = 0
+    for batch in batches:
+        input_ids = batch.to(model.embedding.device)
+        scored = batch.numel() - len(batch)
+        total += model(input_ids, labels=input_ids).cross_entropy.double() * scored
+        targets += scored
+        num_bytes += text_bytes.count(batch.numpy()) if text_bytes else 0
+    nats = float(total)
+    finite = math.isfinite(nats)
+    record = {"val_loss": nats / targets if finite else None}
+    if num_bytes:
+        record["val_bits_per_byte"] = nats / math.log(2) / num_bytes if finite else None
+    return record

@@ -1,0 +1,216 @@
+"""From the options to a trainer and its output files: checks all input, and selects the checkpoint to resume from."""
+
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from .. import ops
+from ..attention import attention_name
+from ..checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
+from ..config import ModelConfig, round_up, short_repr
+from ..data import Shards
+from ..data.shards import METADATA
+from ..data.tokenizer import ByteCounter, find_tokenizer, load_tokenizer, num_ids
+from ..device import cpu_has_bf16, missing_compiler, resolve_device, resolve_dtype
+from ..errors import InputError, did_you_mean, file_error, path_error
+from ..files import atomic_write
+from .checkpointing import CheckpointManager
+from .metrics import Metrics
+from .options import TrainOptions
+from .trainer import Trainer
+
+# A resumed run can change these options without a warning.
+FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
+FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
+
+logger = logging.getLogger(__name__)
+
+
+def check_paths(options: TrainOptions) -> TrainOptions:
+    """Return the options with --resume as a path or "auto". Raises InputError for a path that does not exist.
+
+    Must run before the lock creates save_dir. Otherwise the error would list save_dir among the existing files.
+    """
+    if not Path(options.data_dir).is_dir():
+        raise path_error("--data_dir", options.data_dir, "directory")
+    if options.tokenizer and not Path(options.tokenizer).is_file():
+        load_tokenizer(options.tokenizer)  # raises
+    if options.resume in (None, "auto"):
+        return options
+    path = find_checkpoint(options.resume, Path(options.save_dir))
+    if path.is_file():
+        return replace(options, resume=str(path))
+    if question := did_you_mean(options.resume, ["auto"]).strip():
+        raise InputError(f"--resume {path} does not exist: {question}")
+    raise path_error("--resume", path, "file")
+
+
+def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trainer, Path | None]:
+    """Build or resume a run and read its first batch. Returns the trainer and the path of the tokenizer, if any.
+
+    Writes nothing. Raises InputError for bad input.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    try:
+        backend = ops.set_backend(options.kernels, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    resumed_from, checkpoint = select_checkpoint(options)
+    # With --bad_data skip, shards that become unreadable still count as part of the data.
+    known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
+    shards = Shards(options.data_dir, known)
+    tokenizer_path = find_tokenizer(options.tokenizer, Path(options.data_dir), scripts_dir)
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    checked = tokenizer_path is None or shards.check_tokenizer(tokenizer_path)
+    config = model_config(options, tokenizer)
+    text_bytes = ByteCounter(tokenizer, config.vocab_size) if tokenizer else None
+    if text_bytes and not text_bytes.exact:
+        logger.info("val_bits_per_byte is not reported: the tokenizer does not reproduce the text exactly")
+        text_bytes = None
+    trainer = Trainer(options, config, shards, device, dtype, text_bytes)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint, resumed_from)
+        warn_about_changes(options, trainer.environment(), checkpoint)
+        if trainer.step >= options.max_steps and options.resume != "auto":
+            raise InputError(
+                f"--resume {options.resume} is at step {trainer.step}: pass --max_steps above {trainer.step}"
+            )
+    _announce(trainer, backend)
+    if not checked:
+        logger.info(f"note: {options.data_dir} has no {METADATA}, so {tokenizer_path} cannot be checked")
+    _compile(trainer)
+    trainer.fetch()
+    return trainer, tokenizer_path
+
+
+def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
+    """Return the checkpoint to resume from, (path, contents), if any. Raises InputError for conflicting checkpoints."""
+    save_dir = Path(options.save_dir)
+    if options.resume == "auto":
+        return newest_checkpoint(save_dir) or (None, None)
+    existing = {} if options.memory_test else list_checkpoints(save_dir)
+    path = Path(options.resume) if options.resume else None
+    if existing and (path is None or path.resolve().parent != save_dir.resolve()):
+        raise InputError(
+            f"--save_dir {save_dir} has checkpoints of a different run: continue it with --resume auto, or choose "
+            "another directory"
+        )
+    checkpoint = load_checkpoint(path) if path else None
+    if existing and max(existing) > checkpoint["step"]:
+        raise InputError(
+            f"--resume {path} is at step {checkpoint['step']}, but {save_dir} has {existing[max(existing)].name}: "
+            "continue with --resume auto, choose another --save_dir, or remove the newer checkpoints"
+        )
+    return path, checkpoint
+
+
+def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dict):
+    """Warn about settings and versions that differ from the checkpoint's."""
+    saved = checkpoint["options"]
+    for name, value in asdict(options).items():
+        if name not in FREE_OPTIONS and name in saved and saved[name] != value:
+            logger.warning(f"--{name} is {value}, but was {short_repr(saved[name])} before")
+    for name, value in environment.items():
+        before = checkpoint["environment"].get(name)
+        if before != value:
+            logger.warning(f"{name} is {value}, but was {short_repr(before)} before: results will not be bitwise equal")
+
+
+def model_config(options: TrainOptions, tokenizer: Tokenizer | None) -> ModelConfig:
+    """Return the preset with its vocabulary size. Raises InputError if it does not fit the tokenizer or --seq_len."""
+    entries = num_ids(tokenizer) if tokenizer else None
+    overrides = {"debug_force_load_balance": options.debug_force_load_balance}
+    if options.vocab_size:
+        overrides["vocab_size"] = options.vocab_size
+    elif options.model_size == "nano":
+        if entries is None:
+            raise InputError("nano needs a tokenizer for its vocabulary size: pass --tokenizer or --vocab_size")
+        overrides["vocab_size"] = round_up(entries, 128)
+    config = ModelConfig.preset(options.model_size, dense=options.dense, **overrides)
+    if entries and entries > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {entries} entries, more than the model's vocabulary of {config.vocab_size}: "
+            "pass a larger --vocab_size or a different --tokenizer"
+        )
+    if options.seq_len > config.max_seq_len:
+        raise InputError(f"--seq_len {options.seq_len} is above the model's maximum of {config.max_seq_len}")
+    return config
+
+
+def _announce(trainer: Trainer, backend: str):
+    options, model, shards = trainer.options, trainer.model, trainer.loader.chunks.shards
+    config, device, dtype = model.config, trainer.device, model.compute_dtype
+    total, active = model.num_parameters()
+    kind = "dense baseline" if config.dense else f"MoE, {config.num_experts} routed experts, top-2, 1 shared expert"
+    logger.info(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
+    logger.info(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
+    logger.info(f"attention: {attention_name(device, dtype, config.head_dim)}")
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
+        logger.warning("this CPU has no native bf16: GEMMs are many times slower than with --dtype fp32")
+    rows, epoch = int(shards.num_rows.sum()), len(trainer.loader.chunks) * options.seq_len
+    logger.info(f"data: {len(shards.paths)} shards, {rows:,} rows of {shards.row_length}")
+    logger.info(f"{epoch:,} tokens per epoch, {options.tokens_per_step:,} per step")
+    if trainer.resumed_from:
+        logger.info(f"continuing from {trainer.resumed_from}, step {trainer.step}")
+
+
+def _compile(trainer: Trainer):
+    """Compile the model if requested and possible."""
+    if trainer.options.no_compile:
+        return
+    if missing := missing_compiler(trainer.device):
+        logger.warning(f"torch.compile needs the compiler {missing}, which is not installed: using eager mode")
+    else:
+        trainer.model.compile_blocks()
+        logger.info("compiling the blocks; the first step takes a while")
+
+
+def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics, CheckpointManager]:
+    """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""
+    options, save_dir = trainer.options, Path(trainer.options.save_dir)
+    # The previous process stopped before it wrote the log line of its last step. So this process writes the line, and
+    # saves the step again.
+    unfinished = trainer.statistics.steps > 0
+    try:
+        if tokenizer_path:
+            _copy_tokenizer(tokenizer_path, save_dir / "tokenizer.json")
+        if options.resume is None:
+            _move_aside(save_dir / "metrics.jsonl")
+        metrics = Metrics(save_dir, trainer.step - 1 if unfinished else trainer.step)
+        checkpoints = CheckpointManager(
+            save_dir,
+            options.save_interval,
+            options.keep_last,
+            before_save=partial(metrics.flush, to_disk=True),  # a checkpoint must not be newer than the log
+            step=trainer.step,
+            saved=not unfinished,
+            resumed_from=trainer.resumed_from,
+        )
+    except OSError as error:
+        raise file_error(f"--save_dir {save_dir}: cannot be written", error) from error
+    logger.info(f"writing to {save_dir}: checkpoints, metrics.jsonl, tensorboard/")
+    return metrics, checkpoints
+
+
+def _copy_tokenizer(path: Path, copy: Path):
+    content = path.read_bytes()
+    if not copy.exists():
+        with atomic_write(copy) as file:
+            file.write(content)
+    elif copy.read_bytes() != content:
+        raise InputError(f"{copy} differs from the tokenizer {path}: choose another --save_dir")
+
+
+def _move_aside(path: Path):
+    """Rename the log of a previous run."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        free = next(name for name in names if not name.exists())
+        path.replace(free)
+        logger.info(f"note: {path} is from a different run: renamed to {free.name}")

@@ -1,0 +1,229 @@
+"""The optimizer steps of a run, and the state that is saved in a checkpoint."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..attention import best_sdpa
+from ..checkpoint import FORMAT, is_cpu_tensor, load_weights, restore_optimizer
+from ..config import ModelConfig
+from ..data import Loader, Shards
+from ..data.tokenizer import ByteCounter
+from ..device import deterministic_algorithms, device_name, peak_memory
+from ..errors import InputError, RunFailed
+from ..evaluate import evaluate
+from ..model import Acceleron
+from .anomaly import Anomaly, AnomalyDetector
+from .metrics import Statistics
+from .optimizer import build_optimizer, learning_rate, update
+from .options import TrainOptions
+from .signals import POLL_SECONDS
+
+STALL_SECONDS = 60.0  # seconds without data before each warning
+MAX_ROW_WARNINGS = 20  # skipped rows that are logged individually
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A model with its optimizer and data, after `step` optimizer steps on `tokens` tokens.
+
+    Run the steps inside `context()`. `text_bytes` is for val_bits_per_byte. Raises InputError for a seq_len that does
+    not divide the shards' row length.
+
+    Attributes:
+        batches: the micro-batches that were fetched for the next step.
+        statistics: means and times since the last log line.
+        consistent: False only during an optimizer update, when the state must not be saved.
+        resumed_from: the checkpoint that this run continues, if any.
+    """
+
+    def __init__(
+        self, options: TrainOptions, config: ModelConfig, shards: Shards, device: torch.device, dtype: torch.dtype,
+        text_bytes: ByteCounter | None = None,
+    ):  # fmt: skip
+        self.options, self.device, self.text_bytes = options, device, text_bytes
+        if options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at the first GEMM
+        self.loader = Loader(
+            shards, seq_len=options.seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
+            seed=options.seed, bad_data=options.bad_data, num_workers=options.num_workers,
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        torch.manual_seed(options.seed)  # for the initial weights; steps use no random numbers
+        self.model = Acceleron(config, compute_dtype=dtype).to(device)
+        self.model.gradient_checkpointing = not options.no_gradient_checkpointing
+        self.optimizer = build_optimizer(self.model, options.weight_decay)
+        self.detector = AnomalyDetector(device, options.skip_spikes)
+        self.statistics = Statistics(config, device)
+        self.step = self.tokens = 0
+        self.batches: list[Tensor] = []
+        self.consistent = True
+        self.resumed_from: Path | None = None
+        self._row_warnings_left = MAX_ROW_WARNINGS
+        self._data_state = self.loader.state_dict()  # before `batches`
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Context manager for the steps. Use it only once."""
+        with deterministic_algorithms() if self.options.deterministic else nullcontext(), best_sdpa(self.device):
+            self.statistics.start_clock()
+            yield
+
+    def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the batches of the next step. Return False if `should_stop` returns true.
+
+        The step has not started yet, so the run can be saved during a data stall. Raises InputError for unreadable
+        data.
+        """
+        start = time.perf_counter()
+        while len(self.batches) < self.options.grad_accum:
+            batch = self._next_batch(self.loader, should_stop)
+            if batch is None:
+                return False
+            self.batches.append(batch)
+        self.statistics.data_wait += time.perf_counter() - start
+        return not should_stop()
+
+    def _next_batch(self, loader: Loader, should_stop: Callable[[], bool]) -> Tensor | None:
+        """Wait for a batch, and log stalls and skipped rows. Return None if `should_stop` returned true first."""
+        start = last_warning = time.perf_counter()
+        batch = None
+        while batch is None and not should_stop():
+            try:
+                batch = loader.poll(POLL_SECONDS)
+            except RuntimeError as error:
+                raise RunFailed(str(error)) from error
+            now = time.perf_counter()
+            if batch is None and now - last_warning > STALL_SECONDS:
+                last_warning = now
+                logger.warning(f"no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
+        for complaint in loader.warnings[: self._row_warnings_left]:
+            logger.warning(f"skipped: {complaint}")
+            self._row_warnings_left -= 1
+            if not self._row_warnings_left:
+                logger.warning("further skipped rows are not logged; skipped_rows counts those in the training data")
+        loader.warnings.clear()
+        return batch
+
+    def train_step(self, lr: float):
+        """Train on the next batches. Raises InputError for unreadable data.
+
+        A failure before the optimizer update leaves the run unchanged, and `consistent` stays True.
+        """
+        self.fetch()
+        losses = torch.zeros_like(self.statistics.losses)
+        tokens_per_expert_LE = torch.zeros_like(self.statistics.tokens_per_expert_LE)
+        with self.model.accumulate_gradients() if self.options.grad_accum > 1 else nullcontext():
+            for batch in self.batches:
+                input_ids = batch.to(self.device, non_blocking=True)
+                output = self.model(input_ids, labels=input_ids)
+                (output.loss / self.options.grad_accum).backward()
+                parts = (output.cross_entropy, output.z_loss, output.balance_loss)
+                losses += torch.stack([loss.detach().double() for loss in parts])
+                if output.tokens_per_expert_LE is not None:
+                    tokens_per_expert_LE += output.tokens_per_expert_LE
+        grad_norm = torch.nn.utils.get_total_norm([w.grad for w in self.model.parameters() if w.grad is not None])
+        self.consistent = False
+        self.step += 1
+        self.tokens += self.options.tokens_per_step
+        loss = losses[0] / self.options.grad_accum
+        skipped = self.detector.check(self.step, self._data_state["position"], loss, grad_norm)
+        self.statistics.add(losses, tokens_per_expert_LE, grad_norm, self.options.grad_accum)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        update(self.optimizer, grad_norm, self.options.grad_clip, skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.batches = []
+        self._data_state = self.loader.state_dict()
+        self.consistent = True
+
+    def validate(self, should_stop: Callable[[], bool]) -> dict | None:
+        """Evaluate the model on the held-out batches. Return None if `should_stop` returned true before the end."""
+
+        def batches() -> Iterator[Tensor]:
+            while loader.position < loader.end and (batch := self._next_batch(loader, should_stop)) is not None:
+                yield batch
+
+        with closing(self.loader.held_out()) as loader:
+            record = evaluate(self.model, batches(), self.text_bytes)
+            return record if loader.position == loader.end else None
+
+    def read_anomalies(self) -> list[Anomaly]:
+        """Return the skipped steps and loss spikes since the last call. Synchronizes with the device."""
+        anomalies = self.detector.read()
+        self.statistics.skipped_steps += sum(anomaly.skipped for anomaly in anomalies)
+        return anomalies
+
+    def origin(self, anomaly: Anomaly) -> str:
+        """Return the shards and rows of the step's batches."""
+        starts = (anomaly.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
+        return "; ".join(self.loader.describe_rows(start) for start in starts)
+
+    def read_statistics(self) -> dict:
+        """Return the fields of metrics.jsonl. Call `read_anomalies` first, which synchronizes with the device."""
+        record = {"step": self.step, "lr": learning_rate(self.step - 1, self.options), "tokens": self.tokens}
+        record |= self.statistics.read(self.options.tokens_per_step)
+        return record | {"skipped_rows": self.loader.skipped_rows, "memory_bytes": peak_memory(self.device)}
+
+    def reset_statistics(self):
+        self.statistics = Statistics(self.model.config, self.device)
+
+    def environment(self) -> dict:
+        """Return what can change the last bits of the results."""
+        return {
+            "torch": str(torch.__version__),
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "kernels": ops.backend_name(self.device, self.model.compute_dtype),
+        }
+
+    def state_dict(self) -> dict:
+        """Return the contents of a checkpoint: everything that later steps depend on. Call `read_anomalies` first.
+
+        No step draws random numbers. torch.compile can, so generator states differ after resuming; they are not saved.
+        """
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "tokens": self.tokens,
+            "config": self.model.config.to_dict(),
+            "options": asdict(self.options),
+            "environment": self.environment(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data": self._data_state,
+            "statistics": {name: getattr(part, name) for part, name in self._saved_parts()},
+        }
+
+    def load_state_dict(self, checkpoint: dict, path: Path):
+        """Continue from a checkpoint. Raises InputError if it is damaged or does not fit the model or the data."""
+        load_weights(self.model, checkpoint, path)
+        restore_optimizer(self.optimizer, checkpoint, path)
+        self.loader.load_state_dict(checkpoint["data"])
+        self.step, self.tokens, self.resumed_from = checkpoint["step"], checkpoint["tokens"], path
+        self.batches = []
+        self._data_state = self.loader.state_dict()
+        saved, ours = checkpoint["statistics"], self.state_dict()["statistics"]
+        if saved.keys() != ours.keys() or not all(_is_like(saved[name], ours[name]) for name in ours):
+            raise InputError(f"{path}: damaged: its statistics do not fit the model")
+        for part, name in self._saved_parts():  # copies tensors, because they are memory-mapped from the file
+            value = saved[name]
+            setattr(part, name, value.to(self.device, copy=True) if isinstance(value, Tensor) else value)
+
+    def _saved_parts(self) -> list[tuple[object, str]]:
+        return [(part, name) for part in (self.statistics, self.detector) for name in part.SAVED]
+
+
+def _is_like(value, example) -> bool:
+    if isinstance(example, Tensor):
+        return is_cpu_tensor(value, example.shape, example.dtype)
+    return type(value) is int and 0 <= value < 2**62
