@@ -56,7 +56,7 @@ def entry(trainer: Trainer, manager: CheckpointManager, interval: int, row: Row)
     def ratio() -> float:
         nonlocal wrong
         baseline.append(steps())
-        trainer.read_anomalies()
+        trainer.detector.read()
         saved = snapshot(trainer.state_dict() | {"config": trainer.model.config})
         start = time.perf_counter()
         manager.save(trainer.state_dict(), trainer.detector.good_step)

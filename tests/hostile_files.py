@@ -65,7 +65,7 @@ def write_checkpoint(run: Trainer, directory: Path) -> Path:
     """Train a new run for two steps and save a checkpoint in train.py's format."""
     for _ in range(2):
         run.train_step(1e-3)
-    run.read_anomalies()
+    run.detector.read()
     manager = CheckpointManager(directory)
     manager.save(run.state_dict(), 0)
     assert manager.poll(wait=True).error is None

@@ -141,7 +141,7 @@ def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Me
 
 def report_anomalies(trainer: Trainer, checkpoints: CheckpointManager):
     """Log skipped steps and loss spikes. Raises Diverged after max_bad_steps skipped steps in a row."""
-    for anomaly in trainer.read_anomalies():
+    for anomaly in trainer.detector.read():
         kind = "skipped" if anomaly.skipped else "a spike"
         if math.isfinite(anomaly.loss + anomaly.grad_norm):
             kind += f", above {anomaly.threshold:.4f}"

@@ -41,21 +41,19 @@ class Statistics:
         shape_LE = (config.num_layers, config.num_experts)
         self.tokens_per_expert_LE = torch.zeros(shape_LE, dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)  # of the last step
-        self.steps = self.skipped_steps = 0
-        self.start_clock()
-
-    def start_clock(self):
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps = self.timed_steps = 0
         self.start = time.perf_counter()
-        self.timed_steps = 0
-        self.data_wait = self.save_wait = 0.0
+        self.data_wait = self.save_wait = 0.0  # seconds
 
-    def add(self, losses: Tensor, tokens_per_expert_LE: Tensor, grad_norm: Tensor, micro_batches: int):
+    def add(self, losses: Tensor, tokens_per_expert_LE: Tensor, micro_batches: int, grad_norm: Tensor, skipped: Tensor):
         """Add a step: the sums of its micro-batches. Non-finite losses are left out of the means."""
         finite = losses.isfinite().all()
         self.losses += torch.where(finite, losses, 0.0)
         self.micro_batches += finite * micro_batches
         self.tokens_per_expert_LE += tokens_per_expert_LE
         self.grad_norm = grad_norm
+        self.skipped_steps += skipped
         self.steps += 1
         self.timed_steps += 1
 
@@ -73,7 +71,7 @@ class Statistics:
             record |= expert_health(self.tokens_per_expert_LE.cpu())
         record["tokens_per_second"] = self.timed_steps * tokens_per_step / (seconds - self.save_wait)
         record |= {"data_wait": self.data_wait / seconds, "save_wait": self.save_wait / seconds}
-        return record | {"skipped_steps": self.skipped_steps}
+        return record | {"skipped_steps": self.skipped_steps.item()}
 
 
 def expert_health(tokens_per_expert_LE: Tensor) -> dict:

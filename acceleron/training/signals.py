@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from ..errors import INTERRUPTED, STOPPED
 
@@ -30,34 +30,32 @@ class StopSignals:
         self.has_progress = False
         self.before_exit: Callable[[], None] = lambda: None
         self._interrupts = 0
+        self._cleanup = ExitStack()
 
     def __enter__(self) -> "StopSignals":
-        self._active = threading.current_thread() is threading.main_thread()
-        if self._active:
-            self._reading, self._writing = os.pipe()
-            os.set_blocking(self._writing, False)
-            self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            # Python writes a signal to the pipe only if it has a Python handler for it.
-            handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self._handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
-            threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            self._cleanup.callback(os.close, writing)  # ends the thread
+            self._cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    # Python writes a signal to the pipe only if it has a Python handler for it.
+                    self._cleanup.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+            threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        if self._active:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._wakeup)
-            os.close(self._writing)  # ends the thread
+        self._cleanup.close()
 
     def is_requested(self) -> bool:
         return self.requested is not None
 
-    def _watch(self):
-        while received := os.read(self._reading, 1):
+    def _watch(self, reading: int):
+        while received := os.read(reading, 1):
             if received[0] in STOP_SIGNALS:
                 self._handle(signal.Signals(received[0]))
-        os.close(self._reading)
+        os.close(reading)
 
     def _handle(self, number: signal.Signals):
         self._interrupts += number == signal.SIGINT

@@ -75,7 +75,7 @@ class Trainer:
     def context(self) -> Iterator[None]:
         """Context manager for the steps. Use it only once."""
         with deterministic_algorithms() if self.options.deterministic else nullcontext(), best_sdpa(self.device):
-            self.statistics.start_clock()
+            self.statistics.start = time.perf_counter()
             yield
 
     def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -128,7 +128,7 @@ class Trainer:
                 output = self.model(input_ids, labels=input_ids)
                 (output.loss / self.options.grad_accum).backward()
                 parts = (output.cross_entropy, output.z_loss, output.balance_loss)
-                losses += torch.stack([loss.detach().double() for loss in parts])
+                losses += torch.stack([loss.detach() for loss in parts]).double()
                 if output.tokens_per_expert_LE is not None:
                     tokens_per_expert_LE += output.tokens_per_expert_LE
         grad_norm = torch.nn.utils.get_total_norm([w.grad for w in self.model.parameters() if w.grad is not None])
@@ -137,7 +137,7 @@ class Trainer:
         self.tokens += self.options.tokens_per_step
         loss = losses[0] / self.options.grad_accum
         skipped = self.detector.check(self.step, self._data_state["position"], loss, grad_norm)
-        self.statistics.add(losses, tokens_per_expert_LE, grad_norm, self.options.grad_accum)
+        self.statistics.add(losses, tokens_per_expert_LE, self.options.grad_accum, grad_norm, skipped)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         update(self.optimizer, grad_norm, self.options.grad_clip, skipped)
@@ -157,19 +157,13 @@ class Trainer:
             record = evaluate(self.model, batches(), self.text_bytes)
             return record if loader.position == loader.end else None
 
-    def read_anomalies(self) -> list[Anomaly]:
-        """Return the skipped steps and loss spikes since the last call. Synchronizes with the device."""
-        anomalies = self.detector.read()
-        self.statistics.skipped_steps += sum(anomaly.skipped for anomaly in anomalies)
-        return anomalies
-
     def origin(self, anomaly: Anomaly) -> str:
         """Return the shards and rows of the step's batches."""
         starts = (anomaly.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
         return "; ".join(self.loader.describe_rows(start) for start in starts)
 
     def read_statistics(self) -> dict:
-        """Return the fields of metrics.jsonl. Call `read_anomalies` first, which synchronizes with the device."""
+        """Return the fields of metrics.jsonl since the last reset. Synchronizes with the device."""
         record = {"step": self.step, "lr": learning_rate(self.step - 1, self.options), "tokens": self.tokens}
         record |= self.statistics.read(self.options.tokens_per_step)
         return record | {"skipped_rows": self.loader.skipped_rows, "memory_bytes": peak_memory(self.device)}
@@ -187,7 +181,7 @@ class Trainer:
         }
 
     def state_dict(self) -> dict:
-        """Return the contents of a checkpoint: everything that later steps depend on. Call `read_anomalies` first.
+        """Return the contents of a checkpoint: everything that later steps depend on. Call `detector.read` first.
 
         No step draws random numbers. torch.compile can, so generator states differ after resuming; they are not saved.
         """

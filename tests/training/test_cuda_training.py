@@ -41,4 +41,4 @@ def test_step_does_not_synchronize(data_dir, tmp_path):
             run.train_step(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert run.read_anomalies() == []
+    assert run.detector.read() == []
