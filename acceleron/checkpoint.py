@@ -60,7 +60,7 @@ def save_checkpoint(contents: dict, path: Path) -> int:
         torch.save(contents, file)
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # drop the page cache
+        if hasattr(os, "posix_fadvise"):  # drop the page cache, so the file is read back from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         verify_archive(Path(file.name))
         return file.tell()

@@ -34,21 +34,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def device_name(device: torch.device) -> str:
-    """Name the device, for example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.machine()]
-    amx = " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
-    return f"{models[0]}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 on CUDA and on CPUs with native bf16 arithmetic, else fp32."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16()) else "fp32"
     return DTYPES[name]
+
+
+def cpu_name() -> str:
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cpu_has_bf16() -> bool:

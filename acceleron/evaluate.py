@@ -12,7 +12,7 @@ from .model import Acceleron
 
 @torch.no_grad()
 def evaluate(model: Acceleron, batches: Iterable[Tensor], text_bytes: ByteCounter | None = None) -> dict:
-    """Return val_loss in nats per token and, with `text_bytes`, val_bits_per_byte. Both are None if not finite.
+    """Return val_loss in nats per token and, with `text_bytes`, val_bits_per_byte. A non-finite value is None.
 
     batches: int64 (B, S) token ids on the CPU.
     """
@@ -24,7 +24,7 @@ def evaluate(model: Acceleron, batches: Iterable[Tensor], text_bytes: ByteCounte
         targets += scored
         num_bytes += text_bytes.count(batch.numpy()) if text_bytes else 0
     nats = float(total)
-    finite = math.isfinite(nats)
+    finite = targets > 0 and math.isfinite(nats)
     record = {"val_loss": nats / targets if finite else None}
     if num_bytes:
         record["val_bits_per_byte"] = nats / math.log(2) / num_bytes if finite else None

@@ -21,8 +21,8 @@ class DirectoryLock:
 
     The lock is an operating system lock on the file run.lock, so it always ends with the process. The file names the
     holder. A file without a lock is stale. `release` removes the file, and any directory that the lock created if it is
-    still empty. Raises InputError if another process holds the lock (the message has its pid and
-    host) or the directory is not writable.
+    still empty. Raises InputError if another process holds the lock (the message has its pid and host) or the directory
+    is not writable.
     """
 
     def __init__(self, directory: Path):

@@ -86,7 +86,7 @@ def set_backend(choice: str, device: torch.device | str) -> str:
 
 
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel backend for tensors of this device and dtype: "reference", or Triton's version and exceptions."""
+    """Return the kernel backend for this device and dtype: "reference", or Triton with its version and exceptions."""
     return _describe_triton(device) if uses_triton(device, dtype) else "reference"
 
 

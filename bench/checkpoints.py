@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from statistics import median
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from acceleron.device import dtype_name, synchronize
 from acceleron.errors import RunFailed
 from acceleron.training.checkpointing import CheckpointManager
 from acceleron.training.options import TrainOptions
-from acceleron.training.setup import build_trainer
+from acceleron.training.setup import build_trainer, open_outputs
 from acceleron.training.trainer import Trainer
 
 from .command import parse, run_entries
@@ -85,12 +84,11 @@ def main():
     shape = dict(batch_size=batch_size, seq_len=seq_len)
     with tempfile.TemporaryDirectory() as name:
         print(write_corpus(f"{name}/data", NANO_VOCAB, CORPUS_CHARACTERS), flush=True)
-        options = TrainOptions(
-            f"{name}/data", size, device=str(device), no_gradient_checkpointing=True, save_dir=name, **shape
-        )
+        settings = dict(device=str(device), no_gradient_checkpointing=True, save_dir=name, keep_last=1)
+        options = TrainOptions(f"{name}/data", size, **settings, **shape)
         trainer, _ = build_trainer(options, None)
-        manager = CheckpointManager(Path(name), keep_last=1)
+        metrics, manager = open_outputs(trainer, None)
         case = dict(size=size, dtype=dtype_name(trainer.model.compute_dtype), **shape, interval=arguments.interval)
         row = Row("checkpoints", "checkpoint in the background", case, "ratio", group="checkpoints")
-        with closing(trainer.loader), closing(manager), trainer.context():
+        with closing(trainer.loader), closing(metrics), closing(manager), trainer.context():
             run_entries([entry(trainer, manager, arguments.interval, row)], arguments.rounds, results, ours=1)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from acceleron.device import device_name
 from acceleron.errors import InputError, file_error, path_error
 
 FILE = "results.jsonl"
@@ -84,6 +83,16 @@ def ranged(values: tuple[float, float, float], size: float = 1) -> str:
     """Format (middle, low, high) as "middle (low .. high)", in units of `size`."""
     middle, low, high = (number(value / size) for value in values)
     return middle if low == high else f"{middle} ({low} .. {high})"
+
+
+def device_name(device: torch.device) -> str:
+    """Name the device, for example "NVIDIA H100 80GB HBM3" or "AMD EPYC 9R14, 2 cores, AVX512"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.machine()]
+    amx = " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
+    return f"{models[0]}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def default_directory() -> Path:

@@ -263,7 +263,7 @@ class Loader:
             thread.join(max(0, deadline - time.monotonic()))
 
     def held_out(self) -> "Loader":
-        """Return a Loader over the held-out split in a fixed order, with the same settings but one reader.
+        """Return a Loader over the held-out split in a fixed order, for one rank and with one reader.
 
         It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch.
         """

@@ -41,11 +41,11 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointManager:
-    """Decides when to save a run, writes checkpoint_<step>.pt in a thread, and deletes old checkpoints.
+    """Writes checkpoint_<step>.pt in a thread, repeats failed attempts, and deletes old checkpoints.
 
     A checkpoint gets its name only after it has been written to disk, read back and verified against its checksums.
     Then older checkpoints are deleted, except for the last `keep_last` valid ones (0 keeps all). At least one kept
-    checkpoint is good: the step after it was not skipped. A failed attempt changes nothing and is repeated.
+    checkpoint is good: the step after it was not skipped. A failed attempt changes nothing.
 
     In all methods, `good_step` is the newest step whose checkpoint is good.
     """
@@ -55,10 +55,10 @@ class CheckpointManager:
         before_save: Callable[[], None] = lambda: None, step: int = 0, saved: bool = True,
         resumed_from: Path | None = None,
     ):  # fmt: skip
-        """saved: whether `step` needs no checkpoint."""
+        """step, saved: the run's step, and whether it has a checkpoint. Step 0 needs none."""
         self.directory, self.interval, self.keep_last = directory, interval, keep_last
         self.before_save, self.resumed_from = before_save, resumed_from
-        self.saved: dict[int, Path] = {}  # checkpoints that this process has written, by step
+        self.written: dict[int, Path] = {}  # by this process; the keys are steps
         self.saved_step, self.attempted_step = step if saved else -1, step
         self.retry_at = math.inf
         self._valid: set[Path] = set()  # checkpoints that this process has written or verified
@@ -92,7 +92,7 @@ class CheckpointManager:
         result, self._write_in_progress = self._write_in_progress.result(), None
         if result.error is None:
             self.saved_step = result.step
-            self.saved[result.step] = result.path
+            self.written[result.step] = result.path
             logger.info(f"saved {result.path}: {result.bytes / 1e6:,.1f} MB in {result.seconds:.2f} s")
             return result
         self.retry_at = time.monotonic() + RETRY_SECONDS
@@ -110,7 +110,7 @@ class CheckpointManager:
         for attempts in count():
             self.poll(wait=True, quiet=attempts > 1)
             if self.saved_step == step:
-                path = self.saved.get(step, self.resumed_from)
+                path = self.written.get(step, self.resumed_from)
                 return f"everything is saved in {path}" if path else "there is nothing to save yet"
             if attempts >= FINAL_ATTEMPTS and (should_stop() or time.monotonic() > give_up):
                 break
@@ -130,7 +130,7 @@ class CheckpointManager:
     def rename_diverged(self, good_step: int) -> str:
         """Rename this process's checkpoints that are not good. Return which checkpoint is the last good one."""
         self.poll(wait=True)
-        for path in (path for step, path in self.saved.items() if step > good_step):
+        for path in (path for step, path in self.written.items() if step > good_step):
             try:
                 path.replace(path.with_name(path.name + ".diverged"))
                 logger.warning(f"no good step followed {path}: renamed to {path.name}.diverged")
@@ -143,7 +143,8 @@ class CheckpointManager:
         self._executor.shutdown()
 
     def _last_good(self, good_step: int) -> str:
-        path = self.saved.get(max((step for step in self.saved if step <= good_step), default=None), self.resumed_from)
+        newest = max((step for step in self.written if step <= good_step), default=None)
+        path = self.written.get(newest, self.resumed_from)
         return f"the last good checkpoint is {path}" if path else "there is no good checkpoint yet"
 
     def _copy(self, value, key: tuple = ()):
@@ -162,9 +163,7 @@ class CheckpointManager:
 
     def _write(self, contents: dict, good_step: int, ready: torch.cuda.Event | None) -> SaveResult:
         path = checkpoint_path(self.directory, contents["step"])
-        start = time.perf_counter()
-        size = 0
-        reason = None
+        start, size, reason = time.perf_counter(), 0, None
         try:
             if ready:
                 ready.synchronize()

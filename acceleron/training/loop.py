@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, is_out_of
 from ..lock import DirectoryLock
 from ..self_check import require_correct_kernels
 from .checkpointing import CheckpointManager
-from .metrics import Metrics, print_line
+from .metrics import Metrics, format_line
 from .optimizer import learning_rate
 from .options import TrainOptions
 from .setup import build_trainer, check_paths, open_outputs
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(RunFailed):
-    """The run has no finite losses or gradients any more, so its state is not saved."""
+    """Too many steps in a row were skipped, or the last validation loss is not finite. The state is not saved."""
 
 
 def train(options: TrainOptions, scripts_dir: Path | None = None):
     """Train with these options. If data_dir has no tokenizer, pile_tokenizer.json in `scripts_dir` is used.
 
     Checks all input and reads the first batch before writing anything except a lock. Raises InputError for bad input,
-    RunFailed if the run cannot continue, and RunStopped after a stop signal. Progress is saved first, unless the last
-    steps had no finite loss or gradient. A signal before the first step, or a second SIGINT, ends the process.
+    RunFailed if the run cannot continue, and RunStopped after a stop signal. Progress is saved first, unless the run
+    has diverged. A signal before the first step, or a second SIGINT, ends the process.
     """
     with StopSignals() as stop:
         options = check_paths(options)
@@ -67,31 +67,36 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
     peak, peak_source = peak_flops(trainer.device, trainer.model.compute_dtype)
     logger.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s, {peak_source}")
     flops_per_token = trainer.model.flops_per_token(options.seq_len)
-    hidden = None if sys.stderr else True  # None shows the bar only in a terminal; the log lines also show the ETA
-    bar = tqdm(total=options.max_steps, initial=trainer.step, unit="step", dynamic_ncols=True, disable=hidden)
+    # disable=None shows the bar only in a terminal. The log lines also show the ETA.
+    count = dict(total=options.max_steps, initial=trainer.step, unit="step")
+    bar = tqdm(**count, dynamic_ncols=True, disable=None if sys.stderr else True)
     with bar, logging_redirect_tqdm(), trainer.context():
         while True:
             # After a resume, the previous process trained the last step, and a signal may have ended its evaluation.
             step, last = trainer.step, trainer.step >= options.max_steps
             evaluate = last or step % options.eval_interval == 0
+            # A log line precedes each regular checkpoint.
             log = evaluate or step % options.log_interval == 0 or step % options.save_interval == 0
-            save = checkpoints.due(step) and not last  # train_and_save saves the last step
+            save = checkpoints.due(step)
             if log or save or trainer.statistics.steps % options.max_bad_steps == 0:
                 report_anomalies(trainer, checkpoints)
 
             if log and trainer.statistics.steps > 0:
                 record = trainer.read_statistics()
+                record["lr"] = learning_rate(step - 1, options)
                 record["mfu"] = record["tokens_per_second"] * flops_per_token / peak
                 validation = trainer.validate(stop.is_requested) if evaluate else {}
                 if validation is not None:  # else a signal ended the evaluation, and the resumed run repeats it
                     record |= validation
                     metrics.write(record)
-                    print_line(record, options)
+                    with suppress(OSError, ValueError, AttributeError):  # a closed or missing terminal
+                        tqdm.write(format_line(record, options), file=sys.stdout)
                     trainer.reset_statistics()
                     if last and record["val_loss"] is None:
-                        raise diverged(trainer, checkpoints, "because the last validation loss is not finite")
+                        raise divergence(trainer, checkpoints, "because the last validation loss is not finite")
 
-            if save and trainer.detector.consecutive_skips == 0:  # else the save waits for the next good step
+            # train_and_save saves the last step. After a skipped step, the save waits for the next good step.
+            if save and not last and trainer.detector.consecutive_skips == 0:
                 start = time.perf_counter()
                 checkpoints.save(trainer.state_dict(), trainer.detector.good_step)
                 trainer.statistics.save_wait += time.perf_counter() - start
@@ -106,7 +111,8 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
 def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics, stop: StopSignals) -> str:
     """Run the training loop, save the last step, and return where it is saved.
 
-    After an error in the loop, saves all completed steps and raises the error with a description of what is saved.
+    After an error in the loop, saves all completed steps and raises the error with a description of what is saved. The
+    state is not saved if the run has diverged, or after an error during an optimizer update.
     """
 
     def finish() -> str:
@@ -151,10 +157,10 @@ def report_anomalies(trainer: Trainer, checkpoints: CheckpointManager):
         )
     streak = trainer.detector.longest_streak
     if streak >= trainer.options.max_bad_steps:
-        raise diverged(trainer, checkpoints, f"after {streak} skipped steps in a row")
+        raise divergence(trainer, checkpoints, f"after {streak} skipped steps in a row")
 
 
-def diverged(trainer: Trainer, checkpoints: CheckpointManager, why: str) -> Diverged:
+def divergence(trainer: Trainer, checkpoints: CheckpointManager, why: str) -> Diverged:
     """Rename the checkpoints that were not followed by a good step, and return the error."""
     last_good = checkpoints.rename_diverged(trainer.detector.good_step)
     return Diverged(

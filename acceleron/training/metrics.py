@@ -6,10 +6,7 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -121,15 +118,10 @@ class Metrics:
     def flush(self, to_disk: bool = False):
         """Write all pending lines. With `to_disk`, they survive a power failure."""
         try:
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                lines = b"".join(self._unwritten)
-                if self._file.write(lines) < len(lines):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with suppress(OSError):
-                    self._file.truncate(end)  # no partial line
-                raise
+            end, lines = self._file.seek(0, os.SEEK_END), b"".join(self._unwritten)
+            if self._file.write(lines) < len(lines):
+                self._file.truncate(end)  # no partial line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten.clear()
             if to_disk:
                 os.fsync(self._file.fileno())
@@ -140,7 +132,7 @@ class Metrics:
         self.flush()
         self._file.close()
         if self._board:
-            self._board.close()
+            self._board.records.close()
 
 
 class Board:
@@ -164,9 +156,6 @@ class Board:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step=record["step"], summary=Summary(value=scalars))
 
-    def close(self):
-        self.records.close()
-
 
 def _step_of(line: bytes) -> float:
     """Return the line's step, or infinity for a damaged or partial line."""
@@ -174,12 +163,6 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def print_line(record: dict, options: TrainOptions):
-    """Print the record above the progress bar. Write errors are ignored, so a closed terminal does not end the run."""
-    with suppress(OSError, ValueError):
-        tqdm.write(format_line(record, options), file=sys.stdout)
 
 
 def format_line(record: dict, options: TrainOptions) -> str:
@@ -212,5 +195,5 @@ def format_line(record: dict, options: TrainOptions) -> str:
     speed = record["tokens_per_second"] * (1 - record["save_wait"])
     if speed > 0:  # a resumed run can write its first line before its first step
         seconds = (options.max_steps - record["step"]) * options.tokens_per_step / speed
-        parts.append(f"ETA {timedelta(seconds=round(seconds))}")
+        parts.append(f"ETA {tqdm.format_interval(seconds)}")
     return " | ".join(parts)

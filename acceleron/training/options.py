@@ -33,34 +33,26 @@ class TrainOptions:
     log_interval: int = option(10, "steps between log lines", minimum=1)
     eval_interval: int = option(1000, "steps between validation loss evaluations", minimum=1)
     save_interval: int = option(5000, "steps between checkpoints", minimum=1)
-    keep_last: int = option(
-        0, "number of checkpoints to keep; at least one is followed by a good step; 0 keeps all", minimum=0
-    )
+    keep_last: int = option(0, "checkpoints to keep; at least one is followed by a good step; 0 keeps all", minimum=0)
     save_dir: str = option("checkpoints", "directory for checkpoints, metrics.jsonl and TensorBoard files")
     resume: str | None = option(None, "checkpoint to continue from; auto: the newest valid one in save_dir, if any")
     num_workers: int = option(2, "data reader threads", minimum=1)
     bad_data: str = option("fail", "on an unreadable row: fail, or skip it", ("fail", "skip"))
     max_bad_steps: int = option(
-        10,
-        "stop after this many skipped steps in a row; also the number of steps between checks, which sync the GPU",
-        minimum=1,
+        10, "stop after this many skipped steps in a row; also the steps between checks, which sync the GPU", minimum=1
     )
     skip_spikes: bool = option(False, "skip the update if the loss is 6 sigma above its running mean")
     seed: int = option(42, "random seed for the initial weights and the data order", minimum=0)
-    tokenizer: str | None = option(
-        None, "tokenizer.json (default: the one in data_dir, or else pile_tokenizer.json next to train.py)"
-    )
+    tokenizer: str | None = option(None, "default: tokenizer.json in data_dir, or pile_tokenizer.json next to train.py")
     vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
     dtype: str = option(
-        "auto",
-        "dtype of GEMMs and activations; auto is bf16 where supported natively",
-        choices=("auto", "bf16", "fp32"),
+        "auto", "dtype of GEMMs and activations; auto is bf16 where supported natively", ("auto", "bf16", "fp32")
     )
     kernels: str = option(
         "auto",
         "kernel backend; auto is Triton on an NVIDIA GPU if it passes a self-check, else the PyTorch reference",
-        choices=("auto", "triton", "reference"),
+        ("auto", "triton", "reference"),
     )
     deterministic: bool = option(False, "bitwise reproducible on a GPU (CPU runs always are)")
     no_compile: bool = option(False, "disable torch.compile")

@@ -1,4 +1,4 @@
-"""From the options to a trainer and its output files: checks all input, and selects the checkpoint to resume from."""
+"""Builds the trainer and opens its output files. Checks all input and selects the checkpoint to resume from."""
 
 import logging
 from dataclasses import asdict, replace
@@ -76,7 +76,7 @@ def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trai
     trainer = Trainer(options, config, shards, device, dtype, text_bytes)
     if checkpoint:
         trainer.load_state_dict(checkpoint, resumed_from)
-        warn_about_changes(options, trainer.environment(), checkpoint)
+        warn_about_changes(options, trainer.environment, checkpoint)
         if trainer.step >= options.max_steps and options.resume != "auto":
             raise InputError(
                 f"--resume {options.resume} is at step {trainer.step}: pass --max_steps above {trainer.step}"
@@ -84,7 +84,12 @@ def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trai
     _announce(trainer, backend)
     if not checked:
         logger.info(f"note: {options.data_dir} has no {METADATA}, so {tokenizer_path} cannot be checked")
-    _compile(trainer)
+    missing = missing_compiler(device)
+    if missing and not options.no_compile:
+        logger.warning(f"torch.compile needs the compiler {missing}, which is not installed: using eager mode")
+    elif not options.no_compile:
+        trainer.model.compile_blocks()
+        logger.info("compiling the blocks; the first step takes a while")
     trainer.fetch()
     return trainer, tokenizer_path
 
@@ -160,22 +165,10 @@ def _announce(trainer: Trainer, backend: str):
         logger.info(f"continuing from {trainer.resumed_from}, step {trainer.step}")
 
 
-def _compile(trainer: Trainer):
-    """Compile the model if requested and possible."""
-    if trainer.options.no_compile:
-        return
-    if missing := missing_compiler(trainer.device):
-        logger.warning(f"torch.compile needs the compiler {missing}, which is not installed: using eager mode")
-    else:
-        trainer.model.compile_blocks()
-        logger.info("compiling the blocks; the first step takes a while")
-
-
 def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics, CheckpointManager]:
     """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""
     options, save_dir = trainer.options, Path(trainer.options.save_dir)
-    # The previous process stopped before it wrote the log line of its last step. So this process writes the line, and
-    # saves the step again.
+    # The previous process stopped between log lines, or before it wrote one: write the line, and save the step again.
     unfinished = trainer.statistics.steps > 0
     try:
         if tokenizer_path:
@@ -183,15 +176,11 @@ def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics
         if options.resume is None:
             _move_aside(save_dir / "metrics.jsonl")
         metrics = Metrics(save_dir, trainer.step - 1 if unfinished else trainer.step)
+        before_save = partial(metrics.flush, to_disk=True)  # a checkpoint must not be newer than the log
         checkpoints = CheckpointManager(
-            save_dir,
-            options.save_interval,
-            options.keep_last,
-            before_save=partial(metrics.flush, to_disk=True),  # a checkpoint must not be newer than the log
-            step=trainer.step,
-            saved=not unfinished,
-            resumed_from=trainer.resumed_from,
-        )
+            save_dir, options.save_interval, options.keep_last, before_save=before_save, step=trainer.step,
+            saved=not unfinished, resumed_from=trainer.resumed_from,
+        )  # fmt: skip
     except OSError as error:
         raise file_error(f"--save_dir {save_dir}: cannot be written", error) from error
     logger.info(f"writing to {save_dir}: checkpoints, metrics.jsonl, tensorboard/")
@@ -211,6 +200,5 @@ def _move_aside(path: Path):
     """Rename the log of a previous run."""
     if path.exists():
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-        free = next(name for name in names if not name.exists())
-        path.replace(free)
+        free = path.replace(next(name for name in names if not name.exists()))
         logger.info(f"note: {path} is from a different run: renamed to {free.name}")

@@ -17,13 +17,13 @@ from ..checkpoint import FORMAT, is_cpu_tensor, load_weights, restore_optimizer
 from ..config import ModelConfig
 from ..data import Loader, Shards
 from ..data.tokenizer import ByteCounter
-from ..device import deterministic_algorithms, device_name, peak_memory
+from ..device import cpu_name, deterministic_algorithms, peak_memory
 from ..errors import InputError, RunFailed
 from ..evaluate import evaluate
 from ..model import Acceleron
 from .anomaly import Anomaly, AnomalyDetector
 from .metrics import Statistics
-from .optimizer import build_optimizer, learning_rate, update
+from .optimizer import build_optimizer, update
 from .options import TrainOptions
 from .signals import POLL_SECONDS
 
@@ -42,6 +42,7 @@ class Trainer:
     Attributes:
         batches: the micro-batches that were fetched for the next step.
         statistics: means and times since the last log line.
+        environment: what can change the last bits of the results.
         consistent: False only during an optimizer update, when the state must not be saved.
         resumed_from: the checkpoint that this run continues, if any.
     """
@@ -68,14 +69,20 @@ class Trainer:
         self.batches: list[Tensor] = []
         self.consistent = True
         self.resumed_from: Path | None = None
+        self.environment = {
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "threads": torch.get_num_threads(),
+            "kernels": ops.backend_name(device, dtype),
+        }
         self._row_warnings_left = MAX_ROW_WARNINGS
-        self._data_state = self.loader.state_dict()  # before `batches`
+        self._data_state = self.loader.state_dict()  # the loader's state before it returned `batches`
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Context manager for the steps. Use it only once."""
+        """Context manager for the steps. Starts the clock of the statistics."""
         with deterministic_algorithms() if self.options.deterministic else nullcontext(), best_sdpa(self.device):
-            self.statistics.start = time.perf_counter()
+            self.statistics.start, self.statistics.data_wait = time.perf_counter(), 0.0
             yield
 
     def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -106,8 +113,8 @@ class Trainer:
             if batch is None and now - last_warning > STALL_SECONDS:
                 last_warning = now
                 logger.warning(f"no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
-        for complaint in loader.warnings[: self._row_warnings_left]:
-            logger.warning(f"skipped: {complaint}")
+        for skipped in loader.warnings[: self._row_warnings_left]:
+            logger.warning(f"skipped: {skipped}")
             self._row_warnings_left -= 1
             if not self._row_warnings_left:
                 logger.warning("further skipped rows are not logged; skipped_rows counts those in the training data")
@@ -148,12 +155,12 @@ class Trainer:
 
     def validate(self, should_stop: Callable[[], bool]) -> dict | None:
         """Evaluate the model on the held-out batches. Return None if `should_stop` returned true before the end."""
-
-        def batches() -> Iterator[Tensor]:
-            while loader.position < loader.end and (batch := self._next_batch(loader, should_stop)) is not None:
-                yield batch
-
         with closing(self.loader.held_out()) as loader:
+
+            def batches() -> Iterator[Tensor]:
+                while loader.position < loader.end and (batch := self._next_batch(loader, should_stop)) is not None:
+                    yield batch
+
             record = evaluate(self.model, batches(), self.text_bytes)
             return record if loader.position == loader.end else None
 
@@ -164,21 +171,11 @@ class Trainer:
 
     def read_statistics(self) -> dict:
         """Return the fields of metrics.jsonl since the last reset. Synchronizes with the device."""
-        record = {"step": self.step, "lr": learning_rate(self.step - 1, self.options), "tokens": self.tokens}
-        record |= self.statistics.read(self.options.tokens_per_step)
+        record = {"step": self.step, "tokens": self.tokens} | self.statistics.read(self.options.tokens_per_step)
         return record | {"skipped_rows": self.loader.skipped_rows, "memory_bytes": peak_memory(self.device)}
 
     def reset_statistics(self):
         self.statistics = Statistics(self.model.config, self.device)
-
-    def environment(self) -> dict:
-        """Return what can change the last bits of the results."""
-        return {
-            "torch": str(torch.__version__),
-            "device": device_name(self.device),
-            "threads": torch.get_num_threads(),
-            "kernels": ops.backend_name(self.device, self.model.compute_dtype),
-        }
 
     def state_dict(self) -> dict:
         """Return the contents of a checkpoint: everything that later steps depend on. Call `detector.read` first.
@@ -191,7 +188,7 @@ class Trainer:
             "tokens": self.tokens,
             "config": self.model.config.to_dict(),
             "options": asdict(self.options),
-            "environment": self.environment(),
+            "environment": self.environment,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self._data_state,
@@ -206,7 +203,7 @@ class Trainer:
         self.step, self.tokens, self.resumed_from = checkpoint["step"], checkpoint["tokens"], path
         self.batches = []
         self._data_state = self.loader.state_dict()
-        saved, ours = checkpoint["statistics"], self.state_dict()["statistics"]
+        saved, ours = checkpoint["statistics"], {name: getattr(part, name) for part, name in self._saved_parts()}
         if saved.keys() != ours.keys() or not all(_is_like(saved[name], ours[name]) for name in ours):
             raise InputError(f"{path}: damaged: its statistics do not fit the model")
         for part, name in self._saved_parts():  # copies tensors, because they are memory-mapped from the file

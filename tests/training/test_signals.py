@@ -91,6 +91,7 @@ def pause_first_write(gate: str):
 
 PHASES = {  # hook that pauses the run in a phase, and the steps at which it can stop
     "warmup": (partial(pause_at_step, 4), {4}),  # the learning rate warmup takes 4 steps
+    "step before an evaluation": (partial(pause_at_step, 10), {10}),
     "evaluation": (pause_evaluation, {10}),
     "data stall": (stall_data, {5}),
     "data stall in an evaluation": (partial(pause_evaluation, stalls=True), {10}),
@@ -105,6 +106,7 @@ PHASES = {  # hook that pauses the run in a phase, and the steps at which it can
         ("warmup", signal.SIGINT),
         ("warmup", signal.SIGUSR1),
         ("warmup", signal.SIGHUP),
+        ("step before an evaluation", signal.SIGTERM),
         ("evaluation", signal.SIGTERM),
         ("data stall", signal.SIGUSR1),
         ("data stall in an evaluation", signal.SIGTERM),
@@ -127,6 +129,7 @@ def test_signal_saves_and_stops_the_run_within_one_step(data_dir, tmp_path, unin
         f"{number.name}: stopped at step {step}; everything is saved in {tmp_path}/run/checkpoint_{step}.pt" in output
     )
     assert "Traceback" not in output
+    assert "note:" not in output  # an error after the signal
     assert not (tmp_path / "run" / "run.lock").exists()
     assert step in steps
     assert "poll 2" not in output or "stall" in phase  # no evaluation batch after the signal
