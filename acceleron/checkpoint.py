@@ -156,7 +156,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise DamagedCheckpoint(f"{path}: damaged: its tensors are larger than the file; use another checkpoint")
     version = contents.get("format") if isinstance(contents, dict) else None
     if type(version) is not int or version != FORMAT:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint of this version (format {FORMAT})")
+        found = f"has format {version}" if type(version) is int else "not a checkpoint"
+        raise DamagedCheckpoint(f"{path}: {found}; this version of acceleron reads format {FORMAT}")
     wrong = [name for name, kind in FIELD_TYPES.items() if type(contents.get(name)) not in (kind, OrderedDict)]
     if wrong:
         raise DamagedCheckpoint(f"{path}: damaged: wrong type of {', '.join(wrong)}; use another checkpoint")

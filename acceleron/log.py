@@ -1,32 +1,26 @@
-"""Terminal output."""
+"""Logging to the terminal."""
 
 import logging
 import sys
-from typing import TextIO
+from contextlib import suppress
 
 
-class _Handler(logging.StreamHandler):
-    @property
-    def stream(self) -> TextIO | None:  # tests and redirect_stderr replace sys.stderr
-        return sys.stderr
+class _Handler(logging.Handler):
+    """Writes to the current sys.stderr, above any progress bar. A closed or full terminal does not end a run."""
 
-    @stream.setter
-    def stream(self, _):
-        pass
+    def emit(self, record: logging.LogRecord):
+        from tqdm import tqdm  # not needed to import acceleron
 
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return prefix + super().format(record)
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                tqdm.write(prefix + self.format(record), file=sys.stderr)
 
 
 _handler = _Handler()
-_handler.setFormatter(_Formatter())
 
 
 def log_to_stderr():
-    """Show acceleron's log records from INFO on stderr. A warning starts with "warning: "."""
-    logging.raiseExceptions = False  # a closed terminal or a full disk neither ends a run nor prints a traceback
+    """Show acceleron's log records from INFO on stderr. Warnings start with "warning: "."""
     logging.root.addHandler(_handler)  # no effect the second time
     logging.getLogger("acceleron").setLevel(logging.INFO)

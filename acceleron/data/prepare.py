@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import InputError, file_error, path_error
 from .shards import METADATA, ROW_LENGTH, ROWS_PER_SHARD, STAGING, metadata
@@ -271,7 +270,7 @@ def prepare(inputs: list[str], output: str, tokenizer_path: str | None = None, v
             "choose another directory"
         )
     corpus = _Corpus(inputs, target)
-    with _staged(target) as staging, logging_redirect_tqdm():
+    with _staged(target) as staging:
         if tokenizer:
             content = Path(tokenizer_path).read_bytes()
         else:

@@ -8,7 +8,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..device import peak_flops, peak_memory, synchronize, total_memory
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, is_out_of_memory
@@ -59,7 +58,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
 
 
 def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics, stop: StopSignals):
-    """Train up to the last step or a stop request. The last steps may not be saved yet.
+    """Train up to the last step or a stop request. On return, the last steps may not have been saved.
 
     Raises Diverged after max_bad_steps skipped steps in a row, or if the last validation loss is not finite.
     """
@@ -68,9 +67,9 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
     logger.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s, {peak_source}")
     flops_per_token = trainer.model.flops_per_token(options.seq_len)
     # disable=None shows the bar only in a terminal. The log lines also show the ETA.
-    count = dict(total=options.max_steps, initial=trainer.step, unit="step")
-    bar = tqdm(**count, dynamic_ncols=True, disable=None if sys.stderr else True)
-    with bar, logging_redirect_tqdm(), trainer.context():
+    progress = dict(total=options.max_steps, initial=trainer.step, unit="step")
+    bar = tqdm(**progress, dynamic_ncols=True, disable=None if sys.stderr else True)
+    with bar, trainer.context():
         while True:
             # After a resume, the previous process trained the last step, and a signal may have ended its evaluation.
             step, last = trainer.step, trainer.step >= options.max_steps
@@ -89,7 +88,7 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
                 if validation is not None:  # else a signal ended the evaluation, and the resumed run repeats it
                     record |= validation
                     metrics.write(record)
-                    with suppress(OSError, ValueError, AttributeError):  # a closed or missing terminal
+                    with suppress(OSError, ValueError, AttributeError):  # stdout is closed, full or None
                         tqdm.write(format_line(record, options), file=sys.stdout)
                     trainer.reset_statistics()
                     if last and record["val_loss"] is None:

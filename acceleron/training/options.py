@@ -39,11 +39,15 @@ class TrainOptions:
     num_workers: int = option(2, "data reader threads", minimum=1)
     bad_data: str = option("fail", "on an unreadable row: fail, or skip it", ("fail", "skip"))
     max_bad_steps: int = option(
-        10, "stop after this many skipped steps in a row; also the steps between checks, which sync the GPU", minimum=1
+        10,
+        "stop after this many skipped steps in a row; also the number of steps between checks, which sync the GPU",
+        minimum=1,
     )
     skip_spikes: bool = option(False, "skip the update if the loss is 6 sigma above its running mean")
     seed: int = option(42, "random seed for the initial weights and the data order", minimum=0)
-    tokenizer: str | None = option(None, "default: tokenizer.json in data_dir, or pile_tokenizer.json next to train.py")
+    tokenizer: str | None = option(
+        None, "tokenizer.json (default: the one in data_dir, or else pile_tokenizer.json next to train.py)"
+    )
     vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
     dtype: str = option(

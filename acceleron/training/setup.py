@@ -168,7 +168,7 @@ def _announce(trainer: Trainer, backend: str):
 def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics, CheckpointManager]:
     """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""
     options, save_dir = trainer.options, Path(trainer.options.save_dir)
-    # The previous process stopped between log lines, or before it wrote one: write the line, and save the step again.
+    # The previous process stopped before it logged its last steps. Log them, and save the state again.
     unfinished = trainer.statistics.steps > 0
     try:
         if tokenizer_path:

@@ -23,7 +23,7 @@ from ..evaluate import evaluate
 from ..model import Acceleron
 from .anomaly import Anomaly, AnomalyDetector
 from .metrics import Statistics
-from .optimizer import build_optimizer, update
+from .optimizer import build_optimizer, learning_rate, update
 from .options import TrainOptions
 from .signals import POLL_SECONDS
 
@@ -80,7 +80,7 @@ class Trainer:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Context manager for the steps. Starts the clock of the statistics."""
+        """Context manager for the steps. It also starts the statistics' clock."""
         with deterministic_algorithms() if self.options.deterministic else nullcontext(), best_sdpa(self.device):
             self.statistics.start, self.statistics.data_wait = time.perf_counter(), 0.0
             yield
@@ -178,9 +178,10 @@ class Trainer:
         self.statistics = Statistics(self.model.config, self.device)
 
     def state_dict(self) -> dict:
-        """Return the contents of a checkpoint: everything that later steps depend on. Call `detector.read` first.
+        """Return the contents of a checkpoint: everything that later steps depend on.
 
-        No step draws random numbers. torch.compile can, so generator states differ after resuming; they are not saved.
+        Call `detector.read` first, because the steps that it has not read are not in the state. No step draws random
+        numbers. torch.compile can, so generator states differ after resuming; they are not saved.
         """
         return {
             "format": FORMAT,
@@ -199,6 +200,8 @@ class Trainer:
         """Continue from a checkpoint. Raises InputError if it is damaged or does not fit the model or the data."""
         load_weights(self.model, checkpoint, path)
         restore_optimizer(self.optimizer, checkpoint, path)
+        for group in self.optimizer.param_groups:  # as after the last step, if the state is saved again before the next
+            group["lr"] = learning_rate(checkpoint["step"] - 1, self.options)
         self.loader.load_state_dict(checkpoint["data"])
         self.step, self.tokens, self.resumed_from = checkpoint["step"], checkpoint["tokens"], path
         self.batches = []
