@@ -42,6 +42,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_name() -> str:
+    """The architecture and vector instructions, for example "x86_64 CPU, AVX512"."""
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
