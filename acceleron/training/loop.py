@@ -146,16 +146,17 @@ def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Me
 
 def report_anomalies(trainer: Trainer, checkpoints: CheckpointManager):
     """Log skipped steps and loss spikes. Raises Diverged after max_bad_steps skipped steps in a row."""
+    loader, options = trainer.loader, trainer.options
     for anomaly in trainer.detector.read():
         kind = "skipped" if anomaly.skipped else "a spike"
         if math.isfinite(anomaly.loss + anomaly.grad_norm):
             kind += f", above {anomaly.threshold:.4f}"
-        logger.warning(
-            f"step {anomaly.step}: loss {anomaly.loss:.4f}, gradient norm {anomaly.grad_norm:.3g}: {kind}; "
-            f"batch from {trainer.origin(anomaly)}"
-        )
+        losses = f"loss {anomaly.loss:.4f}, gradient norm {anomaly.grad_norm:.3g}"
+        starts = range(anomaly.position, anomaly.position + options.grad_accum * loader.batch_size, loader.batch_size)
+        rows = "; ".join(loader.describe_rows(start) for start in starts)
+        logger.warning(f"step {anomaly.step}: {losses}: {kind}; batch from {rows}")
     streak = trainer.detector.longest_streak
-    if streak >= trainer.options.max_bad_steps:
+    if streak >= options.max_bad_steps:
         raise divergence(trainer, checkpoints, f"after {streak} skipped steps in a row")
 
 

@@ -89,12 +89,13 @@ def expert_health(tokens_per_expert_LE: Tensor) -> dict:
 class Metrics:
     """Appends records to metrics.jsonl, one JSON object per line, and to a TensorBoard file.
 
-    Drops the lines after `step`, because the resumed run writes them again. If the disk is full, a line is written
-    later, together with the next one. Raises OSError if the directory is not writable.
+    Drops the lines after `step`, and hides these steps in older TensorBoard files, because the resumed run writes them
+    again. If the disk is full, a line is written later, together with the next one. Raises OSError if the directory is
+    not writable.
     """
 
     def __init__(self, directory: Path, step: int):
-        path = directory / "metrics.jsonl"
+        path, board = directory / "metrics.jsonl", directory / "tensorboard"
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
@@ -103,14 +104,24 @@ class Metrics:
                     file.writelines(kept)
         self._file = path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
-        self._board: Board | None = Board(directory / "tensorboard", step)
+        board.mkdir(exist_ok=True)
+        events = board / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        # torch's SummaryWriter writes in a thread, where a full disk ends in a traceback.
+        self._board: RecordWriter | None = RecordWriter(events.open("wb", buffering=0))
+        self._write_event(file_version="brain.Event:2")
+        self._write_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write_event(self, **fields):
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, record: dict):
         self._unwritten.append(json.dumps(record).encode() + b"\n")
         self.flush()
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         try:
             if self._board:
-                self._board.write(record)
+                self._write_event(step=record["step"], summary=summary)
         except OSError as error:
             self._board = None
             logger.warning(f"{self._file.name}: cannot write TensorBoard files ({error}); continuing without them")
@@ -132,29 +143,7 @@ class Metrics:
         self.flush()
         self._file.close()
         if self._board:
-            self._board.records.close()
-
-
-class Board:
-    """Writes records to a TensorBoard file. Steps after `step` in older files of the directory are hidden.
-
-    torch's SummaryWriter writes in a thread, where a full disk ends in a traceback. Raises OSError for a failed write.
-    """
-
-    def __init__(self, directory: Path, step: int):
-        directory.mkdir(exist_ok=True)
-        path = directory / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        self.records = RecordWriter(path.open("wb", buffering=0))
-        self._write(file_version="brain.Event:2")
-        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **fields):
-        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
-
-    def write(self, record: dict):
-        values = {name: value for name, value in record.items() if name != "step" and value is not None}
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step=record["step"], summary=Summary(value=scalars))
+            self._board.close()
 
 
 def _step_of(line: bytes) -> float:

@@ -21,7 +21,7 @@ from ..device import cpu_name, deterministic_algorithms, peak_memory
 from ..errors import InputError, RunFailed
 from ..evaluate import evaluate
 from ..model import Acceleron
-from .anomaly import Anomaly, AnomalyDetector
+from .anomaly import AnomalyDetector
 from .metrics import Statistics
 from .optimizer import build_optimizer, learning_rate, update
 from .options import TrainOptions
@@ -88,8 +88,7 @@ class Trainer:
     def fetch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Wait for the batches of the next step. Return False if `should_stop` returns true.
 
-        The step has not started yet, so the run can be saved during a data stall. Raises InputError for unreadable
-        data.
+        The run can be saved while it waits, because the step has not started. Raises InputError for unreadable data.
         """
         start = time.perf_counter()
         while len(self.batches) < self.options.grad_accum:
@@ -163,11 +162,6 @@ class Trainer:
 
             record = evaluate(self.model, batches(), self.text_bytes)
             return record if loader.position == loader.end else None
-
-    def origin(self, anomaly: Anomaly) -> str:
-        """Return the shards and rows of the step's batches."""
-        starts = (anomaly.position + i * self.loader.batch_size for i in range(self.options.grad_accum))
-        return "; ".join(self.loader.describe_rows(start) for start in starts)
 
     def read_statistics(self) -> dict:
         """Return the fields of metrics.jsonl since the last reset. Synchronizes with the device."""

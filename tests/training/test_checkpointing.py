@@ -326,7 +326,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 def test_full_disk_stops_tensorboard_but_not_the_log(tmp_path, capsys):
     metrics = Metrics(tmp_path, 0)
     with Path("/dev/full").open("wb", buffering=0) as full:
-        metrics._board.records = RecordWriter(full)
+        metrics._board = RecordWriter(full)
         for step in (1, 2):
             metrics.write({"step": step, "loss": 1.0})
     metrics.close()
