@@ -91,12 +91,11 @@ class CheckpointManager:
             return None
         result, self._write_in_progress = self._write_in_progress.result(), None
         if result.error is None:
-            self.saved_step = result.step
-            self.written[result.step] = result.path
+            self.saved_step, self.written[result.step] = result.step, result.path
             logger.info(f"saved {result.path}: {result.bytes / 1e6:,.1f} MB in {result.seconds:.2f} s")
-            return result
-        self.retry_at = time.monotonic() + RETRY_SECONDS
-        if not quiet:
+        else:
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+        if result.error and not quiet:
             last_good = self._last_good(result.good_step)
             logger.warning(f"{result.path} could not be written ({result.error}); {last_good}")
         return result

@@ -43,7 +43,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
         with DirectoryLock(Path(options.save_dir)) as lock:
             stop.before_exit = lock.release
             trainer, tokenizer_path = build_trainer(options, scripts_dir)
-            if options.resume == "auto" and trainer.step >= options.max_steps and not trainer.statistics.steps:
+            if options.resume == "auto" and trainer.is_complete:
                 logger.info(f"{trainer.resumed_from} is at step {trainer.step}: training is complete")
                 return
             if options.kernels == "auto":
@@ -52,7 +52,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
             metrics, checkpoints = open_outputs(trainer, tokenizer_path)
             with closing(trainer.loader), closing(metrics), closing(checkpoints):
                 saved = train_and_save(trainer, checkpoints, metrics, stop)
-            if stop.is_requested() and (trainer.step < options.max_steps or trainer.statistics.steps):
+            if not trainer.is_complete:
                 where = f"{stop.requested}: stopped at step {trainer.step}"
                 raise RunStopped(f"{where}; {saved}; continue with --resume auto")
 

@@ -78,6 +78,11 @@ class Trainer:
         self._row_warnings_left = MAX_ROW_WARNINGS
         self._data_state = self.loader.state_dict()  # the loader's state before it returned `batches`
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are trained and logged."""
+        return self.step >= self.options.max_steps and self.statistics.steps == 0
+
     @contextmanager
     def context(self) -> Iterator[None]:
         """Context manager for the steps. It also starts the statistics' clock."""
