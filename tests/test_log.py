@@ -54,9 +54,11 @@ def test_log_lines_are_above_the_progress_bar(monkeypatch):
     assert "50%" in drawn[-1] or "50%" in drawn[-2]
 
 
-def test_missing_stderr_is_ignored(monkeypatch):
+def test_missing_stderr_is_ignored(monkeypatch, capsys):
+    """tqdm.write(file=None) would write to stdout, which can be a generated text."""
     monkeypatch.setattr(sys, "stderr", None)
     log()
+    assert capsys.readouterr().out == ""
 
 
 def test_only_commands_configure_logging():

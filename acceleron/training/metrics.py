@@ -175,9 +175,9 @@ def format_line(record: dict, options: TrainOptions) -> str:
         parts.insert(2, f"z {number('z_loss', '.3f')} balance {number('balance_loss', '.3f')}")
         parts.append(f"experts {shares} entropy {record['expert_entropy']:.3f} dead {record['dead_experts']}")
     if record["skipped_steps"]:
-        parts.append(f"skipped {record['skipped_steps']} steps")
+        parts.append(f"skipped steps: {record['skipped_steps']}")
     if record["skipped_rows"]:
-        parts.append(f"skipped {record['skipped_rows']} rows so far")
+        parts.append(f"skipped rows so far: {record['skipped_rows']}")
     if "val_loss" in record:
         bits = f" ({number('val_bits_per_byte', '.3f')} bits/byte)" if "val_bits_per_byte" in record else ""
         parts.append(f"val_loss {number('val_loss', '.4f')}{bits}")

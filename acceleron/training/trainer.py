@@ -199,7 +199,7 @@ class Trainer:
         """Continue from a checkpoint. Raises InputError if it is damaged or does not fit the model or the data."""
         load_weights(self.model, checkpoint, path)
         restore_optimizer(self.optimizer, checkpoint, path)
-        for group in self.optimizer.param_groups:  # as after the last step, if the state is saved again before the next
+        for group in self.optimizer.param_groups:  # so that saving this state again gives an equal checkpoint
             group["lr"] = learning_rate(checkpoint["step"] - 1, self.options)
         self.loader.load_state_dict(checkpoint["data"])
         self.step, self.tokens, self.resumed_from = checkpoint["step"], checkpoint["tokens"], path

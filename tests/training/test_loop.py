@@ -1,12 +1,16 @@
 """The training loop on its own: which steps it trains, logs and saves, and where a stop request ends it."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import MEASURED, options, records
+from runs import MEASURED, assert_bitwise_equal, final_state, options, records
 
 from acceleron.checkpoint import list_checkpoints
+from acceleron.data import Loader
+from acceleron.errors import RunStopped
+from acceleron.training import train
 from acceleron.training.loop import training_loop
 from acceleron.training.setup import build_trainer, open_outputs
 from acceleron.training.signals import StopSignals
@@ -51,3 +55,18 @@ def test_stop_request_ends_the_loop_after_the_step_and_changes_nothing(data_dir,
     assert run_loop(options(data_dir, tmp_path / "expected", **settings), monkeypatch) == [9]
     assert run_loop(options(data_dir, tmp_path / "stopped", **settings), monkeypatch, stop_after=6) == [6, 9]
     assert log(tmp_path / "stopped") == log(tmp_path / "expected")
+
+
+def test_stopped_evaluation_of_the_last_step_is_repeated(data_dir, tmp_path, monkeypatch):
+    """The second process trains no step. It writes the log line and saves the step again."""
+    run = options(data_dir, tmp_path / "run", max_steps=3, save_interval=100, eval_interval=100)
+    train(replace(run, save_dir=str(tmp_path / "expected")))
+    evaluations, held_out = [], Loader.held_out
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "held_out", lambda loader: evaluations.append(loader) or held_out(loader))
+        patch.setattr(StopSignals, "is_requested", lambda stop: bool(evaluations))
+        with pytest.raises(RunStopped, match=r"stopped at step 3; everything is saved in .*checkpoint_3\.pt"):
+            train(run)
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2]
+    train(replace(run, resume="auto"))
+    assert_bitwise_equal(final_state(tmp_path / "run", 3), final_state(tmp_path / "expected", 3))
