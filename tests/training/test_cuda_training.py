@@ -27,7 +27,7 @@ def test_resumed_deterministic_run_equals_an_uninterrupted_one(data_dir, tmp_pat
     assert_bitwise_equal(final_state(tmp_path / "resumed", 8), final_state(tmp_path / "uninterrupted", 8))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Synchronization debug mode")
 def test_step_does_not_synchronize(data_dir, tmp_path):
     run_options = options(data_dir, tmp_path, device="cuda", dtype="bf16", grad_accum=2, skip_spikes=True)
     device = torch.device("cuda")
@@ -36,8 +36,8 @@ def test_step_does_not_synchronize(data_dir, tmp_path):
         for _ in range(3):
             run.train_step(1e-3)
         run.fetch()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             run.train_step(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
