@@ -146,7 +146,7 @@ def metrics(trainer: Trainer) -> dict:
 
 
 def profile_step(step: Callable, device: torch.device) -> dict:
-    """Return the 40 most expensive kernels (on a CPU: ops) of a step, with calls and seconds.
+    """Return the 80 most expensive kernels (on a CPU: ops) of a step, with calls and seconds.
 
     On a GPU, `idle` is the time before a kernel's launches in which no kernel runs. The totals are those of the step.
     """
@@ -157,7 +157,7 @@ def profile_step(step: Callable, device: torch.device) -> dict:
     if not on_gpu:
         times = [(op.key, op.count, op.self_cpu_time_total / 1e6) for op in trace.key_averages()]
         rows = pd.DataFrame(times, columns=["kernel", "calls", "seconds"])
-        return {"profile": rows.nlargest(40, "seconds").to_dict("records")}
+        return {"profile": rows.nlargest(80, "seconds").to_dict("records")}
     events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     times = [(event.name[:120], event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
     launches = pd.DataFrame(times, columns=["kernel", "start", "end"]).sort_values("start")
@@ -165,7 +165,7 @@ def profile_step(step: Callable, device: torch.device) -> dict:
     launches["seconds"] = launches.end - launches.start
     rows = launches.groupby("kernel").agg(calls=("idle", "size"), seconds=("seconds", "sum"), idle=("idle", "sum"))
     totals = {"seconds": launches.end.max() - launches.start.min(), "idle": launches.idle.sum(), "calls": len(launches)}
-    return {"profile": rows.nlargest(40, "seconds").reset_index().to_dict("records"), "profiled_step": totals}
+    return {"profile": rows.nlargest(80, "seconds").reset_index().to_dict("records"), "profiled_step": totals}
 
 
 class Contender:

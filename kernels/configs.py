@@ -36,7 +36,8 @@ class Config(NamedTuple):
 
     programs: persistent programs per SM.
     flatten: one pipelined loop over tiles and inner blocks. A tile's first loads overlap the previous tile's stores.
-    split: number of shares of each expert's rows. weight_grad computes a separate sum for each share.
+    split: number of shares of an expert's rows in the tail of weight_grad, the tiles that do not fill all SMs. Each
+    share has its own sum.
     """
 
     block_m: int
@@ -154,26 +155,20 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
         return Config(128, block_n, 64, 8, 4, flatten=device.arch == "sm_90")
     wide = sizes[2] > 128
     if op == "weight_grad":
-        config = Config(128, 256 if wide else 128, 64, 8, 3)
+        _, O, I = sizes[:3]
+        tall = wide and -(-O // 256) * -(-I // 128) < -(-O // 128) * -(-I // 256)  # fewer tiles
+        config = Config(256, 128, 64, 8, 4) if tall else Config(128, 256 if wide else 128, 64, 8, 3)
         return config._replace(split=_best_split(config, device, *sizes[:3]))
     if device.arch != "sm_90":
         return Config(128, 256 if wide else 128, 64, 8, 4)
-    # Two programs per SM let the epilogue of one overlap the GEMM of the other. This helps if the inner width is small.
-    if op == "rows" and min(sizes[1:3]) > 1024:
-        return Config(128, 256, 64, 8, 4, flatten=True)
-    return Config(128, 128, 64, 4, 3, programs=2, flatten=True)
+    return Config(128, 256, 64, 8, 3, flatten=True) if wide else Config(128, 128, 64, 4, 3, programs=2, flatten=True)
 
 
 def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:
-    """Return the fastest number of shares. More shares fill the last wave of tiles, but adding them up takes time.
+    """Return the number of shares of each tail tile. More shares fill the last wave, but adding them takes time."""
+    tail = E * -(-O // config.block_m) * -(-I // config.block_n) % device.processors
 
-    Each share is written and read in fp32, 8 E O I bytes, and the GEMM has 4 T O I FLOPs. At 32,768 tokens, 500 TFLOP/s
-    and 2.7 TB/s, a share costs 1.1% * E of the GEMM's time.
-    """
-    tiles = E * -(-O // config.block_m) * -(-I // config.block_n)
+    def seconds(split: int) -> float:  # relative to a tile; measured on an H100
+        return -(-tail * split // device.processors) / split + 0.03 * split
 
-    def seconds(split: int) -> float:
-        waves = tiles * split / (device.processors * config.programs)
-        return -(-waves // 1) / waves + 0.011 * E * split * (split > 1)
-
-    return min(range(1, 5), key=seconds)
+    return min(range(1, 9), key=seconds)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
@@ -117,12 +117,26 @@ def grouped_dot(
 
 
 @triton.jit
+def _store_rows(y, row, end, column, tile):
+    """Store a tile whose first row is `row` through a ragged descriptor, without the rows from `end` on.
+
+    `ragged_tma.store_ragged` does the same, but fails under the interpreter.
+    """
+    last, past, first = to_ragged_indices(row, end - row, 0)
+    y.store([last, past, first, column], tl.reshape(tile, (1, 1, tile.shape[0], tile.shape[1])))
+
+
+@triton.jit
 def _rows_kernel(
-    x, w, y_ptr, offsets_ptr,
+    x, w, y, offsets_ptr,
     E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, LAYOUT: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute y_NO[n] = x_NI[n] @ w[e]. Programs are persistent. The column tiles of a row tile are consecutive."""
+    """Compute y_NO[n] = x_NI[n] @ w[e]. Programs are persistent. The column tiles of a row tile are consecutive.
+
+    TMA stores a tile while the next tile is computed, one half after the other, which needs half the shared memory. A
+    ragged descriptor writes nothing past the expert's last row.
+    """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     tiles = tl.max(last_E, axis=0) * column_tiles
@@ -130,57 +144,111 @@ def _rows_kernel(
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         o = (tile % column_tiles) * BLOCK_N
         acc = grouped_dot(x, None, w, expert, row, end, o, O, I, LAYOUT, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
-        rows = row + tl.arange(0, BLOCK_M)
-        os = o + tl.arange(0, BLOCK_N)
-        y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * O + os[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (os < O)[None, :])
+        if TMA:
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            _store_rows(y, row, end, o, left.to(y.dtype))
+            _store_rows(y, row, end, o + HALF, right.to(y.dtype))
+        else:
+            rows = row + tl.arange(0, BLOCK_M)
+            os = o + tl.arange(0, BLOCK_N)
+            y_ptrs = y + rows.to(tl.int64)[:, None] * O + os[None, :]
+            tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=(rows < end)[:, None] & (os < O)[None, :])
+
+
+@triton.jit
+def _weight_tile_of(
+    program, whole, split, offsets_ptr,
+    E: tl.constexpr, E_PAD: tl.constexpr, O: tl.constexpr, I: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return the expert, first row and first column of a program's tile of out_EOI. Experts with more rows come first.
+
+    The tail, after the first `whole` tiles, has `split` consecutive programs per tile.
+    """
+    row_tiles: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
+    column_tiles: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tile = tl.where(program < whole, program, whole + (program - whole) // split)
+    expert = tile // (row_tiles * column_tiles)
+    if E <= 32:  # sorting takes E * E comparisons per program
+        es = tl.arange(0, E_PAD)
+        begin_E = tl.load(offsets_ptr + es, mask=es < E, other=0)
+        end_E = tl.load(offsets_ptr + es + 1, mask=es < E, other=0)
+        keys = tl.where(es < E, (end_E - begin_E).to(tl.int64) * E_PAD - es, -E_PAD)
+        rank_E = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), axis=1)
+        expert = tl.sum(tl.where(rank_E == expert, es, 0), axis=0)
+    return expert, tile // column_tiles % row_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
 
 
 @triton.jit
 def _weight_grad_kernel(
-    a, b, out_ptr, offsets_ptr, split,
-    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    a, b, out_ptr, shares_ptr, offsets_ptr, whole, split,
+    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows, with a separate sum for each row share.
+    """Compute out_EOI[e] = a_NO[rows].T @ b_NI[rows] over expert e's rows. With ADD, add it to out, which is fp32.
 
-    With ADD, add the product to out, which is fp32.
-
-    Ragged TMA descriptors read zeros past the expert's last row. Without TMA those rows are masked.
+    One program per tile, and in the tail, one per share of a tile's rows. The GPU starts a program when another one
+    ends, which balances tiles of different length. Ragged TMA descriptors read zeros past the expert's last row;
+    without TMA those rows are masked.
     """
-    row_tiles: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
-    column_tiles: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), E * split * row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        part = tile // (row_tiles * column_tiles)
-        expert = part // split
-        o = (tile // column_tiles % row_tiles) * BLOCK_M
-        i = (tile % column_tiles) * BLOCK_N
-        os = o + tl.arange(0, BLOCK_M)
-        ks = i + tl.arange(0, BLOCK_N)
-        begin = tl.load(offsets_ptr + expert)
-        end = tl.load(offsets_ptr + expert + 1)
+    program = tl.program_id(0)
+    expert, o, i = _weight_tile_of(program, whole, split, offsets_ptr, E, E_PAD, O, I, BLOCK_M, BLOCK_N)
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    if program >= whole:
         share = (end - begin + split * BLOCK_K - 1) // (split * BLOCK_K) * BLOCK_K
-        begin += part % split * share
+        begin += (program - whole) % split * share
         end = tl.minimum(begin + share, end)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for row in range(begin, end, BLOCK_K):
-            if TMA:
-                a_tile = load_ragged(a, begin, end - begin, [row - begin, o])
-                b_tile = load_ragged(b, begin, end - begin, [row - begin, i])
-            else:
-                rows = row + tl.arange(0, BLOCK_K).to(tl.int64)[:, None]
-                a_tile = tl.load(a + rows * O + os, mask=(rows < end) & (os < O)[None, :], other=0.0)
-                b_tile = tl.load(b + rows * I + ks, mask=(rows < end) & (ks < I)[None, :], other=0.0)
-            acc = dot(a_tile.T, b_tile, acc)
-        # The shares of one expert are E * O * I apart, so a sum over the leading axis adds them.
-        out = out_ptr + ((part % split) * E + expert).to(tl.int64) * (O * I)
-        out_ptrs = out + os.to(tl.int64)[:, None] * I + ks[None, :]
+    ms = tl.arange(0, BLOCK_M)
+    ns = tl.arange(0, BLOCK_N)
+    os = o + ms
+    ks = i + ns
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for row in range(begin, end, BLOCK_K):
+        if TMA:
+            a_tile = load_ragged(a, begin, end - begin, [row - begin, o])
+            b_tile = load_ragged(b, begin, end - begin, [row - begin, i])
+        else:
+            rows = row + tl.arange(0, BLOCK_K).to(tl.int64)[:, None]
+            a_tile = tl.load(a + rows * O + os, mask=(rows < end) & (os < O)[None, :], other=0.0)
+            b_tile = tl.load(b + rows * I + ks, mask=(rows < end) & (ks < I)[None, :], other=0.0)
+        acc = dot(a_tile.T, b_tile, acc)
+    if program >= whole:
+        share_ptr = shares_ptr + (program - whole).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(share_ptr + ms[:, None] * BLOCK_N + ns[None, :], acc)
+    else:
+        out_ptrs = out_ptr + expert.to(tl.int64) * (O * I) + os.to(tl.int64)[:, None] * I + ks[None, :]
         mask = (os < O)[:, None] & (ks < I)[None, :]
         if ADD:
             # One atomic per element, so the sum is deterministic. A load and a store would need twice the registers.
             tl.atomic_add(out_ptrs, acc, mask=mask, sem="relaxed")
         else:
             tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_shares_kernel(
+    shares_ptr, out_ptr, offsets_ptr, whole, split,
+    E: tl.constexpr, O: tl.constexpr, I: tl.constexpr, E_PAD: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the shares of a tile in a fixed order, ROWS rows of the tile per program."""
+    first = tl.program_id(0) * split
+    expert, o, i = _weight_tile_of(whole + first, whole, split, offsets_ptr, E, E_PAD, O, I, BLOCK_M, BLOCK_N)
+    ms = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    ns = tl.arange(0, BLOCK_N)
+    total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    for share in range(split):
+        share_ptr = shares_ptr + (first + share).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        total += tl.load(share_ptr + ms[:, None] * BLOCK_N + ns[None, :])
+    os = o + ms
+    ks = i + ns
+    out_ptrs = out_ptr + expert.to(tl.int64) * (O * I) + os.to(tl.int64)[:, None] * I + ks[None, :]
+    mask = (os < O)[:, None] & (ks < I)[None, :]
+    if ADD:
+        total += tl.load(out_ptrs, mask=mask, other=0.0)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -237,15 +305,16 @@ def grouped_rows(x_NI: Tensor, w: Tensor, offsets: Tensor, out_first: bool) -> T
     if N == 0:
         return y_NO
     device = device_of(x_NI)
-    config, tma = choose("rows", device, (E, I, O, int(out_first)), I, x_NI, w)
-    x, layout = x_NI, "EOI" if out_first else "EIO"
+    config, tma = choose("rows", device, (E, I, O, int(out_first)), I, x_NI, w, y_NO)
+    x, y, layout = x_NI, y_NO, "EOI" if out_first else "EIO"
     if tma:
         x = TensorDescriptor.from_tensor(x_NI, [config.block_m, config.block_k])
         block = [config.block_n, config.block_k] if out_first else [config.block_k, config.block_n]
         w = TensorDescriptor.from_tensor(w.flatten(0, 1), block)
+        y = create_ragged_descriptor(y_NO, [config.block_m, config.block_n // 2])
     with torch.cuda.device_of(x_NI):
         _rows_kernel[persistent_grid(device, config, N, E, O)](
-            x, w, y_NO, offsets,
+            x, w, y, offsets,
             E=E, I=I, O=O, LAYOUT=layout, TMA=tma, E_PAD=triton.next_power_of_2(E), **config.blocks(),
         )  # fmt: skip
     return y_NO
@@ -256,25 +325,30 @@ def _(x_NI, w, offsets, out_first):
     return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
 
 
-def _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, dtype, total_EOI=None) -> Tensor:
-    """Return the weight gradient's row shares [split, E, O, I]. A single share is added to total_EOI, if given."""
+def _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI: Tensor, add: bool):
+    """Write the weight gradient to out_EOI, or add it."""
     (_, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
     b_NI = b_NI if scatter_idx_TK is None else scatter_rows(b_NI, scatter_idx_TK)
     device = device_of(a_NO)
     config, tma = choose("weight_grad", device, (E, O, I), 0, a_NO, b_NI)
-    a, b, split = a_NO, b_NI, config.split
+    block_m, block_n, split = config.block_m, config.block_n, config.split
+    a, b = a_NO, b_NI
     if tma:
-        a = create_ragged_descriptor(a_NO, [config.block_k, config.block_m])
-        b = create_ragged_descriptor(b_NI, [config.block_k, config.block_n])
-    add = total_EOI is not None and split == 1
-    shape = (split, E, O, I)
-    out = total_EOI[None] if add else a_NO.new_empty(shape, dtype=dtype if split == 1 else torch.float32)
-    tiles = E * split * triton.cdiv(O, config.block_m) * triton.cdiv(I, config.block_n)
+        a = create_ragged_descriptor(a_NO, [config.block_k, block_m])
+        b = create_ragged_descriptor(b_NI, [config.block_k, block_n])
+    tiles = E * triton.cdiv(O, block_m) * triton.cdiv(I, block_n)
+    tail = tiles % device.processors if split > 1 else 0
+    whole = tiles - tail
+    shares = a_NO.new_empty(tail * split, block_m, block_n, dtype=torch.float32)
+    shape = dict(E=E, O=O, I=I, E_PAD=triton.next_power_of_2(E), ADD=add, BLOCK_M=block_m, BLOCK_N=block_n)
     with torch.cuda.device_of(a_NO):
-        _weight_grad_kernel[(min(tiles, device.processors * config.programs),)](
-            a, b, out, offsets, split, E=E, O=O, I=I, TMA=tma, ADD=add, **config.blocks()
-        )
-    return out
+        _weight_grad_kernel[(whole + tail * split,)](
+            a, b, out_EOI, shares, offsets, whole, split,
+            **shape, TMA=tma, BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if tail:
+            rows = min(8, block_m)
+            _add_shares_kernel[(tail, block_m // rows)](shares, out_EOI, offsets, whole, split, **shape, ROWS=rows)
 
 
 @torch.library.custom_op("acceleron_triton::grouped_weight_grad", mutates_args=())
@@ -288,8 +362,9 @@ def grouped_weight_grad(
     """
     if a_NO.shape[0] == 0:
         return a_NO.new_zeros((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
-    shares = _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, dtype)
-    return shares[0] if len(shares) == 1 else shares.sum(dim=0).to(dtype)
+    out_EOI = a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
+    _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI, False)
+    return out_EOI
 
 
 @grouped_weight_grad.register_fake
@@ -303,9 +378,7 @@ def add_weight_grad(
 ) -> None:
     """Add the result of `grouped_weight_grad` to total_EOI, which is fp32."""
     if a_NO.shape[0]:
-        shares = _weight_grad_shares(a_NO, b_NI, offsets, scatter_idx_TK, torch.float32, total_EOI)
-        if len(shares) > 1:
-            total_EOI += shares.sum(dim=0)
+        _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, total_EOI, True)
 
 
 @add_weight_grad.register_fake
