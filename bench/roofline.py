@@ -27,10 +27,10 @@ USABLE_GIB = 79  # usable part of an H100's memory
 # H200 (2026-11-26): attention (forward, backward) by the tile width that cuDNN pads head_dim to.
 GEMM_RATE = 690e12
 GROUPED_RATES = {
-    "_up_kernel": dict(zip(SIZES, (458e12, 491e12, 531e12, 523e12), strict=True)),
-    "_rows_kernel": dict(zip(SIZES, (710e12, 623e12, 620e12, 686e12), strict=True)),
-    "_hidden_grad_kernel": dict(zip(SIZES, (208e12, 275e12, 314e12, 375e12), strict=True)),
-    "_weight_grad_kernel": dict(zip(SIZES, (742e12, 574e12, 617e12, 628e12), strict=True)),
+    "_up_kernel": dict(zip(SIZES, (462e12, 496e12, 536e12, 536e12), strict=True)),
+    "_rows_kernel": dict(zip(SIZES, (712e12, 707e12, 705e12, 705e12), strict=True)),
+    "_hidden_grad_kernel": dict(zip(SIZES, (209e12, 277e12, 313e12, 380e12), strict=True)),
+    "_weight_grad_kernel": dict(zip(SIZES, (710e12, 685e12, 679e12, 663e12), strict=True)),
 }
 ATTENTION_RATES = {64: (385e12, 335e12), 128: (470e12, 413e12)}
 # The share of peak bandwidth that memory-bound kernels reach, and the minimum seconds per launch.
