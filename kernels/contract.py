@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 TOP_K = 2
-MAX_EXPERTS = 256  # limit of the Triton kernels
+MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
+MAX_TOP_K = 16
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
