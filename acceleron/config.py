@@ -20,6 +20,7 @@ LIMITS = {
     "d_ff": 1 << 18,
     "d_ff_shared": 1 << 18,
     "num_experts": 1 << 10,
+    "top_k": MAX_TOP_K,
     "max_seq_len": 1 << 20,
     "rope_theta": 1e12,
     "norm_eps": 1.0,
@@ -94,14 +95,11 @@ class ModelConfig:
             )
         if not 2 <= self.num_experts <= MAX_EXPERTS:
             raise InputError(f"config: num_experts {self.num_experts} must be from 2 to {MAX_EXPERTS}")
-        if self.top_k > min(self.num_experts, MAX_TOP_K):
-            most = f"num_experts {self.num_experts}" if self.num_experts < MAX_TOP_K else MAX_TOP_K
-            raise InputError(f"config: top_k {self.top_k} must be at most {most}")
+        if self.top_k > self.num_experts:
+            raise InputError(f"config: top_k {self.top_k} must be at most num_experts {self.num_experts}")
         if self.num_dense_layers >= self.num_layers:
-            raise InputError(
-                f"config: num_dense_layers {self.num_dense_layers} must be below num_layers {self.num_layers}; the "
-                "dense baseline is `dense`"
-            )
+            layers = f"num_dense_layers {self.num_dense_layers} must be below num_layers {self.num_layers}"
+            raise InputError(f"config: {layers}; --dense makes all layers dense")
 
     @property
     def head_dim(self) -> int:
@@ -137,16 +135,14 @@ class ModelConfig:
             raise path_error("--config", path, "file")
         try:
             values = json.loads(Path(path).read_bytes())
+            if type(values) is not dict:
+                raise ValueError("not a JSON object")
+            return cls.from_dict(values)
         except OSError as error:
             raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
-            raise InputError(f"--config {path}: not valid JSON ({error!s:.80}); pass the model.json of a run") from error
-        if type(values) is not dict:
-            raise InputError(f"--config {path}: not a JSON object; pass the model.json of a run")
-        try:
-            return cls.from_dict(values)
-        except InputError as error:
-            raise InputError(f"--config {path}: {str(error).removeprefix('config: ')}") from error
+            reason = str(error).removeprefix("config: ")[:200]
+            raise InputError(f"--config {path}: {reason}; pass the model.json of a run") from error
 
 
 PRESETS = {
