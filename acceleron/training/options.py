@@ -24,7 +24,7 @@ class TrainOptions:
     top_k: int | None = option(None, "routed experts per token (default: the size's)", minimum=1)
     d_ff: int | None = option(None, "width of a routed expert (default: the size's)", minimum=1)
     d_ff_shared: int | None = option(None, "width of the shared expert; 0: none (default: the size's)", minimum=0)
-    num_dense_layers: int | None = option(None, "first layers without experts (default: the size's, 0)", minimum=0)
+    num_dense_layers: int | None = option(None, "dense layers before the MoE layers (default: the size's)", minimum=0)
     dense: bool = option(False, "train the dense baseline instead of the MoE")
     batch_size: int = option(8, "sequences per micro-batch", minimum=1)
     grad_accum: int = option(1, "micro-batches per optimizer step", minimum=1)

@@ -28,7 +28,7 @@ from .trainer import Trainer
 # A resumed run can change these options without a warning. The model's config must be equal, however it is given.
 FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
 FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
-FREE_OPTIONS |= {"model_size", "config", "vocab_size", "dense", *SHAPE_FIELDS}
+FREE_OPTIONS |= {"model_size", "config", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
 
 logger = logging.getLogger(__name__)
 
