@@ -53,6 +53,7 @@ class ModelConfig:
     num_heads: int = 16
     num_kv_heads: int = 4
     num_experts: int = 4
+    top_k: int = 2
     d_ff: int = 1408
     d_ff_shared: int = 704
     max_seq_len: int = 2048
