@@ -35,9 +35,9 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """`MoE(config)(x) -> (y, stats)` for x of shape (..., d_model); y has the shape and dtype of x.
 
-    The layer is dropless: every token gets its K experts, weighted by the softmax of their K logits, and the shared
-    expert unless config.d_ff_shared is 0. To train it in your own model, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
-    stats.balance_loss` to the loss. ops.py has the legend of the shapes.
+    The layer is dropless: every token gets its K experts, weighted by the softmax of their logits, and the shared
+    expert, unless `config.d_ff_shared` is 0. To train it in your own model, add `config.z_loss_coef * stats.z_loss +
+    config.balance_loss_coef * stats.balance_loss` to the loss. ops.py has the legend of the shapes.
     """
 
     def __init__(self, config: ModelConfig):

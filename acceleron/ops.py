@@ -139,10 +139,11 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: each token's K routed experts and shared expert, plus the residual.
 
-    2 <= E <= 256 and 1 <= K <= min(E, 16), with K = `top_k`. Both shared weights are None without a shared expert. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are
-    cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
-    backward, the Triton kernels save 2 D + 4 F K + 6 W + 4 E + 16 K bytes per token in bf16 (x, pre-activations, logits
-    and plan), and the weights in x's dtype. `normalize` and `force_load_balance` are described in `route_top2`.
+    2 <= E <= 256, and K = `top_k` is at most 16. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up
+    rows (w3). Without shared weights, there is no shared expert. The weights are cast to x's dtype, except the
+    router's; gradients have the weights' own dtype. The result has x's dtype. For backward, the Triton kernels save
+    2 D + 4 F K + 6 W + 4 E + 16 K bytes per token in bf16 (x, pre-activations, logits and plan), and the weights in x's
+    dtype. `normalize` and `force_load_balance` are described in `route_top2`.
 
     With `buffers`, the Triton kernels read w13 and w2 from them instead of casting the weights, and backward adds their
     gradients to the buffers instead of returning them. The reference ignores `buffers`, as do all backends under an
@@ -199,7 +200,7 @@ def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
     """Sort all assignments by expert with a stable sort, on the device.
 
-    topk_ids_TK: int32 or int64 [T, K], K <= 16. Values outside 0..num_experts-1 are not detected: checking needs a host sync.
+    topk_ids_TK: int32 or int64, K <= 16. Values outside 0..num_experts-1 are not detected: checking needs a host sync.
     """
     contract.check_dispatch_plan(topk_ids_TK, num_experts)
     if uses_triton(topk_ids_TK.device, topk_ids_TK.dtype, "dispatch_plan"):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOP_K = 2
 MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
 MAX_TOP_K = 16
 TOP_K = 2

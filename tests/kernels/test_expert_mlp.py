@@ -53,8 +53,9 @@ def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert
     return results
 
 
-# T, D, F, E, the experts that get tokens, and K (default: 2). The interpreter runs three programs with 32 x 32 x 32 blocks. The first
-# cases have the expert counts and roughly the D / F ratios of the named sizes. Only tiny has two row tiles per expert.
+# T, D, F, E, the experts that get tokens, and K (default: 2). The interpreter runs three programs with 32 x 32 x 32
+# blocks. The first cases have the expert counts and roughly the D / F ratios of the named sizes. Only tiny has two row
+# tiles per expert.
 SIZES = {
     "nano": (20, 64, 64, 8, None),
     "tiny": (60, 16, 44, 4, None),
