@@ -1,7 +1,10 @@
 """Grouped GEMM kernels."""
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, error, opcheck, randn, sum_floor
 
 from acceleron import ModelConfig
@@ -126,6 +129,26 @@ def test_expert_rows_that_the_split_does_not_divide(monkeypatch):
                 rows = slice(*plan.offsets[expert : expert + 2].tolist())
                 part = expert if ours.dim() == 3 else rows
                 assert error(ours[part], truth[part]) <= sum_floor(96), (split, expert)
+
+
+@triton.jit
+def _load_weight_tile(w_ptr, out_ptr, o, i, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr):
+    tile = module._weight_tile(w_ptr, tl.program_id(0), o, i, O, I, LAYOUT, False, 16, 16)
+    tl.store(out_ptr + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], tile)
+
+
+@pytest.mark.parametrize("layout", ["E2OI", "EOI", "EIO"])
+def test_weight_offsets_within_an_expert_exceed_32_bits(layout):
+    """The last tile of a weight with more than 2**31 values. "E2OI" has 8 gate and 8 up columns in a tile."""
+    outputs, I = 1 << 16, (1 << 15) + 64
+    O, columns = (outputs // 2, 8) if layout == "E2OI" else (outputs, 16)
+    # On a CPU, only the pages that are accessed take memory.
+    w = torch.from_numpy(np.zeros(outputs * I, np.int8)).to(DEVICE)
+    w_OI = w.view(I, O).t() if layout == "EIO" else w.view(outputs, I)
+    w_OI[-columns:, -16:] = torch.arange(columns * 16, device=DEVICE).view(columns, 16) - 100
+    tile_KN = torch.zeros(16, 16, dtype=torch.int8, device=DEVICE)
+    _load_weight_tile[(1,)](w, tile_KN, O - columns, I - 16, O=O, I=I, LAYOUT=layout)
+    assert torch.equal(tile_KN.t()[-columns:], w_OI[-columns:, -16:])
 
 
 @pytest.mark.parametrize("width", [1, 40, 257, 1024])
