@@ -36,8 +36,8 @@ class RandomTensors:
         """Return a matrix, or one per expert, scaled for unit-scale products."""
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
-    def routing(self, T: int, E: int) -> Routing:
-        return torch_ops.route_top2(self(T, E, dtype=torch.float32, grad=False))
+    def routing(self, T: int, E: int, K: int) -> Routing:
+        return torch_ops.route_topk(self(T, E, dtype=torch.float32, grad=False), K)
 
     def labels(self, T: int, V: int) -> Tensor:
         return torch.randint(V, (T,), generator=self.generator, device=self.device)
@@ -82,17 +82,17 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         return randn.weight(E, 2 * F, D, dtype=dtype), randn.weight(E, D, F, dtype=dtype)
 
     def routed(randn: RandomTensors) -> tuple:
-        routing = randn.routing(T, E)
+        routing = randn.routing(T, E, K)
         return randn(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(randn)
 
     def layer(randn: RandomTensors) -> tuple:
         shared = randn.weight(2 * W, D, dtype=fp32), randn.weight(D, W, dtype=fp32)
-        return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D)
+        return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D), K
 
     return [
         Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 6 * T * K * D * F),
         Case(
-            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
+            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual", "top_k"),
             ("y", "z_loss", "balance_loss", "tokens_per_expert"), layer, 6 * T * D * (K * F + W) + 2 * T * D * E,
         ),
         Case(
@@ -107,7 +107,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
             lambda randn: (
-                randn(K * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E).topk_ids_TK, E)
+                randn(K * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E, K).topk_ids_TK, E)
             ), 4 * T * K * D * F,
         ),
         Case(
@@ -121,7 +121,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         ),
         Case(
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),
-            lambda randn: (randn.routing(T, E).topk_ids_TK, E),
+            lambda randn: (randn.routing(T, E, K).topk_ids_TK, E),
         ),
         Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda randn: (randn(T, 2 * W),)),
         Case(

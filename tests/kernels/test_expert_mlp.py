@@ -290,7 +290,7 @@ def test_zero_tokens_are_accepted():
 
 def test_results_are_deterministic_with_and_without_grad():
     # On a GPU, the shape is large enough that programs can finish in different orders.
-    tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 2)), dtype=torch.float16)
+    tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 5, None, 4)), dtype=torch.float16)
     first = run(expert_mlp, tensors, plan, tensors[0])
     assert_equal(run(expert_mlp, tensors, plan, tensors[0]), first)
     with torch.no_grad():
@@ -366,22 +366,24 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
     assert sum(t.untyped_storage().nbytes() for t in small) == 24 * T + 4 * (E + 1)
 
 
-def test_custom_ops_pass_opcheck():
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_custom_ops_pass_opcheck(top_k):
     ops = torch.ops.acceleron_triton
-    (x, scores, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 2)
-    dy, dy_rows = randn(3, 8, seed=5), randn(6, 8, seed=6)
+    (x, scores, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 3, top_k=top_k)
+    dy, dy_rows = randn(3, 8, seed=5), randn(3 * top_k, 8, seed=6)
     h, act = module.expert_up(x, w13, gather_idx, offsets, True)
     for with_h in (True, False):
         opcheck(ops.expert_up.default, (x, w13, gather_idx, offsets, with_h))
     for added in ((dy, x), (None, None)):
         opcheck(ops.expert_down.default, (act, w2, scores, scatter_idx_TK, offsets, *added))
     opcheck(ops.hidden_grad.default, (dy_rows, w2, h, scores, gather_idx, offsets))
-    for added in ((dy, randn(3, 2), randn(2, 8)), (None, None, None)):
-        opcheck(ops.token_grad.default, (randn(6, 8), scatter_idx_TK, *added))
+    for added in ((dy, randn(3, 3), randn(3, 8)), (None, None, None)):
+        opcheck(ops.token_grad.default, (dy_rows, scatter_idx_TK, *added))
 
 
-def test_compiles_without_graph_breaks():
-    tensors, plan = inputs(9, 17, 5, 3)
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_compiles_without_graph_breaks(top_k):
+    tensors, plan = inputs(9, 17, 5, 4, top_k=top_k)
     grad = randn(9, 17, seed=5)
     compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
     assert_equal(run(compiled, tensors, plan, grad), run(expert_mlp, tensors, plan, grad))

@@ -17,10 +17,10 @@ from acceleron.kernels.torch_ops import dispatch_plan
 grouped_gemm = module.grouped_gemm
 
 
-def make_plan(T, E, used=None):
+def make_plan(T, E, used=None, top_k=2):
     """Return a plan for random expert ids, drawn from `used` if given. A token can have the same id twice."""
     pool = torch.tensor(used or range(E))
-    indices = torch.randint(len(pool), (T, 2), generator=torch.Generator().manual_seed(1))
+    indices = torch.randint(len(pool), (T, top_k), generator=torch.Generator().manual_seed(1))
     return dispatch_plan(pool[indices].to(DEVICE, torch.int32), E)
 
 
@@ -151,12 +151,12 @@ def test_weight_offsets_within_an_expert_exceed_32_bits(layout):
     assert torch.equal(tile_KN.t()[-columns:], w_OI[-columns:, -16:])
 
 
-@pytest.mark.parametrize("width", [1, 40, 257, 1024])
-def test_scatter_rows_returns_the_token_of_each_assignment(width):
-    plan = make_plan(50, 5, (0, 2, 4))
+@pytest.mark.parametrize(("width", "top_k"), [(1, 2), (40, 1), (257, 8), (1024, 2)])
+def test_scatter_rows_returns_the_token_of_each_assignment(width, top_k):
+    plan = make_plan(50, 5, (0, 2, 4), top_k)
     x = randn(50, width, dtype=torch.float16)
     rows = module.scatter_rows(x, plan.scatter_idx_TK)
-    assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, 2, -1))
+    assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, top_k, -1))
 
 
 def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):
