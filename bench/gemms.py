@@ -31,7 +31,7 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-    routing = torch_ops.route_top2(torch.randn(T, E, generator=generator, device=device))
+    routing = torch_ops.route_topk(torch.randn(T, E, generator=generator, device=device))
     gather_idx, scatter_idx_TK, offsets = plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     tokens_N, scores_TK = gather_idx // TOP_K, routing.topk_scores_TK
     scores_N1 = scores_TK.flatten()[gather_idx][:, None]

@@ -37,7 +37,7 @@ class RandomTensors:
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
     def routing(self, T: int, E: int) -> Routing:
-        return torch_ops.route_top2(self(T, E, dtype=torch.float32, grad=False))
+        return torch_ops.route_topk(self(T, E, dtype=torch.float32, grad=False))
 
     def labels(self, T: int, V: int) -> Tensor:
         return torch.randint(V, (T,), generator=self.generator, device=self.device)
@@ -93,7 +93,8 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 12 * T * D * F),
         Case(
             "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
-            ("y", "z_loss", "balance_loss", "tokens_per_expert"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
+            ("y", "z_loss", "mean_probabilities", "tokens_per_expert"), layer,
+            12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
         ),
         Case(
             "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
@@ -115,9 +116,10 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
             lambda randn: (randn(T, D), randn.weight(E, D, dtype=fp32)), 2 * T * D * E,
         ),
         Case(
-            "route_top2", shape, fp32, ("logits",), ("scores", "ids", "z_loss", "balance_loss", "tokens_per_expert"),
+            "route_topk", shape, fp32, ("logits",),
+            ("scores", "ids", "z_loss", "mean_probabilities", "tokens_per_expert"),
             lambda randn: (randn(T, E, dtype=fp32),),
-            scalar_grad=T,  # scales the gradients of the mean losses to those of the scores
+            scalar_grad=T,  # scales the gradient of the z-loss to that of the scores
         ),
         Case(
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),

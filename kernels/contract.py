@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 TOP_K = 2
-MAX_EXPERTS = 256  # limit of the Triton kernels
+MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
+MAX_TOP_K = 16
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """Top-2 routing, unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32, counts int64."""
+    """Top-k routing and the router's statistics. ids are int32, counts int64, the rest fp32 (fp64 for fp64 logits)."""
 
     topk_scores_TK: Tensor
     topk_ids_TK: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -51,11 +52,11 @@ class ExpertBuffers(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """Output of a Mixture-of-Experts layer, with the router losses and counts of `Routing`."""
+    """Output of a Mixture-of-Experts layer, with the statistics of `Routing`."""
 
     y_TD: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -91,15 +92,23 @@ def _check_experts(argument: str, experts: int):
         raise ValueError(f"{argument}: expected {TOP_K} to {MAX_EXPERTS} experts, but got {experts}")
 
 
+def _check_top_k(argument: str, top_k: int, experts: int):
+    if not 1 <= top_k <= min(experts, MAX_TOP_K):
+        raise ValueError(f"{argument}: expected 1 to {min(experts, MAX_TOP_K)} experts per token, but got {top_k}")
+
+
 def _check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
     check(f"{op}: plan.gather_idx", plan.gather_idx, (tokens * TOP_K,), torch.int32, like)
     check(f"{op}: plan.scatter_idx_TK", plan.scatter_idx_TK, (tokens, TOP_K), torch.int32, like)
     check(f"{op}: plan.offsets", plan.offsets, (experts + 1,), torch.int32, like)
 
 
-def check_route_top2(logits_TE: Tensor):
-    check("route_top2: logits_TE", logits_TE, (None, None))
-    _check_experts("route_top2: logits_TE", logits_TE.shape[1])
+def check_route_topk(logits_TE: Tensor, top_k: int):
+    check("route_topk: logits_TE", logits_TE, (None, None))
+    E = logits_TE.shape[1]
+    if E > MAX_EXPERTS:
+        raise ValueError(f"route_topk: logits_TE: expected 1 to {MAX_EXPERTS} experts, but got {E}")
+    _check_top_k("route_topk: top_k", top_k, E)
 
 
 def check_dispatch_plan(topk_ids_TK: Tensor, num_experts: int):

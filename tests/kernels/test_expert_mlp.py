@@ -16,7 +16,7 @@ from acceleron.kernels import expert_mlp as module
 from acceleron.kernels import grouped_gemm as gemms
 from acceleron.kernels.configs import Config
 from acceleron.kernels.dispatch import dispatch_plan
-from acceleron.kernels.routing import route_top2
+from acceleron.kernels.routing import route_topk
 
 expert_mlp = module.expert_mlp
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def inputs(T, D, width, E, used=None, dtype=torch.float32):
     logits = randn(T, E, seed=1)
     if used:
         logits[:, [e for e in range(E) if e not in used]] -= 100
-    routing = route_top2(logits)
+    routing = route_topk(logits)
     # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     w13, w2 = randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5
     tensors = [randn(T, D, dtype=dtype), routing.topk_scores_TK, w13.to(dtype), w2.to(dtype)]
@@ -199,8 +199,8 @@ from acceleron.kernels import dispatch, expert_mlp as mlp, grouped_gemm as gemms
 for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, torch.float16)):
     E, T = 3, 5
     logits = guarded(torch.randn(T, E))
-    scores, ids, _, _, counts = map(guarded, routing.route(logits))
-    routing.route_backward(logits, ids, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
+    scores, ids, *_ = map(guarded, routing.route(logits))
+    routing.route_backward(logits, ids, guarded(torch.randn(T, 2)), torch.ones(()), guarded(torch.randn(E)))
     gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(ids, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
@@ -325,7 +325,7 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
     leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2)]
     x, logits, w13, w2 = leaves
     with saved_tensors() as saved:
-        routing = route_top2(logits)
+        routing = route_topk(logits)
         plan = dispatch_plan(routing.topk_ids_TK, E)
         y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
     # Nothing else is saved: no live tensor has the shape of the activation or of the expert-sorted rows.
