@@ -15,7 +15,7 @@ from .attention import Attention, KVCache
 from .checkpoint import assign_weights, load_checkpoint
 from .config import ModelConfig
 from .kernels.autograd import autocast_dtype, no_autocast
-from .moe import MoE, MoEStats, SwiGLU
+from .moe import MoE, MoEStats, SwiGLU, compute_balance_loss
 
 
 class ModelOutput(NamedTuple):
@@ -169,8 +169,8 @@ class Acceleron(nn.Module):
         x, layers = self.hidden_states(input_ids)
         z_loss, balance_loss, tokens_per_expert_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
-            z_loss, balance_loss, tokens_per_expert_LE = (torch.stack(values) for values in zip(*layers, strict=True))
-            z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
+            z_loss_L, probabilities_LE, tokens_per_expert_LE = (torch.stack(x) for x in zip(*layers, strict=True))
+            z_loss, balance_loss = z_loss_L.sum(), compute_balance_loss(probabilities_LE, tokens_per_expert_LE).sum()
         if labels is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, tokens_per_expert_LE)
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()

@@ -12,12 +12,31 @@ from .kernels.contract import ExpertBuffers
 from .kernels.torch_ops import expert_mlp_token
 
 
+def compute_balance_loss(mean_probabilities_E: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """Return E · Σ_e f_e P_e (Switch Transformer, Fedus et al. 2021), which is 1 for uniform routing.
+
+    P_e is the mean probability of expert e, and f_e its share of all assignments. Both arguments are (E,) or (L, E);
+    for L layers, the result is (L,). The gradient flows through P_e only.
+    """
+    counts_E = tokens_per_expert_E.to(mean_probabilities_E.dtype)
+    fraction_E = counts_E / tokens_per_expert_E.sum(dim=-1, keepdim=True)
+    return counts_E.shape[-1] * (fraction_E * mean_probabilities_E).sum(dim=-1)
+
+
 class MoEStats(NamedTuple):
-    """The unweighted router losses of one layer and batch, and the number of assignments to each expert."""
+    """The router statistics of one layer and batch. The losses are unweighted.
+
+    mean_probabilities_E is the mean over the tokens of the softmax over all experts, and tokens_per_expert_E the number
+    of assignments to each expert.
+    """
 
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
+
+    @property
+    def balance_loss(self) -> Tensor:
+        return compute_balance_loss(self.mean_probabilities_E, self.tokens_per_expert_E)
 
 
 class SwiGLU(nn.Module):

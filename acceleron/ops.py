@@ -34,7 +34,7 @@ else:
 
 # Ops that contain other ops.
 _CONTAINS = {
-    "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_top2", "router_logits", "swiglu"},
+    "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_topk", "router_logits", "swiglu"},
     "split_rope": {"rope"},
 }
 _backend, _reference_ops = "auto", ()
@@ -139,11 +139,11 @@ def moe(
 ) -> MoEOutput:
     """A Mixture-of-Experts layer: each token's K routed experts and shared expert, plus the residual.
 
-    2 <= E <= 256, and K = `top_k` is at most 16. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up
+    1 <= E <= 256, and K = `top_k` is at most 16. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up
     rows (w3). Without shared weights, there is no shared expert. The weights are cast to x's dtype, except the
     router's; gradients have the weights' own dtype. The result has x's dtype. For backward, the Triton kernels save
     2 D + 4 F K + 6 W + 4 E + 16 K bytes per token in bf16 (x, pre-activations, logits and plan), and the weights in x's
-    dtype. `normalize` and `force_load_balance` are described in `route_top2`.
+    dtype. `normalize` and `force_load_balance` are described in `route_topk`.
 
     With `buffers`, the Triton kernels read w13 and w2 from them instead of casting the weights, and backward adds their
     gradients to the buffers instead of returning them. The reference ignores `buffers`, as do all backends under an
@@ -166,7 +166,7 @@ def moe(
                 hidden_TW = swiglu(F.linear(gemm_x_TD, shared_w13_2WD.to(gemm_x_TD.dtype)))
                 y_TD = y_TD + F.linear(hidden_TW, shared_w2_DW.to(gemm_x_TD.dtype))
             y_TD = y_TD if residual_TD is None else y_TD + residual_TD
-            return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
+            return MoEOutput(y_TD, routing.z_loss, routing.mean_probabilities_E, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
             return triton_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
         return torch_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
@@ -181,20 +181,21 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return torch_ops.router_logits(x_TD, weight_ED)
 
 
-def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Top-2 routing of router logits [T, E], 2 <= E <= 256, with the router's two losses. Computes in fp32.
+def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+    """Top-k routing of router logits [T, E], E <= 256 and 1 <= K <= min(E, 16), with K = `top_k`. Computes in fp32.
 
-    The top-k scores are the softmax of the two largest logits; ties go to the lower expert, and NaN counts as the
-    largest value. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022); balance_loss = E · Σ_e f_e P_e (Switch
-    Transformer, Fedus et al. 2021), where f_e is expert e's share of the 2·T assignments and P_e its mean probability:
-    1 for uniform routing. Scores and losses are differentiable. `force_load_balance` restricts token t to the experts
-    t mod E and (t + 1) mod E, for benchmarks and debugging; scores and losses still come from the logits.
+    Each token selects its K largest logits; ties go to the lower expert, and NaN counts as the largest value. The top-k
+    scores are the softmax of the selected logits or, with normalize=False, the softmax over all experts at the selected
+    ids. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022). mean_probabilities_E is the mean over the tokens
+    of the softmax over all experts; `acceleron.moe.compute_balance_loss` takes it. Both and the scores are
+    differentiable. `force_load_balance` restricts token t to the K experts from t mod E to (t + K - 1) mod E, for
+    benchmarks and debugging; scores and statistics still come from the logits.
     """
-    contract.check_route_top2(logits_TE)
+    contract.check_route_topk(logits_TE, top_k)
     with no_autocast(logits_TE.device):
-        if uses_triton(logits_TE.device, logits_TE.dtype, "route_top2"):
-            return triton_ops.route_top2(logits_TE, force_load_balance)
-        return torch_ops.route_top2(logits_TE, force_load_balance)
+        if uses_triton(logits_TE.device, logits_TE.dtype, "route_topk"):
+            return triton_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
+        return torch_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:

@@ -93,7 +93,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 6 * T * K * D * F),
         Case(
             "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual", "top_k"),
-            ("y", "z_loss", "balance_loss", "tokens_per_expert"), layer, 6 * T * D * (K * F + W) + 2 * T * D * E,
+            ("y", "z_loss", "mean_probabilities", "tokens_per_expert"), layer, 6 * T * D * (K * F + W) + 2 * T * D * E,
         ),
         Case(
             "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
@@ -107,7 +107,8 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
             lambda randn: (
-                randn(K * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E, K).topk_ids_TK, E)
+                randn(K * T, D), randn.weight(E, 2 * F, D),
+                torch_ops.dispatch_plan(randn.routing(T, E, K).topk_ids_TK, E),
             ), 4 * T * K * D * F,
         ),
         Case(
@@ -115,9 +116,10 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
             lambda randn: (randn(T, D), randn.weight(E, D, dtype=fp32)), 2 * T * D * E,
         ),
         Case(
-            "route_top2", shape, fp32, ("logits",), ("scores", "ids", "z_loss", "balance_loss", "tokens_per_expert"),
+            "route_topk", shape, fp32, ("logits",),
+            ("scores", "ids", "z_loss", "mean_probabilities", "tokens_per_expert"),
             lambda randn: (randn(T, E, dtype=fp32),),
-            scalar_grad=T,  # scales the gradients of the mean losses to those of the scores
+            scalar_grad=T,  # scales the gradient of the z-loss to that of the scores
         ),
         Case(
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),

@@ -15,17 +15,16 @@ from torch import Tensor
 
 MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
 MAX_TOP_K = 16
-TOP_K = 2
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """Top-2 routing, unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32, counts int64."""
+    """Top-k routing and the router's statistics. ids are int32, counts int64, the rest fp32 (fp64 for fp64 logits)."""
 
     topk_scores_TK: Tensor
     topk_ids_TK: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -52,11 +51,11 @@ class ExpertBuffers(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """Output of a Mixture-of-Experts layer, with the router losses and counts of `Routing`."""
+    """Output of a Mixture-of-Experts layer, with the statistics of `Routing`."""
 
     y_TD: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -88,8 +87,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_experts(argument: str, experts: int):
-    if not 2 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"{argument}: expected 2 to {MAX_EXPERTS} experts, but got {experts}")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"{argument}: expected 1 to {MAX_EXPERTS} experts, but got {experts}")
 
 
 def _check_top_k(argument: str, top_k: int, experts: int):
@@ -103,9 +102,10 @@ def _check_plan(op: str, plan: Plan, shape_TK: Sequence[int | None], experts: in
     check(f"{op}: plan.offsets", plan.offsets, (experts + 1,), torch.int32, like)
 
 
-def check_route_top2(logits_TE: Tensor):
-    check("route_top2: logits_TE", logits_TE, (None, None))
-    _check_experts("route_top2: logits_TE", logits_TE.shape[1])
+def check_route_topk(logits_TE: Tensor, top_k: int):
+    check("route_topk: logits_TE", logits_TE, (None, None))
+    _check_experts("route_topk: logits_TE", logits_TE.shape[1])
+    _check_top_k("route_topk: top_k", top_k, logits_TE.shape[1])
 
 
 def check_dispatch_plan(topk_ids_TK: Tensor, num_experts: int):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import TOP_K, MoEOutput, Plan, Routing
+from .contract import MoEOutput, Plan, Routing
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -40,19 +40,21 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return x_TD @ weight_ED.t()
 
 
-def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
+def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
     T, E = logits_TE.shape
     candidates_TE = logits_TE
     if force_load_balance:
         distance_TE = (torch.arange(E) - torch.arange(T)[:, None]) % E
-        candidates_TE = logits_TE.masked_fill(distance_TE.to(logits_TE.device) >= TOP_K, -torch.inf)
-    topk_ids_TK = candidates_TE.argsort(dim=-1, descending=True, stable=True)[:, :TOP_K]
-    topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
+        candidates_TE = logits_TE.masked_fill(distance_TE.to(logits_TE.device) >= top_k, -torch.inf)
+    topk_ids_TK = candidates_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    probabilities_TE = logits_TE.softmax(dim=-1)
+    if normalize:
+        topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
+    else:
+        topk_scores_TK = probabilities_TE.gather(1, topk_ids_TK)
     tokens_per_expert_E = F.one_hot(topk_ids_TK, E).sum(dim=(0, 1))
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
-    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
-    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
-    return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, balance_loss, tokens_per_expert_E)
+    return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, probabilities_TE.mean(dim=0), tokens_per_expert_E)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:

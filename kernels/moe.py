@@ -30,9 +30,7 @@ class _MoE(torch.autograd.Function):
         weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
         w13, w2, *sums = buffers or (w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype), None, None)
         logits_TE = router_logits_forward(x_TD, router_ED)
-        topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E = route(
-            logits_TE, top_k, normalize, force_load_balance
-        )
+        topk_scores_TK, topk_ids_TK, *statistics = route(logits_TE, top_k, normalize, force_load_balance)
         gather_idx, scatter_idx_TK, offsets = build_plan(topk_ids_TK, router_ED.shape[0])
         shared, shared_TD = (None,) * 4, None
         if shared_w13_2WD is not None:
@@ -42,20 +40,21 @@ class _MoE(torch.autograd.Function):
             shared, shared_TD = (gate_up_T2W, shared_act_TW, shared_w13, shared_w2), shared_act_TW @ shared_w2.t()
         h_N2F, act_NF = expert_up(x_TD, w13, gather_idx, offsets, with_grad)
         y_TD = expert_down(act_NF, w2, topk_scores_TK, scatter_idx_TK, offsets, shared_TD, residual_TD)
-        ctx.mark_non_differentiable(tokens_per_expert_E)
+        ctx.mark_non_differentiable(statistics[-1])
         if with_grad:
-            routing = (logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets)
+            routing = (logits_TE, topk_scores_TK, topk_ids_TK, gather_idx, scatter_idx_TK, offsets)
             ctx.save_for_backward(*sums, x_TD, router_ED, *routing, h_N2F, w13, w2, *shared)
             ctx.dtypes = [None if w is None else w.dtype for w in weights]
-        return y_TD, z_loss, balance_loss, tokens_per_expert_E
+            ctx.normalize = normalize
+        return y_TD, *statistics
 
     @staticmethod
     @first_order("moe")
-    def backward(ctx, dy_TD, dz, dbalance, _counts):
+    def backward(ctx, dy_TD, dz, dmean_probabilities_E, _counts):
         saved = ctx.saved_tensors  # read once: with checkpointing, every access recomputes
         sum13_E2FD, sum2_EDF, x_TD, router_ED, *routing, h_N2F, w13, w2 = saved[:-4]
         gate_up_T2W, shared_act_TW, shared_w13, shared_w2 = saved[-4:]
-        logits_TE, topk_scores_TK, topk_ids_TK, tokens_per_expert_E, gather_idx, scatter_idx_TK, offsets = routing
+        logits_TE, topk_scores_TK, topk_ids_TK, gather_idx, scatter_idx_TK, offsets = routing
         need_x, *need_weights, need_residual = ctx.needs_input_grad[:7]
         dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, need_weights, strict=True)]
         router_dtype, dtype13, dtype2, shared_dtype13, shared_dtype2 = dtypes
@@ -73,7 +72,9 @@ class _MoE(torch.autograd.Function):
         rows_ND, dtopk_scores_TK, dw13_E2FD, dw2_EDF = expert_grads(
             dy_TD, x_TD, h_N2F, topk_scores_TK, gather_idx, scatter_idx_TK, offsets, w13, w2, target13, target2
         )
-        dlogits_TE = route_backward(logits_TE, topk_ids_TK, tokens_per_expert_E, dtopk_scores_TK, dz, dbalance)
+        dlogits_TE = route_backward(
+            logits_TE, topk_ids_TK, dtopk_scores_TK, dz, dmean_probabilities_E.contiguous(), ctx.normalize
+        )
         if router_dtype:
             drouter_ED = router_weight_grad(dlogits_TE, x_TD).to(router_dtype)
         if need_x:

@@ -247,14 +247,14 @@ def test_recomputation_keeps_the_routing(monkeypatch, saved):
             block.moe.router.normal_(std=1e-7)
     _, expected = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
-    route_top2, calls = ops.torch_ops.route_top2, []
+    route_topk, calls = ops.torch_ops.route_topk, []
 
-    def perturbed(logits, force_load_balance):
+    def perturbed(logits, *options, **more):
         calls.append(1)
         second_pass = len(calls) > model.config.num_layers
-        return route_top2(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
+        return route_topk(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), *options, **more)
 
-    monkeypatch.setattr(ops.torch_ops, "route_top2", perturbed)
+    monkeypatch.setattr(ops.torch_ops, "route_topk", perturbed)
     if not saved:
         monkeypatch.setattr(ops, "ROUTING_OPS", frozenset())
     _, gradients = loss_and_gradients(model, ids)

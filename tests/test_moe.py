@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acceleron import ModelConfig, MoE
+from acceleron.moe import compute_balance_loss
 
 CONFIG = ModelConfig(vocab_size=64, d_model=16, num_heads=2, num_kv_heads=1, num_experts=5, d_ff=12, d_ff_shared=10)
 
@@ -79,8 +80,8 @@ def test_moe_matches_the_loop(fields, objective):
     grads = dict(zip(names, gradients(y, stats.z_loss, stats.balance_loss, leaves), strict=True))
     expected_grads = dict(zip(names, gradients(*expected, leaves), strict=True))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-10)
-    # Every objective gives the router a gradient. The exceptions: the score of one expert per token is always 1, and two
-    # experts per token always balance two experts.
+    # Every objective gives the router a gradient. The exceptions: with K = 1, the score is always 1; with K = E, the
+    # experts are always balanced.
     constant = {1: "output", config.num_experts: "balance_loss"}.get(config.top_k)
     assert grads["router"].abs().max() > 1e-4 or objective == constant
 
@@ -91,6 +92,14 @@ def test_decoding_a_token_equals_forward(fields):
     x = torch.randn(1, 1, 16, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(moe.decode_token(x), moe(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([16, 16, 0, 0], 1.4), ([0, 0, 16, 16], 0.6), ([8, 8, 8, 8], 1.0)])
+def test_balance_loss_of_known_probabilities(counts, expected):
+    """Half the assignments go to each of two experts, or a quarter to each of four. The second layer is uniform."""
+    probabilities_LE = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25] * 4], dtype=torch.float64)
+    losses_L = compute_balance_loss(probabilities_LE, torch.tensor([counts, [1, 2, 3, 4]]))
+    torch.testing.assert_close(losses_L, torch.tensor([expected, 1.0], dtype=torch.float64))
 
 
 def test_forced_balance_applies_only_in_training_mode():

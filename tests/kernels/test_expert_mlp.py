@@ -207,8 +207,8 @@ from acceleron.kernels import dispatch, expert_mlp as mlp, grouped_gemm as gemms
 for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, torch.float16)):
     E, T = 3, 5
     logits = guarded(torch.randn(T, E))
-    scores, ids, _, _, counts = map(guarded, routing.route(logits))
-    routing.route_backward(logits, ids, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
+    scores, ids, *_ = map(guarded, routing.route(logits))
+    routing.route_backward(logits, ids, guarded(torch.randn(T, 2)), torch.ones(()), guarded(torch.randn(E)))
     gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(ids, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
@@ -290,7 +290,8 @@ def test_zero_tokens_are_accepted():
 
 def test_results_are_deterministic_with_and_without_grad():
     # On a GPU, the shape is large enough that programs can finish in different orders.
-    tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 5, None, 4)), dtype=torch.float16)
+    case = CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 5, None, 4)
+    tensors, plan = inputs(*case, dtype=torch.float16)
     first = run(expert_mlp, tensors, plan, tensors[0])
     assert_equal(run(expert_mlp, tensors, plan, tensors[0]), first)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from acceleron import ModelConfig
 from acceleron.config import PRESETS
 from acceleron.kernels import formulas, torch_ops
 from acceleron.kernels import moe as module
+from acceleron.moe import compute_balance_loss
 
 moe = module.moe
 NAMES = ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual")
@@ -33,12 +34,13 @@ def inputs(T, D, width, E, shared, used=None, dtype=torch.float32, weights=None,
 def run(function, tensors, coefficients=(1.0, 0.3, 0.2), **options):
     """Return a list of y, both losses and the input gradients of their weighted sum, and the tokens per expert."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
-    y, z_loss, balance_loss, tokens_per_expert_E = function(*leaves, **options)
+    y, z_loss, mean_probabilities_E, tokens_per_expert_E = function(*leaves, **options)
+    balance = compute_balance_loss(mean_probabilities_E, tokens_per_expert_E)
     grad = randn(*y.shape, seed=7, dtype=y.dtype)
-    losses = zip(coefficients, ((y * grad).sum(), z_loss, balance_loss), strict=True)
+    losses = zip(coefficients, ((y * grad).sum(), z_loss, balance), strict=True)
     total = sum(c * value * (1 if i == 0 else len(y)) for i, (c, value) in enumerate(losses))
     wanted = [leaf for leaf in leaves if leaf is not None]
-    return [y, z_loss, balance_loss, *torch.autograd.grad(total, wanted)], tokens_per_expert_E
+    return [y, z_loss, balance, *torch.autograd.grad(total, wanted)], tokens_per_expert_E
 
 
 def check_errors(tensors, **how):
@@ -100,9 +102,9 @@ def test_gradients_computed_alone_match_joint_gradients():
     together = run(moe, tensors)[0][3:]
     for index, (name, expected) in enumerate(zip(NAMES, together, strict=True)):
         leaves = [t.detach().requires_grad_(i == index) for i, t in enumerate(tensors)]
-        y, z_loss, balance_loss, _ = moe(*leaves)
+        y, z_loss, *statistics = moe(*leaves)
         grad = randn(*y.shape, seed=7, dtype=y.dtype)
-        total = (y * grad).sum() + len(y) * (0.3 * z_loss + 0.2 * balance_loss)
+        total = (y * grad).sum() + len(y) * (0.3 * z_loss + 0.2 * compute_balance_loss(*statistics))
         assert torch.equal(torch.autograd.grad(total, leaves[index])[0], expected), name
 
 
@@ -143,8 +145,8 @@ def test_memory_saved_for_backward():
     known = {leaf.data_ptr() for leaf in leaves[1:]}
     kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
     weights = 2 * (3 * E * D * width + 3 * D * W)
-    small = 4 * (E + 1) + 8 * E  # offsets and the int64 tokens per expert
-    assert kept == T * (2 * D + 8 * width + 6 * W + 4 * E + 32) + weights + small
+    offsets = 4 * (E + 1)
+    assert kept == T * (2 * D + 8 * width + 6 * W + 4 * E + 32) + weights + offsets
 
 
 def test_compiles_without_graph_breaks_for_any_token_count():

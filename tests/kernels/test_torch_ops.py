@@ -21,43 +21,44 @@ def randn(*shape, seed=0, dtype=torch.float64):
 # --- routing ---
 
 
-# T = 1; odd T; E = K = 2; many experts; logits of 1e4, which would overflow a naive exponential.
+# T, E, K and a scale. T = 1; odd T; E = K; one expert; many experts; logits of 1e4, which would overflow a naive
+# exponential.
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
-    ("T", "E", "scale"), [(1, 8, 1), (37, 8, 1), (64, 2, 1), (50, 64, 1), (20, 256, 1), (33, 8, 1e4)]
+    ("T", "E", "K", "scale"),
+    [(1, 8, 2, 1), (37, 8, 4, 1), (64, 2, 2, 1), (9, 1, 1, 1), (50, 64, 8, 1), (20, 256, 16, 1), (33, 8, 2, 1e4)],
 )
-def test_routing_matches_the_formula(T, E, scale):
+def test_routing_matches_the_formula(T, E, K, scale, normalize):
     logits = randn(T, E) * scale
-    torch.testing.assert_close(ops.route_top2(logits), formulas.route_top2(logits), rtol=1e-12, atol=1e-12)
+    results = (backend.route_topk(logits, K, normalize) for backend in (ops, formulas))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=5, max_size=5), min_size=1, max_size=20))
 def test_ties_go_to_the_lower_id(rows):
     """Three values for five experts give ties in every row."""
     expected = [sorted(range(5), key=lambda e: (-row[e], e))[:2] for row in rows]
-    assert ops.route_top2(torch.tensor(rows)).topk_ids_TK.tolist() == expected
+    assert ops.route_topk(torch.tensor(rows)).topk_ids_TK.tolist() == expected
 
 
 def test_minus_infinity_never_selects_an_expert_twice():
-    routing = ops.route_top2(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
+    routing = ops.route_topk(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
     assert routing.topk_ids_TK.tolist() == [[1, 0]]
     assert routing.topk_scores_TK.tolist() == [[1.0, 0.0]]
-
-
-def test_uniform_probabilities_have_a_balance_loss_of_one():
-    """Equal logits select experts 0 and 1 for every token, but every probability is 1 / E."""
-    assert ops.route_top2(torch.zeros(16, 8)).balance_loss.item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_logits_are_routed_in_fp32(dtype):
     logits = randn(40, 8, dtype=dtype)
-    assert_equal(ops.route_top2(logits), ops.route_top2(logits.float()))
+    assert_equal(ops.route_topk(logits), ops.route_topk(logits.float()))
 
 
-def test_routing_gradients():
+@pytest.mark.parametrize(("K", "normalize"), [(2, True), (2, False), (4, True), (1, False)])
+def test_routing_gradients(K, normalize):
     logits = randn(9, 5).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.balance_loss))(ops.route_top2(x)), logits
+        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.mean_probabilities_E))(ops.route_topk(x, K, normalize)),
+        logits,
     )
 
 
@@ -260,7 +261,7 @@ def test_full_logits_are_never_materialized():
 def test_custom_ops_pass_opcheck():
     ops = torch.ops.acceleron
     offsets = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
-    opcheck(ops.top2_experts, (randn(9, 4),))
+    opcheck(ops.topk_experts, (randn(9, 4), 3))
     opcheck(ops.sort_by_expert, (torch.tensor([[1, 0], [2, 1]], dtype=torch.int32), 3))
     opcheck(ops.grouped_rows, (randn(6, 8), randn(3, 8, 4), offsets))
     opcheck(ops.grouped_weight_grad, (randn(6, 8), randn(6, 4), offsets))

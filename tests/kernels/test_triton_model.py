@@ -161,7 +161,7 @@ def test_checkpointing_does_not_recompute_the_routing():
     with Ops():
         losses_and_gradients(model, "triton")
     ops = torch.ops.acceleron_triton
-    assert runs.count(ops.route_top2.default) == runs.count(ops.dispatch_plan.default) == CONFIG.num_layers
+    assert runs.count(ops.route_topk.default) == runs.count(ops.dispatch_plan.default) == CONFIG.num_layers
     assert runs.count(ops.expert_up.default) == 2 * CONFIG.num_layers  # forward and recomputation
 
 
