@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import TOP_K, MoEOutput, Plan, Routing
+from .contract import MoEOutput, Plan, Routing
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    x_ND = x_TD[plan.gather_idx // TOP_K]
+    x_ND = x_TD[plan.gather_idx // topk_scores_TK.shape[1]]
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13_E2FD, plan)), w2_EDF, plan)
     return (topk_scores_TK[:, :, None] * y_ND[plan.scatter_idx_TK]).sum(dim=1)
 
@@ -80,14 +80,17 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2WD: Tensor,
-    shared_w2_DW: Tensor,
+    shared_w13_2WD: Tensor | None = None,
+    shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
+    top_k: int = 2,
+    normalize: bool = True,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    scores_TK, ids_TK, *stats = route_topk(router_logits(x_TD, router_ED), force_load_balance=force_load_balance)
+    scores_TK, ids_TK, *stats = route_topk(router_logits(x_TD, router_ED), top_k, normalize, force_load_balance)
     y_TD = expert_mlp(x_TD, scores_TK, dispatch_plan(ids_TK, len(router_ED)), w13_E2FD, w2_EDF)
-    y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()
+    if shared_w13_2WD is not None:
+        y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()
     return MoEOutput(y_TD if residual_TD is None else y_TD + residual_TD, *stats)
 
 

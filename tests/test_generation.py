@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_model import small_model, token_ids, unit_scale
+from test_model import OTHER_SHAPE, small_model, token_ids, unit_scale
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from acceleron import generation
@@ -24,9 +24,9 @@ def model():
     return unit_scale(small_model())
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_greedy_with_kv_cache_matches_greedy_without(dense):
-    model = unit_scale(small_model(dense))
+@pytest.mark.parametrize("shape", [{}, {"dense": True}, OTHER_SHAPE], ids=["MoE", "dense baseline", "other shape"])
+def test_greedy_with_kv_cache_matches_greedy_without(shape):
+    model = unit_scale(small_model(**shape))
     prompt = token_ids(1, 5)[0].tolist()
     ids = list(prompt)
     with torch.no_grad():

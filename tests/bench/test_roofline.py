@@ -21,8 +21,10 @@ N, E, F, KV = 2 * T, CONFIG.num_experts, CONFIG.d_ff, CONFIG.num_kv_heads * CONF
 # A separate process, because other tests may have imported the kernels under the interpreter.
 SCRIPT = """
 import json
+from acceleron import ModelConfig
 from bench.trace import trace_step
-print(json.dumps([trace_step("nano", dense, batch) for dense, batch in ((False, 4), (True, 4), (False, 8))]))
+cases = (False, 4), (True, 4), (False, 8)
+print(json.dumps([trace_step(ModelConfig.preset("nano", dense), batch) for dense, batch in cases]))
 """
 
 

@@ -65,7 +65,7 @@ def test_routing_gradients(K, normalize):
 # --- the expert MLP ---
 
 
-# T, D, F, E and the experts that get tokens.
+# T, D, F, E, the experts that get tokens, and K (default: 2).
 CASES = {
     "usual": (33, 16, 24, 4, None),
     "one token": (1, 16, 24, 4, None),
@@ -73,15 +73,17 @@ CASES = {
     "hot experts": (20, 16, 24, 8, (6, 2)),
     "two experts": (12, 8, 8, 2, None),
     "odd widths": (19, 7, 5, 3, None),
+    "K = 1": (19, 16, 24, 4, None, 1),
+    "K = 8": (19, 16, 24, 64, None, 8),
 }
 
 
-def expert_inputs(T, D, width, E, used, dtype):
+def expert_inputs(T, D, width, E, used, top_k=2, dtype=torch.float32):
     """Return the plan, and the leaves x, topk_scores, w13 and w2."""
     g = torch.Generator().manual_seed(1)
     pool = torch.tensor(used or range(E))
-    ids = torch.stack([pool[torch.randperm(len(pool), generator=g)[:2]] for _ in range(T)]).int()
-    scores = torch.rand(T, 2, generator=g, dtype=torch.float64)
+    ids = torch.stack([pool[torch.randperm(len(pool), generator=g)[:top_k]] for _ in range(T)]).int()
+    scores = torch.rand(T, top_k, generator=g, dtype=torch.float64)
     # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     tensors = [randn(T, D), scores, randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -97,7 +99,7 @@ def run(function, leaves, grad):
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_expert_mlp_and_every_gradient(case, dtype):
-    plan, leaves = expert_inputs(*CASES[case], dtype)
+    plan, leaves = expert_inputs(*CASES[case], dtype=dtype)
     grad = randn(*leaves[0].shape, seed=4)
 
     def formula(x, scores, w13, w2):
@@ -111,15 +113,17 @@ def test_expert_mlp_and_every_gradient(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
-def test_grouped_gemm_multiplies_each_row_by_its_expert(dtype):
-    plan = ops.dispatch_plan(torch.tensor([[0, 3], [3, 0], [3, 4]], dtype=torch.int32), 5)  # experts 1 and 2 are empty
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_grouped_gemm_multiplies_each_row_by_its_expert(dtype, top_k):
+    ids = torch.tensor([0, 3, 3, 0, 3, 4], dtype=torch.int32).view(-1, top_k)
+    plan = ops.dispatch_plan(ids, 5)  # experts 1 and 2 are empty
     x, w = randn(6, 8, dtype=dtype), randn(5, 16, 8, seed=1, dtype=dtype)
     truth = formulas.grouped_gemm(x.double(), w.double(), plan)
     assert error(ops.grouped_gemm(x, w, plan), truth) <= 2 * torch.finfo(dtype).eps
 
 
 def test_expert_mlp_is_deterministic():
-    plan, leaves = expert_inputs(*CASES["usual"], torch.float32)
+    plan, leaves = expert_inputs(*CASES["usual"])
     first, second = (
         run(lambda x, scores, w13, w2: ops.expert_mlp(x, scores, plan, w13, w2), leaves, randn(33, 16, seed=4))
         for _ in range(2)
