@@ -148,10 +148,13 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + tile, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def _route_blocks(T: int, E: int) -> tuple[int, int, dict]:
-    """Return the number of programs (at most MAX_PROGRAMS), blocks per program, and sizes of ~2048-logit blocks."""
+def _route_blocks(T: int, E: int, top_k: int) -> tuple[int, int, dict]:
+    """Return the number of programs (at most MAX_PROGRAMS), blocks per program, and the sizes of a block.
+
+    A block has 2048 logits, or 1024 above K = 2, where 2048 would spill registers.
+    """
     e_pad = triton.next_power_of_2(E)
-    block_t = min(2048 // e_pad, 256)
+    block_t = min((2048 if top_k <= 2 else 1024) // e_pad, 256)
     blocks = triton.next_power_of_2(triton.cdiv(T, block_t * MAX_PROGRAMS))
     return triton.cdiv(T, block_t * blocks), blocks, dict(E=E, E_PAD=e_pad, BLOCK_T=block_t)
 
@@ -170,7 +173,7 @@ def route(
     if T == 0:  # the mean over zero tokens is NaN
         z_loss.fill_(nan), mean_probabilities_E.fill_(nan), tokens_per_expert_E.zero_()
         return results
-    programs, blocks, sizes = _route_blocks(T, E)
+    programs, blocks, sizes = _route_blocks(T, E, top_k)
     squares, probabilities = torch.empty(programs, **fp32), torch.empty(programs, E, **fp32)
     counts = torch.empty(programs, E, **int32)
     with torch.cuda.device_of(logits_TE):
@@ -208,7 +211,7 @@ def route_backward(
     dlogits_TE = torch.empty_like(logits_TE)
     if T == 0:
         return dlogits_TE
-    _, _, sizes = _route_blocks(T, E)
+    _, _, sizes = _route_blocks(T, E, topk_ids_TK.shape[1])
     with torch.cuda.device_of(logits_TE):
         _route_backward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
             logits_TE, topk_ids_TK, dtopk_scores_TK, dz, dmean_probabilities_E, dlogits_TE, T, **sizes,

@@ -26,15 +26,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-# T, E, K and normalize. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256.
+# T, E, K and normalize. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256, or half for K > 2.
 CASES = [
     (1, 8, 2, True),  # one token
     (300, 2, 2, True),  # K = E
     (600, 5, 2, False),  # three programs with a partial block, and an odd E
-    (16, 64, 8, True),  # half a block of many experts
-    (75, 256, 4, False),  # the most experts, and 10 programs: the second kernel needs two blocks for their sums
-    (75, 205, 2, True),  # the same with 51 padded experts
-    (256, 8, 4, True),  # exactly one block
+    (10, 64, 8, True),  # less than a block of many experts
+    (75, 256, 4, False),  # the most experts, and 19 programs: the second kernel needs five blocks for their sums
+    (75, 205, 2, True),  # 51 padded experts, and two blocks of sums
+    (128, 8, 4, True),  # exactly one block
     (40, 16, 16, True),  # the largest K
     (40, 8, 8, False),  # every expert: equal to the softmax
     (300, 5, 1, True),  # every score is 1, without a gradient
@@ -61,11 +61,11 @@ def test_routing_matches_the_formula(T, E, K, normalize):
     check_routing(randn(T, E), K, normalize)
 
 
-# Two programs with eight blocks each, where the last three are empty; three programs with two blocks each.
+# Two programs with 16 blocks each, where the last seven are empty; three programs with two blocks each.
 @pytest.mark.parametrize(("shape", "K"), [((100, 256), 4), ((1500, 5), 2)], ids=str)
 def test_programs_loop_over_several_blocks(shape, K, monkeypatch):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
-    programs, blocks, _ = module._route_blocks(*shape)
+    programs, blocks, _ = module._route_blocks(*shape, K)
     assert programs > 1
     assert blocks > 1
     check_routing(randn(*shape), K)
