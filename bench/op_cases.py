@@ -12,12 +12,11 @@ from acceleron.kernels.contract import Routing
 
 from .gemms import gemm_cases
 
-# expert_mlp shapes from peers' READMEs: tokens and widths. Liger publishes 32768 tokens with top-8 routing; top-2 needs
-# 131072 tokens for the same number of rows.
+# expert_mlp shapes from peers' READMEs: tokens and widths.
 PUBLISHED = {
     "sonicmoe-768": (40960, dict(d_model=768, d_ff=1024, num_experts=32)),
     "sonicmoe-1536": (24576, dict(d_model=1536, d_ff=1024, num_experts=32)),
-    "liger-2048": (131072, dict(d_model=2048, d_ff=768, num_experts=128)),
+    "liger-2048": (32768, dict(d_model=2048, d_ff=768, num_experts=128, top_k=8)),
 }
 
 

@@ -161,7 +161,7 @@ def _announce(trainer: Trainer, backend: str):
     total, active = model.num_parameters()
     kind = f"MoE, {config.num_experts} routed experts, top-{config.top_k}"
     kind += ", 1 shared expert" if config.d_ff_shared else ""
-    kind += f", {config.num_dense_layers} dense layers" if config.num_dense_layers else ""
+    kind += f", {config.num_dense_layers} of {config.num_layers} layers dense" if config.num_dense_layers else ""
     name, kind = options.config or options.model_size, "dense baseline" if config.dense else kind
     logger.info(f"{name}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
     logger.info(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
