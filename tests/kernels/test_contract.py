@@ -131,10 +131,12 @@ def test_moe_options_work_under_autocast(backend):
         forced = ops.moe(x, *weights, force_load_balance=True)
         added = ops.moe(x, *weights, residual_TD=residual)
         narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # bf16 from a Linear, plus an fp32 residual
+        alone = ops.moe(x, *weights[:3], top_k=3, normalize=False)  # without a shared expert
         wide = ops.moe(x, router.double(), *weights[1:]) if backend == "reference" else plain
     assert torch.equal(wide.tokens_per_expert_E, plain.tokens_per_expert_E)
     assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
     assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
+    assert error(alone.y_TD, ops.moe(x, *weights[:3], top_k=3, normalize=False).y_TD.double()) < 0.02
     assert narrow.y_TD.dtype == torch.bfloat16
     torch.testing.assert_close(added.y_TD - plain.y_TD, residual.bfloat16(), rtol=0.02, atol=0.1)
 

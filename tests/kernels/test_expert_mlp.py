@@ -72,6 +72,7 @@ CASES = SIZES | {
     "odd widths": (33, 33, 17, 5, None),  # loads through pointers instead of TMA, and partial tiles on every axis
     "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its K rows
     "K = 1, two experts": (33, 32, 40, 2, None, 1),
+    "K = 1, one expert": (33, 32, 40, 1, None, 1),
     "K = 4, empty and hot experts": (40, 32, 32, 7, (1, 3, 4, 5), 4),
     "K = 8, one token": (1, 32, 64, 8, None, 8),
     "K = 8, many experts": (20, 16, 16, 64, None, 8),
