@@ -1,10 +1,12 @@
 """Model configuration and the named sizes."""
 
+import json
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
-from .errors import InputError
-from .kernels.contract import MAX_EXPERTS
+from .errors import InputError, path_error
+from .kernels.contract import MAX_EXPERTS, MAX_TOP_K
 
 NAMED_VOCAB_SIZE = 50304
 MAX_VOCAB_SIZE = 1 << 24
@@ -18,12 +20,14 @@ LIMITS = {
     "d_ff": 1 << 18,
     "d_ff_shared": 1 << 18,
     "num_experts": 1 << 10,
+    "top_k": MAX_TOP_K,
     "max_seq_len": 1 << 20,
     "rope_theta": 1e12,
     "norm_eps": 1.0,
     "z_loss_coef": 1e6,
     "balance_loss_coef": 1e6,
 }
+SHAPE_FIELDS = ("num_experts", "top_k", "d_ff", "d_ff_shared", "num_dense_layers")  # also flags of train.py
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -42,9 +46,11 @@ def short_repr(value) -> str:
 class ModelConfig:
     """The architecture and the router loss coefficients. Raises InputError for invalid values.
 
-    `d_ff` is the width of one routed expert, `d_ff_shared` the width of the shared expert. `dense` replaces the MoE
-    with the dense baseline: one SwiGLU of width 2 * d_ff + d_ff_shared, with equal active FLOPs.
-    `debug_force_load_balance` assigns tokens to experts round-robin in training mode.
+    Each token uses `top_k` of the `num_experts` routed experts, of width `d_ff`, and a shared expert of width
+    `d_ff_shared` (0: no shared expert). The first `num_dense_layers` layers are dense: they replace the MoE with one
+    SwiGLU of width top_k * d_ff + d_ff_shared. It has the MoE's active FLOPs, except for those of the router. In the
+    dense baseline, `dense`, all layers are dense. `debug_force_load_balance` assigns tokens to experts round-robin in
+    training mode.
     """
 
     vocab_size: int = NAMED_VOCAB_SIZE
@@ -53,8 +59,10 @@ class ModelConfig:
     num_heads: int = 16
     num_kv_heads: int = 4
     num_experts: int = 4
+    top_k: int = 2
     d_ff: int = 1408
     d_ff_shared: int = 704
+    num_dense_layers: int = 0
     max_seq_len: int = 2048
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
@@ -70,8 +78,9 @@ class ModelConfig:
                 if type(value) is not bool:
                     raise InputError(f"config: {field.name} must be true or false, not {short_repr(value)}")
                 continue
-            if field.type is int and (type(value) is not int or value < 1):
-                raise InputError(f"config: {field.name} must be a positive integer, not {short_repr(value)}")
+            minimum = 0 if field.name in ("d_ff_shared", "num_dense_layers") else 1
+            if field.type is int and (type(value) is not int or value < minimum):
+                raise InputError(f"config: {field.name} must be an integer from {minimum}, not {short_repr(value)}")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
                 raise InputError(f"config: {field.name} must be finite and at least 0, not {short_repr(value)}")
             if value > LIMITS.get(field.name, value):
@@ -85,7 +94,12 @@ class ModelConfig:
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if not 2 <= self.num_experts <= MAX_EXPERTS:
-            raise InputError(f"config: num_experts {self.num_experts} must be from 2 (top-2 routing) to {MAX_EXPERTS}")
+            raise InputError(f"config: num_experts {self.num_experts} must be from 2 to {MAX_EXPERTS}")
+        if self.top_k > self.num_experts:
+            raise InputError(f"config: top_k {self.top_k} must be at most num_experts {self.num_experts}")
+        if self.num_dense_layers >= self.num_layers:
+            layers = f"num_dense_layers {self.num_dense_layers} must be below num_layers {self.num_layers}"
+            raise InputError(f"config: {layers}; --dense makes all layers dense")
 
     @property
     def head_dim(self) -> int:
@@ -93,8 +107,8 @@ class ModelConfig:
 
     @property
     def d_ff_dense(self) -> int:
-        """Width of the dense baseline's MLP."""
-        return 2 * self.d_ff + self.d_ff_shared
+        """Width of the SwiGLU in dense layers."""
+        return self.top_k * self.d_ff + self.d_ff_shared
 
     @classmethod
     def preset(cls, size: str, dense: bool = False, **overrides) -> "ModelConfig":
@@ -113,6 +127,22 @@ class ModelConfig:
         if unknown:
             raise InputError(f"config: unknown fields {', '.join(unknown)[:200]}: written by a different version?")
         return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ModelConfig":
+        """Read a JSON object with the fields of `to_dict`; missing fields have their defaults. Raises InputError."""
+        if not Path(path).is_file():
+            raise path_error("--config", path, "file")
+        try:
+            values = json.loads(Path(path).read_bytes())
+            if type(values) is not dict:
+                raise ValueError("not a JSON object")
+            return cls.from_dict(values)
+        except OSError as error:
+            raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            reason = str(error).removeprefix("config: ")[:200]
+            raise InputError(f"--config {path}: {reason}; pass the model.json of a run") from error
 
 
 PRESETS = {

@@ -15,7 +15,7 @@ from .attention import Attention, KVCache
 from .checkpoint import assign_weights, load_checkpoint
 from .config import ModelConfig
 from .kernels.autograd import autocast_dtype, no_autocast
-from .moe import MoE, MoEStats, SwiGLU
+from .moe import MoE, MoEStats, SwiGLU, compute_balance_loss
 
 
 class ModelOutput(NamedTuple):
@@ -23,7 +23,7 @@ class ModelOutput(NamedTuple):
 
     With labels, `logits` is None: logits are never materialized. Without labels, `loss` and `cross_entropy` are None.
     The router losses are unweighted sums over the layers, and 0 for the dense baseline. `tokens_per_expert_LE` has one
-    row per layer. It is None for the dense baseline.
+    row per MoE layer. It is None for the dense baseline.
     """
 
     loss: Tensor | None
@@ -50,14 +50,14 @@ def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 class Block(nn.Module):
-    """One layer. torch.compile compiles its forward once for all blocks."""
+    """One layer. torch.compile compiles its forward once for all MoE layers, and once for all dense layers."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        if config.dense:
+        if dense:
             self.mlp = SwiGLU(config.d_model, config.d_ff_dense)
         else:
             self.moe = MoE(config)
@@ -95,7 +95,8 @@ class Acceleron(nn.Module):
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        num_dense = config.num_layers if config.dense else config.num_dense_layers
+        self.blocks = nn.ModuleList(Block(config, layer < num_dense) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.build_rope()
         self.reset_parameters()
@@ -128,20 +129,21 @@ class Acceleron(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None):
         """Normal with std 0.02, divided by sqrt(2 layers) for weights that write to the residual stream (GPT-2).
 
-        w2 of the routed experts is doubled: the scores of a token's two experts add up to 1, so otherwise the experts
-        would start with half the contribution of the same widths in the dense baseline.
+        w2 of the routed experts is multiplied by top_k: the scores of a token's K experts add up to 1, so otherwise the
+        experts would start with 1/K of the contribution of the same widths in the dense baseline.
         """
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
                 into_residual = name.endswith(("attention.out.weight", "w2", "w2_EDF"))
                 std = 0.02 / (2 * self.config.num_layers) ** (0.5 * into_residual)
-                nn.init.normal_(weight, std=2 * std if name.endswith("w2_EDF") else std, generator=generator)
+                scale = self.config.top_k if name.endswith("w2_EDF") else 1
+                nn.init.normal_(weight, std=scale * std, generator=generator)
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active). Active counts the embedding once and two of the routed experts."""
+        """(total, active). Active counts the embedding once, and top_k of the routed experts."""
         total = sum(weight.numel() for weight in self.parameters())
         routed = sum(w.numel() for name, w in self.named_parameters() if name.endswith(("w13_E2FD", "w2_EDF")))
-        return total, total - routed + routed * 2 // self.config.num_experts
+        return total, total - routed + routed * self.config.top_k // self.config.num_experts
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward and backward FLOPs: 6 · active matmul parameters + 6 · L · H·C · S for causal attention.
@@ -167,8 +169,8 @@ class Acceleron(nn.Module):
         x, layers = self.hidden_states(input_ids)
         z_loss, balance_loss, tokens_per_expert_LE = *x.new_zeros(2, dtype=torch.float32), None
         if not self.config.dense:
-            z_loss, balance_loss, tokens_per_expert_LE = (torch.stack(values) for values in zip(*layers, strict=True))
-            z_loss, balance_loss = z_loss.sum(), balance_loss.sum()
+            z_loss_L, probabilities_LE, tokens_per_expert_LE = (torch.stack(x) for x in zip(*layers, strict=True))
+            z_loss, balance_loss = z_loss_L.sum(), compute_balance_loss(probabilities_LE, tokens_per_expert_LE).sum()
         if labels is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, tokens_per_expert_LE)
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
@@ -177,7 +179,7 @@ class Acceleron(nn.Module):
         return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, tokens_per_expert_LE)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
-        """Return the final norm's output (B, S, D) and each layer's router statistics.
+        """Return the final norm's output (B, S, D) and the router statistics of each MoE layer.
 
         With a cache, input_ids are the positions that follow the cached ones, and are added to the cache.
         """
@@ -199,7 +201,8 @@ class Acceleron(nn.Module):
                     x, stats = block.layer(x, cos_SC, sin_SC, cache, index)
                 else:
                     x, stats = block(x, cos_SC, sin_SC, recompute)
-                layers.append(stats)
+                if stats is not None:
+                    layers.append(stats)
             x, _ = self.norm(x)
         if cache:
             cache.length = end
@@ -234,6 +237,6 @@ class Acceleron(nn.Module):
         return F.linear(x, self.embedding.to(x.dtype))
 
     def compile_blocks(self):
-        """Compile the blocks with torch.compile. All share one static graph. Parameter names do not change."""
+        """Compile the blocks with torch.compile. Blocks of a kind share a static graph. Keeps parameter names."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)

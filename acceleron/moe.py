@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: a router, two of E routed experts per token, and one shared expert."""
+"""The Mixture-of-Experts layer: a router, K of E routed experts per token, and an optional shared expert."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,31 @@ from .kernels.contract import ExpertBuffers
 from .kernels.torch_ops import expert_mlp_token
 
 
+def compute_balance_loss(mean_probabilities_E: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """Return E · Σ_e f_e P_e (Switch Transformer, Fedus et al. 2021), which is 1 for uniform routing.
+
+    P_e is the mean probability of expert e, and f_e its share of all assignments. Both arguments are (E,) or (L, E);
+    for L layers, the result is (L,). The gradient flows through P_e only.
+    """
+    counts_E = tokens_per_expert_E.to(mean_probabilities_E.dtype)
+    fraction_E = counts_E / tokens_per_expert_E.sum(dim=-1, keepdim=True)
+    return counts_E.shape[-1] * (fraction_E * mean_probabilities_E).sum(dim=-1)
+
+
 class MoEStats(NamedTuple):
-    """The unweighted router losses of one layer and batch, and the number of assignments to each expert."""
+    """The router statistics of one layer and batch. The losses are unweighted.
+
+    mean_probabilities_E is the mean over the tokens of the softmax over all experts, and tokens_per_expert_E the number
+    of assignments to each expert.
+    """
 
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
+
+    @property
+    def balance_loss(self) -> Tensor:
+        return compute_balance_loss(self.mean_probabilities_E, self.tokens_per_expert_E)
 
 
 class SwiGLU(nn.Module):
@@ -35,9 +54,9 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """`MoE(config)(x) -> (y, stats)` for x of shape (..., d_model); y has the shape and dtype of x.
 
-    The layer is dropless: every token gets its two experts, weighted by the softmax of their two logits, and the shared
-    expert. To train it in your own model, add `config.z_loss_coef * stats.z_loss + config.balance_loss_coef *
-    stats.balance_loss` to the loss. ops.py has the legend of the shapes.
+    The layer is dropless: every token gets its K experts, weighted by the softmax of their logits, and the shared
+    expert, unless `config.d_ff_shared` is 0. To train it in your own model, add `config.z_loss_coef * stats.z_loss +
+    config.balance_loss_coef * stats.balance_loss` to the loss. ops.py has the legend of the shapes.
     """
 
     def __init__(self, config: ModelConfig):
@@ -46,7 +65,8 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(E, D))
         self.w13_E2FD = nn.Parameter(torch.empty(E, 2 * width, D))  # gate rows (w1), then up rows (w3)
         self.w2_EDF = nn.Parameter(torch.empty(E, D, width))
-        self.shared = SwiGLU(D, config.d_ff_shared)
+        self.shared = SwiGLU(D, config.d_ff_shared) if config.d_ff_shared else None
+        self.top_k = config.top_k
         self.force_load_balance = config.debug_force_load_balance
         self.buffers: ExpertBuffers | None = None
         for weight in self.parameters():
@@ -63,10 +83,11 @@ class MoE(nn.Module):
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"MoE: expected a residual of shape {tuple(x.shape)}, but got {tuple(residual.shape)}")
         x_TD, residual_TD = (v if v is None else v.reshape(-1, v.shape[-1]).contiguous() for v in (x, residual))
-        shared = self.shared
-        weights = (self.router, self.w13_E2FD, self.w2_EDF, shared.w13, shared.w2)
-        force = self.force_load_balance and self.training
-        y_TD, *stats = ops.moe(x_TD, *weights, residual_TD, force, self.buffers)
+        shared = (self.shared.w13, self.shared.w2) if self.shared else (None, None)
+        y_TD, *stats = ops.moe(
+            x_TD, self.router, self.w13_E2FD, self.w2_EDF, *shared, residual_TD,
+            top_k=self.top_k, force_load_balance=self.force_load_balance and self.training, buffers=self.buffers,
+        )  # fmt: skip
         return y_TD.view_as(x), MoEStats(*stats)
 
     def can_add_gradients(self) -> bool:
@@ -86,4 +107,5 @@ class MoE(nn.Module):
     def decode_token(self, x: Tensor) -> Tensor:
         """A faster `forward` for a single token, x (1, 1, D), on a CPU and without gradients."""
         logits_E = F.linear(x.to(self.router.dtype), self.router).flatten()
-        return expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF) + self.shared(x)
+        y = expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF, self.top_k)
+        return y + self.shared(x) if self.shared else y

@@ -1,6 +1,6 @@
 """The ops of the model. Each runs on Triton kernels or on the PyTorch reference; `set_backend` chooses.
 
-Legend: T tokens, D model width, E experts, K = 2 experts per token, F expert width, W width of the shared expert,
+Legend: T tokens, D model width, E experts, K experts per token, F expert width, W width of the shared expert,
 V vocabulary, N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
 
 Floating-point arguments are bf16, fp16 or fp32; the reference also takes float64. For an invalid shape, dtype or
@@ -34,7 +34,7 @@ else:
 
 # Ops that contain other ops.
 _CONTAINS = {
-    "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_top2", "router_logits", "swiglu"},
+    "moe": {"dispatch_plan", "expert_mlp", "grouped_gemm", "route_topk", "router_logits", "swiglu"},
     "split_rope": {"rope"},
 }
 _backend, _reference_ops = "auto", ()
@@ -129,42 +129,47 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2WD: Tensor,
-    shared_w2_DW: Tensor,
+    shared_w13_2WD: Tensor | None = None,
+    shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
+    top_k: int = 2,
+    normalize: bool = True,
     force_load_balance: bool = False,
     buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
-    """A Mixture-of-Experts layer: each token's two routed experts and shared expert, plus the residual.
+    """A Mixture-of-Experts layer: each token's K routed experts and shared expert, plus the residual.
 
-    2 <= E <= 256. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up rows (w3). The weights are
-    cast to x's dtype, except the router's; gradients have the weights' own dtype. The result has x's dtype. For
-    backward, the Triton kernels save 2 D + 8 F + 6 W + 4 E + 32 bytes per token in bf16 (x, pre-activations, logits and
-    plan), and the weights in x's dtype. `force_load_balance` is described in `route_top2`.
+    1 <= E <= 256, and K = `top_k` is at most 16. w13_E2FD and shared_w13_2WD have the gate rows (w1) first, then the up
+    rows (w3). Without shared weights, there is no shared expert. The weights are cast to x's dtype, except the
+    router's; gradients have the weights' own dtype. The result has x's dtype. For backward, the Triton kernels save
+    2 D + 4 F K + 6 W + 4 E + 16 K bytes per token in bf16 (x, pre-activations, logits and plan), and the weights in x's
+    dtype. `normalize` and `force_load_balance` are described in `route_topk`.
 
     With `buffers`, the Triton kernels read w13 and w2 from them instead of casting the weights, and backward adds their
     gradients to the buffers instead of returning them. The reference ignores `buffers`, as do all backends under an
     autocast dtype that differs from the buffers'.
     """
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
+    options = (top_k, normalize, force_load_balance)
     gemm_x_TD = _autocast(x_TD)
     if residual_TD is not None and autocast_dtype(x_TD.device):
         residual_TD = residual_TD.to(gemm_x_TD.dtype)
     if buffers is not None and buffers.w13_E2FD.dtype != gemm_x_TD.dtype:
         buffers = None  # autocast started after the buffers were allocated
-    contract.check_moe(gemm_x_TD, *weights, residual_TD, buffers)
+    contract.check_moe(gemm_x_TD, *weights, residual_TD, top_k, buffers)
     with no_autocast(x_TD.device):
         if gemm_x_TD.dtype != x_TD.dtype:  # autocast: the router still reads the uncast x, so the ops are not fused
-            routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+            routing = route_topk(router_logits(x_TD, router_ED), *options)
             plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
             y_TD = expert_mlp(gemm_x_TD, routing.topk_scores_TK.float(), plan, w13_E2FD, w2_EDF)
-            hidden_TW = swiglu(F.linear(gemm_x_TD, shared_w13_2WD.to(gemm_x_TD.dtype)))
-            y_TD = y_TD + F.linear(hidden_TW, shared_w2_DW.to(gemm_x_TD.dtype))
+            if shared_w13_2WD is not None:
+                hidden_TW = swiglu(F.linear(gemm_x_TD, shared_w13_2WD.to(gemm_x_TD.dtype)))
+                y_TD = y_TD + F.linear(hidden_TW, shared_w2_DW.to(gemm_x_TD.dtype))
             y_TD = y_TD if residual_TD is None else y_TD + residual_TD
-            return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
+            return MoEOutput(y_TD, routing.z_loss, routing.mean_probabilities_E, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
-            return triton_ops.moe(x_TD, *weights, residual_TD, force_load_balance, buffers)
-        return torch_ops.moe(x_TD, *weights, residual_TD, force_load_balance, buffers)
+            return triton_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
+        return torch_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -176,26 +181,27 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return torch_ops.router_logits(x_TD, weight_ED)
 
 
-def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Top-2 routing of router logits [T, E], 2 <= E <= 256, with the router's two losses. Computes in fp32.
+def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+    """Top-k routing of router logits [T, E], E <= 256 and 1 <= K <= min(E, 16), with K = `top_k`. Computes in fp32.
 
-    The top-k scores are the softmax of the two largest logits; ties go to the lower expert, and NaN counts as the
-    largest value. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022); balance_loss = E · Σ_e f_e P_e (Switch
-    Transformer, Fedus et al. 2021), where f_e is expert e's share of the 2·T assignments and P_e its mean probability:
-    1 for uniform routing. Scores and losses are differentiable. `force_load_balance` restricts token t to the experts
-    t mod E and (t + 1) mod E, for benchmarks and debugging; scores and losses still come from the logits.
+    Each token selects its K largest logits; ties go to the lower expert, and NaN counts as the largest value. The top-k
+    scores are the softmax of the selected logits or, with normalize=False, the softmax over all experts at the selected
+    ids. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022). mean_probabilities_E is the mean over the tokens
+    of the softmax over all experts; `acceleron.moe.compute_balance_loss` takes it. Both and the scores are
+    differentiable. `force_load_balance` restricts token t to the K experts from t mod E to (t + K - 1) mod E, for
+    benchmarks and debugging; scores and statistics still come from the logits.
     """
-    contract.check_route_top2(logits_TE)
+    contract.check_route_topk(logits_TE, top_k)
     with no_autocast(logits_TE.device):
-        if uses_triton(logits_TE.device, logits_TE.dtype, "route_top2"):
-            return triton_ops.route_top2(logits_TE, force_load_balance)
-        return torch_ops.route_top2(logits_TE, force_load_balance)
+        if uses_triton(logits_TE.device, logits_TE.dtype, "route_topk"):
+            return triton_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
+        return torch_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
     """Sort all assignments by expert with a stable sort, on the device.
 
-    topk_ids_TK: int32 or int64 [T, 2]. Values outside 0..num_experts-1 are not detected: checking needs a host sync.
+    topk_ids_TK: int32 or int64, K <= 16. Values outside 0..num_experts-1 are not detected: checking needs a host sync.
     """
     contract.check_dispatch_plan(topk_ids_TK, num_experts)
     if uses_triton(topk_ids_TK.device, topk_ids_TK.dtype, "dispatch_plan"):
@@ -214,11 +220,11 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """y_TD: the sum of each token's two experts, w2 (silu(w1 x) * (w3 x)), weighted by the top-k scores.
+    """y_TD: the sum of each token's K experts, w2 (silu(w1 x) * (w3 x)), weighted by the top-k scores.
 
     w13_E2FD (gate rows w1 first, then up rows w3) and w2_EDF are cast to x's dtype, which the result also has. Their
     gradients are summed in fp32 and have the weights' own dtype. topk_scores_TK is fp32. `plan` is `dispatch_plan`'s
-    result for the same T and E. For backward, the Triton kernels save 2 D + 8 F + 24 bytes per token in bf16.
+    result for the same T and E. For backward, the Triton kernels save 2 D + (4 F + 12) K bytes per token in bf16.
     """
     x_TD = _autocast(x_TD)
     contract.check_expert_mlp(x_TD, topk_scores_TK, plan, w13_E2FD, w2_EDF)

@@ -120,7 +120,7 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 
 def require_correct_kernels(model: Acceleron, size: str, batch_size: int, seq_len: int, accumulate: bool):
-    """Check `--kernels auto` before training, on one layer and a micro-batch of at most MAX_TOKENS tokens.
+    """Check `--kernels auto` before training, on one layer of each kind and at most MAX_TOKENS tokens.
 
     accumulate: whether a step has several micro-batches. Logs the result; does nothing if "auto" selects the reference.
     Raises InputError if an error exceeds its tolerance or a kernel fails; the message has a command that finds the
@@ -130,7 +130,9 @@ def require_correct_kernels(model: Acceleron, size: str, batch_size: int, seq_le
     if not ops.uses_triton(device, dtype):
         return
     began = time.perf_counter()
-    config, batch_size = replace(model.config, num_layers=1), max(1, min(batch_size, MAX_TOKENS // seq_len))
+    dense = min(1, model.config.num_dense_layers)
+    config = replace(model.config, num_layers=1 + dense, num_dense_layers=dense)
+    batch_size = max(1, min(batch_size, MAX_TOKENS // seq_len))
     try:
         shape = dict(batch_size=batch_size, seq_len=seq_len)
         check = check_gradients(config, device, dtype, "auto", **shape, accumulate=accumulate)

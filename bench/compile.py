@@ -55,6 +55,9 @@ SIZES = ("tiny", "small", "medium", "large")
 ODD = ModelConfig(
     d_model=104, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=5, d_ff=100, d_ff_shared=36, vocab_size=1000
 )
+# Kernels that do not depend on K are compiled once for all of these.
+TOP_K = [ModelConfig(num_experts=64, top_k=top_k, d_ff=256, d_ff_shared=256) for top_k in (1, 4, 8, 16)]
+SHAPES = {size: [config] for size, config in PRESETS.items()} | {"odd": [ODD], "top-k": TOP_K}
 DTYPES = TRAINING_DTYPES | {"fp16": torch.float16}
 # Parts of a size compile in parallel, longest first: each GEMM kernel alone, then each module's remaining kernels.
 GEMMS = ("_up_kernel", "_rows_kernel", "_hidden_grad_kernel", "_weight_grad_kernel")
@@ -211,7 +214,8 @@ def compile_part(arch: str, dtype: str, size: str, part: str, variants: list[tup
     for (tokens, aligned), name in product(variants, names):
         which = dict(arch=arch, size=size, dtype=dtype, tokens=tokens, aligned=aligned)
         with offline(arch, compile_if_in_part, name, 0 if aligned else 2), LaunchMode():
-            run_ops(ODD if size == "odd" else ModelConfig.preset(size), tokens, DTYPES[dtype])
+            for config in SHAPES[size]:
+                run_ops(config, tokens, DTYPES[dtype])
     return [*rows.values()]
 
 
@@ -233,7 +237,7 @@ def problems(row: dict) -> list[str]:
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--model_size", nargs="+", choices=[*PRESETS, "odd"], default=[*SIZES, "odd"])
+    parser.add_argument("--model_size", nargs="+", choices=SHAPES, default=[*SIZES, "odd", "top-k"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tokens", type=int, help="override the size's token count and compile only this variant")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a kernel is not ready to ship")

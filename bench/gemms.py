@@ -9,7 +9,6 @@ from torch import Tensor
 
 from acceleron import ModelConfig
 from acceleron.kernels import torch_ops
-from acceleron.kernels.contract import TOP_K
 from acceleron.kernels.expert_mlp import expert_up, hidden_grad
 from acceleron.kernels.grouped_gemm import grouped_rows, grouped_weight_grad
 from acceleron.kernels.torch_ops import grouped_gemm
@@ -25,17 +24,17 @@ class Gemm(NamedTuple):
 
 def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
     """Build the GEMMs at a model's widths, with random unit-scale data in `dtype` and random routing."""
-    T, D, E, F = tokens, config.d_model, config.num_experts, config.d_ff
+    T, D, E, K, F = tokens, config.d_model, config.num_experts, config.top_k, config.d_ff
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-    routing = torch_ops.route_top2(torch.randn(T, E, generator=generator, device=device))
+    routing = torch_ops.route_topk(torch.randn(T, E, generator=generator, device=device), K)
     gather_idx, scatter_idx_TK, offsets = plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
-    tokens_N, scores_TK = gather_idx // TOP_K, routing.topk_scores_TK
+    tokens_N, scores_TK = gather_idx // K, routing.topk_scores_TK
     scores_N1 = scores_TK.flatten()[gather_idx][:, None]
-    x_TD, dy_ND, h_N2F, act_NF = randn(T, D), randn(2 * T, D), randn(2 * T, 2 * F), randn(2 * T, F)
+    x_TD, dy_ND, h_N2F, act_NF = randn(T, D), randn(K * T, D), randn(K * T, 2 * F), randn(K * T, F)
     w13, w2 = randn(E, 2 * F, D, scale=D**-0.5), randn(E, D, F, scale=F**-0.5)
 
     def plain_up(x, w):
@@ -52,8 +51,8 @@ def gemm_cases(config: ModelConfig, tokens: int, dtype: torch.dtype, device: tor
         r = plain_transposed(dy, w)
         (dh,) = torch.autograd.grad(act, h, (r * scores_N1).to(h.dtype))
         act = act.detach()
-        dscores = scores_TK.new_empty(2 * T).index_copy_(0, gather_idx.long(), (r * act).float().sum(dim=-1))
-        return dh, (act * scores_N1).to(h.dtype), dscores.view(T, 2)
+        dscores = scores_TK.new_empty(K * T).index_copy_(0, gather_idx.long(), (r * act).float().sum(dim=-1))
+        return dh, (act * scores_N1).to(h.dtype), dscores.view(T, K)
 
     def weight_grad(a, b, idx: Tensor | None = None) -> Tensor:  # fp32, like the parameters
         return grouped_weight_grad(a, b, offsets, idx, torch.float32)

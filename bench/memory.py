@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from acceleron import ModelConfig, ops
 from acceleron.device import missing_compiler
 from acceleron.errors import InputError
-from acceleron.kernels.contract import TOP_K
 from acceleron.training.optimizer import build_optimizer
 
 from .command import parse, record_failure
@@ -46,10 +45,11 @@ def saved_per_token(config: ModelConfig, itemsize: int, checkpointing: bool) -> 
     its input and the sum after attention, with 4 bytes of RMS each; the first norm's output; qkv; rotated q and k; the
     attention output, and 4 bytes of logsumexp per head. With checkpointing: the block's input and the routing.
     """
-    D, kv, routing = config.d_model, config.num_kv_heads * config.head_dim, 16 * TOP_K
+    D, kv, routing = config.d_model, config.num_kv_heads * config.head_dim, 16 * config.top_k
     if checkpointing:
         return itemsize * D + routing
-    moe = itemsize * (D + 2 * TOP_K * config.d_ff + 3 * config.d_ff_shared) + 4 * config.num_experts + routing
+    widths = 2 * config.top_k * config.d_ff + 3 * config.d_ff_shared
+    moe = itemsize * (D + widths) + 4 * config.num_experts + routing
     return moe + itemsize * (6 * D + 3 * kv) + 8 + 4 * config.num_heads
 
 

@@ -12,12 +12,11 @@ from acceleron.kernels.contract import Routing
 
 from .gemms import gemm_cases
 
-# expert_mlp shapes from peers' READMEs: tokens and widths. Liger publishes 32768 tokens with top-8 routing; top-2 needs
-# 131072 tokens for the same number of rows.
+# expert_mlp shapes from peers' READMEs: tokens and widths.
 PUBLISHED = {
     "sonicmoe-768": (40960, dict(d_model=768, d_ff=1024, num_experts=32)),
     "sonicmoe-1536": (24576, dict(d_model=1536, d_ff=1024, num_experts=32)),
-    "liger-2048": (131072, dict(d_model=2048, d_ff=768, num_experts=128)),
+    "liger-2048": (32768, dict(d_model=2048, d_ff=768, num_experts=128, top_k=8)),
 }
 
 
@@ -36,8 +35,8 @@ class RandomTensors:
         """Return a matrix, or one per expert, scaled for unit-scale products."""
         return self(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
-    def routing(self, T: int, E: int) -> Routing:
-        return torch_ops.route_top2(self(T, E, dtype=torch.float32, grad=False))
+    def routing(self, T: int, E: int, K: int) -> Routing:
+        return torch_ops.route_topk(self(T, E, dtype=torch.float32, grad=False), K)
 
     def labels(self, T: int, V: int) -> Tensor:
         return torch.randint(V, (T,), generator=self.generator, device=self.device)
@@ -69,7 +68,7 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
 
     The most expensive ops come first, in case time runs out.
     """
-    T, D, E, F, V = tokens, config.d_model, config.num_experts, config.d_ff, config.vocab_size
+    T, D, E, K, F, V = tokens, config.d_model, config.num_experts, config.top_k, config.d_ff, config.vocab_size
     W, H, G, C, fp32 = config.d_ff_shared, config.num_heads, config.num_kv_heads, config.head_dim, torch.float32
     S = min(T, config.max_seq_len)
     B = T // S
@@ -82,18 +81,18 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         return randn.weight(E, 2 * F, D, dtype=dtype), randn.weight(E, D, F, dtype=dtype)
 
     def routed(randn: RandomTensors) -> tuple:
-        routing = randn.routing(T, E)
+        routing = randn.routing(T, E, K)
         return randn(T, D), routing.topk_scores_TK.requires_grad_(), routing.topk_ids_TK, *experts(randn)
 
     def layer(randn: RandomTensors) -> tuple:
         shared = randn.weight(2 * W, D, dtype=fp32), randn.weight(D, W, dtype=fp32)
-        return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D)
+        return randn(T, D), randn.weight(E, D, dtype=fp32), *experts(randn, fp32), *shared, randn(T, D), K
 
     return [
-        Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 12 * T * D * F),
+        Case("expert_mlp", shape, dtype, ("x", "scores", "ids", "w13", "w2"), ("y",), routed, 6 * T * K * D * F),
         Case(
-            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual"),
-            ("y", "z_loss", "balance_loss", "tokens_per_expert"), layer, 12 * T * D * F + 6 * T * D * W + 2 * T * D * E,
+            "moe", shape, dtype, ("x", "router", "w13", "w2", "shared_w13", "shared_w2", "residual", "top_k"),
+            ("y", "z_loss", "mean_probabilities", "tokens_per_expert"), layer, 6 * T * D * (K * F + W) + 2 * T * D * E,
         ),
         Case(
             "linear_cross_entropy", shape, dtype, ("x", "weight", "labels"), ("loss",),
@@ -107,21 +106,23 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
         Case(
             "grouped_gemm", shape, dtype, ("x", "w", "plan"), ("y",),
             lambda randn: (
-                randn(2 * T, D), randn.weight(E, 2 * F, D), torch_ops.dispatch_plan(randn.routing(T, E).topk_ids_TK, E)
-            ), 8 * T * D * F,
+                randn(K * T, D), randn.weight(E, 2 * F, D),
+                torch_ops.dispatch_plan(randn.routing(T, E, K).topk_ids_TK, E),
+            ), 4 * T * K * D * F,
         ),
         Case(
             "router_logits", shape, fp32, ("x", "weight"), ("logits",),
             lambda randn: (randn(T, D), randn.weight(E, D, dtype=fp32)), 2 * T * D * E,
         ),
         Case(
-            "route_top2", shape, fp32, ("logits",), ("scores", "ids", "z_loss", "balance_loss", "tokens_per_expert"),
+            "route_topk", shape, fp32, ("logits",),
+            ("scores", "ids", "z_loss", "mean_probabilities", "tokens_per_expert"),
             lambda randn: (randn(T, E, dtype=fp32),),
-            scalar_grad=T,  # scales the gradients of the mean losses to those of the scores
+            scalar_grad=T,  # scales the gradient of the z-loss to that of the scores
         ),
         Case(
             "dispatch_plan", shape, dtype, ("ids", "num_experts"), ("gather_idx", "scatter_idx", "offsets"),
-            lambda randn: (randn.routing(T, E).topk_ids_TK, E),
+            lambda randn: (randn.routing(T, E, K).topk_ids_TK, E),
         ),
         Case("swiglu", shape, dtype, ("gate_up",), ("y",), lambda randn: (randn(T, 2 * W),)),
         Case(
@@ -162,7 +163,7 @@ def gemm_case(op: str, shape: str, config: ModelConfig, tokens: int, dtype: torc
 
     functions = dict(ours=lambda *x: made["gemm"].ours(*x), plain=lambda *x: made["gemm"].plain(*x))
     wide = op in ("up", "rows-dx", "weight_grad-w13")  # gate and up
-    flops = 4 * tokens * config.d_model * config.d_ff * (1 + wide)
+    flops = 2 * tokens * config.top_k * config.d_model * config.d_ff * (1 + wide)
     return Case(op, shape, dtype, ("a", "b", "h"), GEMMS[op], make, flops, **functions)
 
 

@@ -145,8 +145,8 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     else:
         theirs = transformers.GraniteMoeSharedConfig(
             **fields, intermediate_size=config.d_ff, shared_intermediate_size=config.d_ff_shared,
-            num_local_experts=config.num_experts, num_experts_per_tok=2, attention_multiplier=config.head_dim**-0.5,
-            experts_implementation="grouped_mm",
+            num_local_experts=config.num_experts, num_experts_per_tok=config.top_k,
+            attention_multiplier=config.head_dim**-0.5, experts_implementation="grouped_mm",
         )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="sdpa", dtype=dtype)
 

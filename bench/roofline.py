@@ -6,14 +6,18 @@ bench/trace.py traces a step of the MoE and of its dense baseline. A table lists
   predicted ms  the time at rates measured in training steps on an H100, at least 3 us per launch
 The FLOP floor is the time for the FLOPs that train.py's MFU counts. Launches are assumed to run back to back. The
 limiting kernel is the MoE-only kernel with the largest gap between predicted time and bound. bench/README.md compares
-predictions with measurements.
+predictions with measurements. train.py's shape flags change the size: for example, --model_size tiny --num_experts 64
+--top_k 8 --d_ff 352 has tiny's active FLOPs. The predictions then use rates measured at the size itself.
 """
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 
+from acceleron import ModelConfig
+from acceleron.config import SHAPE_FIELDS
 from acceleron.flags import Parser
 
 from .compile import SIZES, reject_interpreter
@@ -106,13 +110,18 @@ def main():
     parser.add_argument("--gpu", choices=CEILINGS, default="h100")
     for name in ("batch_size", "grad_accum", "seq_len"):
         parser.add_argument(f"--{name}", type=int, help="default: the batch shape of bench throughput on a GPU")
+    for name in SHAPE_FIELDS:
+        parser.add_argument(f"--{name}", type=int, help="default: the size's")
     arguments = parser.parse_args()
+    overrides = {name: value for name in SHAPE_FIELDS if (value := getattr(arguments, name)) is not None}
+    configs = {size: ModelConfig.preset(size, **overrides) for size in arguments.model_size}
     shapes = {size: batch_shape(size, True, arguments) for size in arguments.model_size}
     reject_interpreter()
     for size, (batch_size, accum, seq_len) in shapes.items():
         steps = []
         for model in ("MoE", "dense baseline"):
-            steps.append(trace_step(size, model != "MoE", batch_size, accum, seq_len))
+            config = replace(configs[size], dense=model != "MoE")
+            steps.append(trace_step(config, batch_size, accum, seq_len))
             print(f"{size} {model}, {accum} x {batch_size} x {seq_len}")
             print(by_kind(steps[-1].launches, size, arguments.gpu).to_string(float_format="{:,.2f}".format), end="\n\n")
         print(f"{size}, {steps[0].tokens:,} tokens per step")

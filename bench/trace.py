@@ -190,11 +190,8 @@ def recording() -> Iterator[Recorder]:
         yield recorder
 
 
-def trace_step(
-    size: str, dense: bool = False, batch_size: int = 1, grad_accum: int = 1, seq_len: int = ROW_LENGTH
-) -> Step:
-    """Trace the second bf16 training step of a size or its dense baseline. A step that waits for the device fails."""
-    config = ModelConfig.preset(size, dense=dense)
+def trace_step(config: ModelConfig, batch_size: int = 1, grad_accum: int = 1, seq_len: int = ROW_LENGTH) -> Step:
+    """Trace the second bf16 training step of a model. A step that waits for the device fails."""
     with tempfile.TemporaryDirectory() as directory:
         options = TrainOptions(
             data_dir=directory, batch_size=batch_size, grad_accum=grad_accum, seq_len=seq_len, dtype="bf16",

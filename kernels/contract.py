@@ -3,8 +3,8 @@
 A check raises a ValueError that names the argument in cases where torch would silently broadcast, promote or read past
 the end. It never reads values on a device.
 
-Legend: T tokens, D model width, E experts, K = 2, F expert width, W width of the shared expert, V vocabulary,
-N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
+Legend: T tokens, D model width, E experts, K experts per token, F expert width, W width of the shared expert,
+V vocabulary, N = T * K expert-sorted rows, B batch, S sequence, H query heads, G key/value heads, C head_dim.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOP_K = 2
-MAX_EXPERTS = 256  # limit of the Triton kernels
+MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
+MAX_TOP_K = 16
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Routing(NamedTuple):
-    """Top-2 routing, unweighted losses. Scores and losses are fp32 (fp64 for fp64 logits), ids int32, counts int64."""
+    """Top-k routing and the router's statistics. ids are int32, counts int64, the rest fp32 (fp64 for fp64 logits)."""
 
     topk_scores_TK: Tensor
     topk_ids_TK: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -51,11 +51,11 @@ class ExpertBuffers(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """Output of a Mixture-of-Experts layer, with the router losses and counts of `Routing`."""
+    """Output of a Mixture-of-Experts layer, with the statistics of `Routing`."""
 
     y_TD: Tensor
     z_loss: Tensor
-    balance_loss: Tensor
+    mean_probabilities_E: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -87,24 +87,31 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_experts(argument: str, experts: int):
-    if not TOP_K <= experts <= MAX_EXPERTS:
-        raise ValueError(f"{argument}: expected {TOP_K} to {MAX_EXPERTS} experts, but got {experts}")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"{argument}: expected 1 to {MAX_EXPERTS} experts, but got {experts}")
 
 
-def _check_plan(op: str, plan: Plan, tokens: int, experts: int, like: Tensor):
-    check(f"{op}: plan.gather_idx", plan.gather_idx, (tokens * TOP_K,), torch.int32, like)
-    check(f"{op}: plan.scatter_idx_TK", plan.scatter_idx_TK, (tokens, TOP_K), torch.int32, like)
+def _check_top_k(argument: str, top_k: int, experts: int):
+    if not 1 <= top_k <= min(experts, MAX_TOP_K):
+        raise ValueError(f"{argument}: expected 1 to {min(experts, MAX_TOP_K)} experts per token, but got {top_k}")
+
+
+def _check_plan(op: str, plan: Plan, shape_TK: Sequence[int | None], experts: int, like: Tensor):
+    check(f"{op}: plan.scatter_idx_TK", plan.scatter_idx_TK, shape_TK, torch.int32, like)
+    check(f"{op}: plan.gather_idx", plan.gather_idx, (plan.scatter_idx_TK.numel(),), torch.int32, like)
     check(f"{op}: plan.offsets", plan.offsets, (experts + 1,), torch.int32, like)
 
 
-def check_route_top2(logits_TE: Tensor):
-    check("route_top2: logits_TE", logits_TE, (None, None))
-    _check_experts("route_top2: logits_TE", logits_TE.shape[1])
+def check_route_topk(logits_TE: Tensor, top_k: int):
+    check("route_topk: logits_TE", logits_TE, (None, None))
+    _check_experts("route_topk: logits_TE", logits_TE.shape[1])
+    _check_top_k("route_topk: top_k", top_k, logits_TE.shape[1])
 
 
 def check_dispatch_plan(topk_ids_TK: Tensor, num_experts: int):
-    check("dispatch_plan: topk_ids_TK", topk_ids_TK, (None, TOP_K), (torch.int32, torch.int64))
+    check("dispatch_plan: topk_ids_TK", topk_ids_TK, (None, None), (torch.int32, torch.int64))
     _check_experts("dispatch_plan: num_experts", num_experts)
+    _check_top_k("dispatch_plan: topk_ids_TK", topk_ids_TK.shape[1], num_experts)
 
 
 def check_router_logits(x_TD: Tensor, weight_ED: Tensor):
@@ -116,7 +123,7 @@ def check_grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan):
     check("grouped_gemm: x_ND", x_ND, (plan.gather_idx.numel(), None))
     check("grouped_gemm: w_EFD", w_EFD, (None, None, x_ND.shape[1]), x_ND.dtype, x_ND)
     _check_experts("grouped_gemm: w_EFD", w_EFD.shape[0])
-    _check_plan("grouped_gemm", plan, x_ND.shape[0] // TOP_K, w_EFD.shape[0], x_ND)
+    _check_plan("grouped_gemm", plan, (None, None), w_EFD.shape[0], x_ND)
 
 
 def _check_weights(op: str, D: int, w13_E2FD: Tensor, w2_EDF: Tensor, like: Tensor):
@@ -130,17 +137,22 @@ def check_expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD:
     check("expert_mlp: x_TD", x_TD, (None, None))
     T, D = x_TD.shape
     _check_weights("expert_mlp", D, w13_E2FD, w2_EDF, x_TD)
-    check("expert_mlp: topk_scores_TK", topk_scores_TK, (T, TOP_K), wide(x_TD.dtype), x_TD)
-    _check_plan("expert_mlp", plan, T, w2_EDF.shape[0], x_TD)
+    check("expert_mlp: topk_scores_TK", topk_scores_TK, (T, None), wide(x_TD.dtype), x_TD)
+    _check_top_k("expert_mlp: topk_scores_TK", topk_scores_TK.shape[1], w2_EDF.shape[0])
+    _check_plan("expert_mlp", plan, topk_scores_TK.shape, w2_EDF.shape[0], x_TD)
 
 
-def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, buffers):
+def check_moe(x_TD, router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW, residual_TD, top_k, buffers):
     check("moe: x_TD", x_TD, (None, None))
     D = x_TD.shape[1]
     _check_weights("moe", D, w13_E2FD, w2_EDF, x_TD)
     check("moe: router_ED", router_ED, (w2_EDF.shape[0], D), like=x_TD)
-    check("moe: shared_w2_DW", shared_w2_DW, (D, None), like=x_TD)
-    check("moe: shared_w13_2WD", shared_w13_2WD, (2 * shared_w2_DW.shape[1], D), like=x_TD)
+    _check_top_k("moe: top_k", top_k, w2_EDF.shape[0])
+    if (shared_w13_2WD is None) != (shared_w2_DW is None):
+        raise ValueError("moe: shared_w13_2WD and shared_w2_DW: expected both or neither")
+    if shared_w2_DW is not None:
+        check("moe: shared_w2_DW", shared_w2_DW, (D, None), like=x_TD)
+        check("moe: shared_w13_2WD", shared_w13_2WD, (2 * shared_w2_DW.shape[1], D), like=x_TD)
     if residual_TD is not None:
         check("moe: residual_TD", residual_TD, x_TD.shape, x_TD.dtype, x_TD)
     if buffers is not None:

@@ -1,6 +1,6 @@
 """Dispatch plan: a stable counting sort of the assignments by expert, without host syncs or atomics.
 
-Legend: T tokens, E experts, K = 2, N = T * K assignments, B programs.
+Legend: T tokens, E experts, K experts per token, N = T * K assignments, B programs.
 
 Each program counts its assignments to each expert, then places them after those of the previous programs.
 """

@@ -1,11 +1,11 @@
 """Routed experts: gather, up-projection, SwiGLU, down-projection and weighted sum, forward and backward.
 
-Legend: T tokens, D model width, E experts, K = 2, F expert width, N = T * K expert-sorted rows.
+Legend: T tokens, D model width, E experts, K experts per token, F expert width, N = T * K sorted rows.
 
 Forward launches three kernels: h_N2F and act_NF (up-projection and SwiGLU); rows_ND (down-projection); y_TD, the
-weighted sum of each token's two rows. Like SonicMoE, it saves only x, h and the plan for backward, not act or the
+weighted sum of each token's K rows. Like SonicMoE, it saves only x, h and the plan for backward, not act or the
 down-projection's output. Backward launches: copy dy_ND; dh, the weighted act and the score gradients, in the epilogue
-of r = w2.T dy; dW2; copy x_ND; dW13; the rows of dx; dx_TD, the sum of each token's two rows.
+of r = w2.T dy; dW2; copy x_ND; dW13; the rows of dx; dx_TD, the sum of each token's K rows.
 """
 
 import torch
@@ -35,7 +35,7 @@ from .swiglu import sigmoid
 def _up_kernel(
     x_ptr, gather_idx_ptr, offsets_ptr, w, h_ptr, act_ptr,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, WITH_H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Compute h[n] = w13[e] @ x[n] and act = silu(gate) * up. A tile has BLOCK_N gate and BLOCK_N matching up columns.
 
@@ -48,7 +48,7 @@ def _up_kernel(
         expert, row, end = locate(tile // column_tiles, begin_E, end_E, last_E, E_PAD, BLOCK_M)
         f = (tile % column_tiles) * BLOCK_N
         acc = grouped_dot(
-            x_ptr, gather_idx_ptr, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+            x_ptr, gather_idx_ptr, w, expert, row, end, f, F, D, "E2OI", TMA, BLOCK_M, 2 * BLOCK_N, BLOCK_K, TOP_K
         )
         rows = row + tl.arange(0, BLOCK_M)
         if not WITH_H:
@@ -130,14 +130,15 @@ def _token_tile(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def _combine_kernel(
     rows_ptr, scatter_idx_ptr, topk_scores_ptr, shared_ptr, residual_ptr, y_ptr, T,
-    D: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y[t] = sum over k of topk_scores[t, k] * rows[scatter_idx[t, k]], plus shared[t], plus residual[t]."""
     ts, ds, tile, mask = _token_tile(T, D, BLOCK_T, BLOCK_D)
     y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for k in tl.static_range(2):
-        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=ts < T, other=0).to(tl.int64)
-        weight = tl.load(topk_scores_ptr + 2 * ts + k, mask=ts < T, other=0.0)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(scatter_idx_ptr + TOP_K * ts + k, mask=ts < T, other=0).to(tl.int64)
+        weight = tl.load(topk_scores_ptr + TOP_K * ts + k, mask=ts < T, other=0.0)
         y += weight[:, None] * tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
     if SHARED:
         y += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
@@ -149,14 +150,14 @@ def _combine_kernel(
 @triton.jit
 def _token_grad_kernel(
     rows_ptr, scatter_idx_ptr, shared_ptr, dlogits_ptr, router_ptr, dx_ptr, T,
-    D: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, ROUTER: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, ROUTER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = sum over k of rows[scatter_idx[t, k]], plus shared[t], plus sum over e of dlogits[t, e] * router[e]."""
     ts, ds, tile, mask = _token_tile(T, D, BLOCK_T, BLOCK_D)
     dx = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for k in tl.static_range(2):
-        row = tl.load(scatter_idx_ptr + 2 * ts + k, mask=ts < T, other=0).to(tl.int64)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(scatter_idx_ptr + TOP_K * ts + k, mask=ts < T, other=0).to(tl.int64)
         dx += tl.load(rows_ptr + row[:, None] * D + ds[None, :], mask=mask, other=0.0).to(tl.float32)
     if SHARED:
         dx += tl.load(shared_ptr + tile, mask=mask, other=0.0).to(tl.float32)
@@ -198,7 +199,8 @@ def expert_up(
     with torch.cuda.device_of(x_TD):
         _up_kernel[persistent_grid(device, config, N, E, F)](
             x_TD, gather_idx, offsets, w, h_N2F, act_NF,
-            E=E, D=D, F=F, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, **config.blocks(),
+            E=E, D=D, F=F, TMA=tma, E_PAD=triton.next_power_of_2(E), WITH_H=with_h, TOP_K=N // len(x_TD),
+            **config.blocks(),
         )  # fmt: skip
     return h_N2F, act_NF
 
@@ -219,8 +221,8 @@ def expert_down(
     shared_TD: Tensor | None,
     residual_TD: Tensor | None,
 ) -> Tensor:
-    """Return y_TD, the weighted sum of each token's two rows of w2[e] @ act, plus shared and residual."""
-    T, D = topk_scores_TK.shape[0], w2_EDF.shape[1]
+    """Return y_TD, the weighted sum of each token's K rows of w2[e] @ act, plus shared and residual."""
+    (T, K), D = topk_scores_TK.shape, w2_EDF.shape[1]
     rows_ND = grouped_rows(act_NF, w2_EDF, offsets, True)
     y_TD = rows_ND.new_empty(T, D)
     if T == 0:
@@ -229,7 +231,7 @@ def expert_down(
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
             rows_ND, scatter_idx_TK, topk_scores_TK, shared_TD, residual_TD, y_TD, T,
-            D=D, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, **blocks,
+            D=D, TOP_K=K, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, **blocks,
         )  # fmt: skip
     return y_TD
 
@@ -279,8 +281,8 @@ def token_grad(
     dlogits_TE: Tensor | None,
     router_ED: Tensor | None,
 ) -> Tensor:
-    """Return dx_TD, the sum of each token's two rows, plus shared, plus dlogits @ router."""
-    T, D = scatter_idx_TK.shape[0], rows_ND.shape[1]
+    """Return dx_TD, the sum of each token's K rows, plus shared, plus dlogits @ router."""
+    (T, K), D = scatter_idx_TK.shape, rows_ND.shape[1]
     dx_TD = rows_ND.new_empty(T, D)
     if T == 0:
         return dx_TD
@@ -289,7 +291,7 @@ def token_grad(
     with torch.cuda.device_of(dx_TD):
         _token_grad_kernel[grid](
             rows_ND, scatter_idx_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,
-            D=D, E=E, SHARED=shared_TD is not None, ROUTER=router_ED is not None, **blocks,
+            D=D, E=E, TOP_K=K, SHARED=shared_TD is not None, ROUTER=router_ED is not None, **blocks,
         )  # fmt: skip
     return dx_TD
 

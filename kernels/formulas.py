@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import TOP_K, MoEOutput, Plan, Routing
+from .contract import MoEOutput, Plan, Routing
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -40,19 +40,21 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return x_TD @ weight_ED.t()
 
 
-def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
+def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
     T, E = logits_TE.shape
     candidates_TE = logits_TE
     if force_load_balance:
         distance_TE = (torch.arange(E) - torch.arange(T)[:, None]) % E
-        candidates_TE = logits_TE.masked_fill(distance_TE.to(logits_TE.device) >= TOP_K, -torch.inf)
-    topk_ids_TK = candidates_TE.argsort(dim=-1, descending=True, stable=True)[:, :TOP_K]
-    topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
+        candidates_TE = logits_TE.masked_fill(distance_TE.to(logits_TE.device) >= top_k, -torch.inf)
+    topk_ids_TK = candidates_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    probabilities_TE = logits_TE.softmax(dim=-1)
+    if normalize:
+        topk_scores_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
+    else:
+        topk_scores_TK = probabilities_TE.gather(1, topk_ids_TK)
     tokens_per_expert_E = F.one_hot(topk_ids_TK, E).sum(dim=(0, 1))
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
-    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
-    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
-    return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, balance_loss, tokens_per_expert_E)
+    return Routing(topk_scores_TK, topk_ids_TK.int(), z_loss, probabilities_TE.mean(dim=0), tokens_per_expert_E)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
@@ -68,7 +70,7 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    x_ND = x_TD[plan.gather_idx // TOP_K]
+    x_ND = x_TD[plan.gather_idx // topk_scores_TK.shape[1]]
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13_E2FD, plan)), w2_EDF, plan)
     return (topk_scores_TK[:, :, None] * y_ND[plan.scatter_idx_TK]).sum(dim=1)
 
@@ -78,14 +80,17 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2WD: Tensor,
-    shared_w2_DW: Tensor,
+    shared_w13_2WD: Tensor | None = None,
+    shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
+    top_k: int = 2,
+    normalize: bool = True,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    scores_TK, ids_TK, *stats = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+    scores_TK, ids_TK, *stats = route_topk(router_logits(x_TD, router_ED), top_k, normalize, force_load_balance)
     y_TD = expert_mlp(x_TD, scores_TK, dispatch_plan(ids_TK, len(router_ED)), w13_E2FD, w2_EDF)
-    y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()
+    if shared_w13_2WD is not None:
+        y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()
     return MoEOutput(y_TD if residual_TD is None else y_TD + residual_TD, *stats)
 
 

@@ -1,7 +1,7 @@
 """Grouped GEMM: multiplies each expert's rows by its weight, and computes the weight gradients.
 
-Legend: T tokens, D model width, E experts, K = 2, N = T * K expert-sorted rows, I and O input and output width of a
-GEMM. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows can be partly empty.
+Legend: T tokens, D model width, E experts, K experts per token, N = T * K expert-sorted rows, I and O input and output
+width of a GEMM. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows can be partly empty.
 
 Each program finds the expert of a tile from the E + 1 offsets, in registers. The reduction over E values costs as much
 as reading a tile-to-expert map from L2, and there is no map to build or save. Programs are persistent: the host
@@ -17,12 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autograd import first_order
 from .configs import Config, choose
-from .contract import TOP_K, Plan
+from .contract import Plan
 from .launch import INTERPRETED, Device, check_launch, device_of
 
 # The interpreter's dot silently returns garbage for two bf16 tiles (up to Triton 3.9), so it gets fp32 tiles.
 _WIDEN = tl.constexpr(INTERPRETED)
-_TOP_K = tl.constexpr(TOP_K)
 
 
 @triton.jit
@@ -75,14 +74,15 @@ def _weight_tile(
             column = tl.arange(0, BLOCK_N)[None, :]
             os = o + column % HALF
             ks = i + tl.arange(0, BLOCK_K)[:, None]
-            ptrs = w + expert.to(tl.int64) * (2 * O * I) + (column // HALF * O + os) * I + ks
+            ptrs = w + (expert.to(tl.int64) * (2 * O) + column // HALF * O + os) * I + ks
             tile = tl.load(ptrs, mask=(os < O) & (ks < I), other=0.0)
     elif TMA:
         tile = w.load([expert * O + o, i]).T if LAYOUT == "EOI" else w.load([expert * I + i, o])
     else:
         os = o + tl.arange(0, BLOCK_N)[None, :]
         ks = i + tl.arange(0, BLOCK_K)[:, None]
-        ptrs = w + expert.to(tl.int64) * (O * I) + (os * I + ks if LAYOUT == "EOI" else ks * O + os)
+        e = expert.to(tl.int64)
+        ptrs = w + ((e * O + os) * I + ks if LAYOUT == "EOI" else (e * I + ks) * O + os)
         tile = tl.load(ptrs, mask=(os < O) & (ks < I), other=0.0)
     return tile
 
@@ -100,15 +100,15 @@ def row_tile(x, rows, i, I: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def grouped_dot(
     x, gather_idx_ptr, w, expert, row, end, o, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOP_K: tl.constexpr = 1,
 ):  # fmt: skip
     """Return the [BLOCK_M, BLOCK_N] tile of x_NI @ w[expert] that starts at row `row` and column `o`, in fp32.
 
-    With gather_idx_ptr, x is a pointer to x_TI, and row n is that of token gather_idx[n] // 2.
+    With gather_idx_ptr, x is a pointer to x_TI, and row n is that of token gather_idx[n] // TOP_K.
     """
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if gather_idx_ptr is not None:
-        rows = tl.load(gather_idx_ptr + rows) // _TOP_K
+        rows = tl.load(gather_idx_ptr + rows) // TOP_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, I, BLOCK_K):
         a = x.load([row, i]) if TMA and gather_idx_ptr is None else row_tile(x, rows, i, I, BLOCK_K)
@@ -274,14 +274,14 @@ def scatter_rows(x_TD: Tensor, scatter_idx_TK: Tensor) -> Tensor:
     The GEMMs load tiles of this copy through TMA. `up` gathers its rows instead. For dW13, gathering takes 1.04 to 1.3
     times as long as the copy and the GEMM (bench/LOG.md, 2026-11-27).
     """
-    (T, D), N = x_TD.shape, scatter_idx_TK.numel()
-    x_ND = x_TD.new_empty(N, D)
-    if N:
+    (T, K), D = scatter_idx_TK.shape, x_TD.shape[1]
+    x_ND = x_TD.new_empty(T * K, D)
+    if T:
         block_d = min(256, triton.next_power_of_2(D))
         block_t = 1024 // block_d
         with torch.cuda.device_of(x_TD):
             _scatter_kernel[(triton.cdiv(T, block_t) * triton.cdiv(D, block_d),)](
-                x_TD, scatter_idx_TK, x_ND, T, D=D, TOP_K=TOP_K, BLOCK_T=block_t, BLOCK_D=block_d
+                x_TD, scatter_idx_TK, x_ND, T, D=D, TOP_K=K, BLOCK_T=block_t, BLOCK_D=block_d
             )
     return x_ND
 

@@ -4,6 +4,7 @@ The ops are differentiable in float32, float64, bfloat16 and float16. They are d
 autograd would scatter and accumulate. They are tuned for CPUs; formulas.py has the plain formulas.
 """
 
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import first_order, no_autocast, scale_gradient, split_mean
-from .contract import TOP_K, ExpertBuffers, MoEOutput, Plan, Routing, wide
+from .contract import ExpertBuffers, MoEOutput, Plan, Routing, wide
 from .formulas import rope, split_rope
 from .formulas import swiglu as swiglu_formula
 
@@ -23,7 +24,7 @@ __all__ = [
     "moe",
     "rms_norm",
     "rope",
-    "route_top2",
+    "route_topk",
     "router_logits",
     "split_rope",
     "swiglu",
@@ -39,16 +40,16 @@ CHUNKS_IN_ONE_OF_16_BITS = 4
 # logits can differ in the last bit, and that must not send a token to a different expert.
 
 
-@torch.library.custom_op("acceleron::top2_experts", mutates_args=())
-def top2_experts(logits_TE: Tensor) -> Tensor:
-    """Return the ids of each row's two largest logits, larger first; ties go to the lower id. int32 [T, 2]."""
+@torch.library.custom_op("acceleron::topk_experts", mutates_args=())
+def topk_experts(logits_TE: Tensor, top_k: int) -> Tensor:
+    """Return the ids of each row's largest logits, largest first; ties go to the lower id. int32 [T, K]."""
     # A stable sort guarantees the order of ties. torch.topk does not.
-    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K].to(torch.int32)
+    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].to(torch.int32)
 
 
-@top2_experts.register_fake
-def _(logits_TE):
-    return logits_TE.new_empty((logits_TE.shape[0], TOP_K), dtype=torch.int32)
+@topk_experts.register_fake
+def _(logits_TE, top_k):
+    return logits_TE.new_empty((logits_TE.shape[0], top_k), dtype=torch.int32)
 
 
 @torch.library.custom_op("acceleron::sort_by_expert", mutates_args=())
@@ -71,28 +72,30 @@ def _(topk_ids_TK, num_experts):
     return int32(topk_ids_TK.numel()), int32(*topk_ids_TK.shape), int32(num_experts + 1)
 
 
-ROUTING_OPS = frozenset({torch.ops.acceleron.top2_experts.default, torch.ops.acceleron.sort_by_expert.default})
+ROUTING_OPS = frozenset({torch.ops.acceleron.topk_experts.default, torch.ops.acceleron.sort_by_expert.default})
 
 
-class _ChosenLogits(torch.autograd.Function):
-    """The logits at topk_ids_TK. The gradient uses comparisons instead of gather's scatter-add.
+class _Choose(torch.autograd.Function):
+    """The values at topk_ids_TK. The gradient uses comparisons instead of gather's scatter-add.
 
     A scatter-add is not deterministic on a GPU. In a recomputed block, torch 2.13's CPU inductor also runs it after the
     kernel that reads its result, which silently gives wrong router gradients.
     """
 
     @staticmethod
-    def forward(ctx, logits_TE, topk_ids_TK):
+    def forward(ctx, values_TE, topk_ids_TK):
         ctx.save_for_backward(topk_ids_TK)
-        ctx.num_experts = logits_TE.shape[1]
-        return logits_TE.gather(1, topk_ids_TK.long())
+        ctx.num_experts = values_TE.shape[1]
+        return values_TE.gather(1, topk_ids_TK.long())
 
     @staticmethod
     def backward(ctx, grad_TK):
         (topk_ids_TK,) = ctx.saved_tensors
         all_experts = torch.arange(ctx.num_experts, device=topk_ids_TK.device)
-        first, second = (grad_TK[:, k, None] * (topk_ids_TK[:, k, None] == all_experts) for k in range(TOP_K))
-        return first + second, None
+        grad_TE = grad_TK.new_zeros(len(grad_TK), ctx.num_experts)
+        for ids_T, grad_T in zip(topk_ids_TK.unbind(1), grad_TK.unbind(1), strict=True):
+            grad_TE = torch.where(ids_T[:, None] == all_experts, grad_T[:, None], grad_TE)
+        return grad_TE, None
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -116,21 +119,22 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
-def route_top2(logits_TE: Tensor, force_load_balance: bool = False) -> Routing:
-    """Compute the top-2 routing of the router logits, and the router's two losses."""
+def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+    """Compute the top-k routing of the router logits, and the router's statistics."""
     logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
     candidates_TE = logits_TE.detach()
     if force_load_balance:
         turns_TE = torch.arange(E, device=logits_TE.device) - torch.arange(T, device=logits_TE.device)[:, None]
-        candidates_TE = candidates_TE.masked_fill(turns_TE.remainder(E) >= TOP_K, -torch.inf)
-    topk_ids_TK = top2_experts(candidates_TE)
-    topk_scores_TK = _ChosenLogits.apply(logits_TE, topk_ids_TK).softmax(dim=-1)
+        candidates_TE = candidates_TE.masked_fill(turns_TE.remainder(E) >= top_k, -torch.inf)
+    topk_ids_TK = topk_experts(candidates_TE, top_k)
+    if normalize:
+        topk_scores_TK = _Choose.apply(logits_TE, topk_ids_TK).softmax(dim=-1)
+    else:
+        topk_scores_TK = _Choose.apply(logits_TE.softmax(dim=-1), topk_ids_TK)
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
     tokens_per_expert_E = (topk_ids_TK.flatten()[:, None] == torch.arange(E, device=topk_ids_TK.device)).sum(dim=0)
-    fraction_E = tokens_per_expert_E.to(logits_TE.dtype) / (TOP_K * T)
-    balance_loss = E * (fraction_E * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
-    return Routing(topk_scores_TK, topk_ids_TK, z_loss, balance_loss, tokens_per_expert_E)
+    return Routing(topk_scores_TK, topk_ids_TK, z_loss, logits_TE.softmax(dim=-1).mean(dim=0), tokens_per_expert_E)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
@@ -139,36 +143,38 @@ def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
 
 
 class _Gather(torch.autograd.Function):
-    """Gather the expert-sorted rows x_ND. Instead of scattering, backward gathers and sums each token's two rows."""
+    """Gather the expert-sorted rows x_ND. Instead of scattering, backward gathers and sums each token's K rows."""
 
     @staticmethod
     def forward(ctx, x_TD, gather_idx, scatter_idx_TK):
         ctx.save_for_backward(scatter_idx_TK)
-        return x_TD.index_select(0, gather_idx // TOP_K)
+        return x_TD.index_select(0, gather_idx // scatter_idx_TK.shape[1])
 
     @staticmethod
     def backward(ctx, grad_ND):
         (scatter_idx_TK,) = ctx.saved_tensors
-        first, second = (grad_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
-        return first + second, None, None
+        rows = (grad_ND.index_select(0, idx_T) for idx_T in scatter_idx_TK.unbind(dim=1))
+        return reduce(torch.add, rows), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Compute the weighted sum of each token's two rows in the precision of the scores."""
+    """Compute the weighted sum of each token's K rows in the precision of the scores."""
 
     @staticmethod
     def forward(ctx, y_ND, topk_scores_TK, gather_idx, scatter_idx_TK):
         ctx.save_for_backward(y_ND, topk_scores_TK, gather_idx, scatter_idx_TK)
-        first, second = (y_ND.index_select(0, scatter_idx_TK[:, k]) for k in range(TOP_K))
         # Return the result of a new op. If the result is modified in place, or .to is a no-op, torch 2.11 compiles
         # zero gradients.
-        y_TD = torch.addcmul(first * topk_scores_TK[:, :1], second.to(topk_scores_TK.dtype), topk_scores_TK[:, 1:])
+        y_TD = y_ND.index_select(0, scatter_idx_TK[:, 0]) * topk_scores_TK[:, :1]
+        for k in range(1, topk_scores_TK.shape[1]):
+            rows = y_ND.index_select(0, scatter_idx_TK[:, k])
+            y_TD = torch.addcmul(y_TD, rows.to(y_TD.dtype), topk_scores_TK[:, k : k + 1])
         return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):
         y_ND, topk_scores_TK, gather_idx, scatter_idx_TK = ctx.saved_tensors
-        grad_ND = grad_TD.index_select(0, gather_idx // TOP_K)
+        grad_ND = grad_TD.index_select(0, gather_idx // scatter_idx_TK.shape[1])
         grad_scores_N = (grad_ND.to(topk_scores_TK.dtype) * y_ND).sum(dim=-1)
         scores_N = topk_scores_TK.flatten().index_select(0, gather_idx)
         grad_y_ND = (grad_ND * scores_N[:, None]).to(y_ND.dtype)
@@ -256,7 +262,7 @@ def grouped_gemm(x_ND: Tensor, w_EFD: Tensor, plan: Plan) -> Tensor:
 
 
 def expert_mlp(x_TD: Tensor, topk_scores_TK: Tensor, plan: Plan, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """Return the weighted sum of each token's two experts, w2 (silu(w1 x) * (w3 x))."""
+    """Return the weighted sum of each token's K experts, w2 (silu(w1 x) * (w3 x))."""
     w13, w2 = w13_E2FD.to(x_TD.dtype), w2_EDF.to(x_TD.dtype)
     x_ND = _Gather.apply(x_TD, plan.gather_idx, plan.scatter_idx_TK)
     y_ND = grouped_gemm(swiglu(grouped_gemm(x_ND, w13, plan)), w2, plan)
@@ -268,30 +274,33 @@ def moe(
     router_ED: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
-    shared_w13_2WD: Tensor,
-    shared_w2_DW: Tensor,
+    shared_w13_2WD: Tensor | None = None,
+    shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
+    top_k: int = 2,
+    normalize: bool = True,
     force_load_balance: bool = False,
     buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
     """Run the layer op by op. `buffers` is not used."""
-    routing = route_top2(router_logits(x_TD, router_ED), force_load_balance)
+    routing = route_topk(router_logits(x_TD, router_ED), top_k, normalize, force_load_balance)
     plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
-    shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)
-    y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
+    if shared_w13_2WD is not None:
+        shared_w13, shared_w2 = shared_w13_2WD.to(x_TD.dtype), shared_w2_DW.to(x_TD.dtype)
+        y_TD = y_TD + F.linear(swiglu(F.linear(x_TD, shared_w13)), shared_w2)
     if residual_TD is not None:
         y_TD = residual_TD + y_TD
-    return MoEOutput(y_TD, routing.z_loss, routing.balance_loss, routing.tokens_per_expert_E)
+    return MoEOutput(y_TD, routing.z_loss, routing.mean_probabilities_E, routing.tokens_per_expert_E)
 
 
-def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+def expert_mlp_token(x: Tensor, logits_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, top_k: int) -> Tensor:
     """Return the routed experts' output for one token (1, 1, D), without plan, statistics and gather.
 
     Those took a third of a decoding step on a CPU. This function computes no gradients and reads the expert ids on the
     host. x and the weights share one dtype; logits_E is fp32.
     """
-    logits, experts = (values[:TOP_K] for values in logits_E.sort(descending=True, stable=True))
+    logits, experts = (values[:top_k] for values in logits_E.sort(descending=True, stable=True))
     y = torch.zeros_like(x)
     for weight, expert in zip(logits.softmax(dim=-1).tolist(), experts.tolist(), strict=True):
         y.add_(F.linear(swiglu(F.linear(x, w13_E2FD[expert])), w2_EDF[expert]), alpha=weight)

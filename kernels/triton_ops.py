@@ -11,9 +11,9 @@ from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .rope import split_rope as split_rope
 from .router import router_logits as router_logits
-from .routing import route_top2 as route_top2
+from .routing import route_topk as route_topk
 from .swiglu import swiglu as swiglu
 
 ROUTING_OPS = frozenset(
-    {torch.ops.acceleron_triton.route_top2.default, torch.ops.acceleron_triton.dispatch_plan.default}
+    {torch.ops.acceleron_triton.route_topk.default, torch.ops.acceleron_triton.dispatch_plan.default}
 )

@@ -41,7 +41,7 @@ def test_reference_runs_no_triton_op(calls):
     assert ops.set_backend("reference", CPU) == "reference (as requested)"
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
     ops.swiglu(x)
-    ops.route_top2(x)
+    ops.route_topk(x)
     assert "acceleron_triton" not in calls
     assert "acceleron" in calls
 
@@ -52,7 +52,7 @@ def test_triton_runs_under_the_interpreter(calls):
     assert line.startswith("Triton 3.")
     assert line.endswith(", interpreted")
     ops.swiglu(torch.ones(3, 4))
-    ops.route_top2(torch.ones(3, 4))
+    ops.route_topk(torch.ones(3, 4))
     assert calls.count("acceleron_triton") == 2
     assert "acceleron" not in calls
 
@@ -63,14 +63,14 @@ def test_auto_selects_the_reference_for_cpu_tensors_under_the_interpreter(calls)
     for dtype in (torch.float32, torch.float64):
         x = torch.ones(3, 4, dtype=dtype)
         assert ops.swiglu(x).dtype == dtype
-        assert ops.route_top2(x).topk_scores_TK.dtype == dtype
+        assert ops.route_topk(x).topk_scores_TK.dtype == dtype
     assert "acceleron_triton" not in calls
 
 
 def test_default_backend_is_auto(calls):
     x = torch.ones(3, 4, device="cuda" if GPU else "cpu")
-    ops.route_top2(x)
-    ops.route_top2(x.double())
+    ops.route_topk(x)
+    ops.route_topk(x.double())
     assert calls.count("acceleron_triton") == GPU
     assert calls.count("acceleron") == 2 - GPU
 
@@ -83,7 +83,7 @@ def test_cpu_without_the_interpreter_has_only_the_reference(monkeypatch, calls):
         ops.set_backend("triton", CPU)
     line = ops.set_backend("auto", CPU)
     assert line.startswith("reference (Triton needs a GPU, but the device is cpu")
-    ops.route_top2(torch.ones(3, 4))
+    ops.route_topk(torch.ones(3, 4))
     assert "acceleron" in calls
     assert "acceleron_triton" not in calls
 
@@ -121,7 +121,7 @@ def test_single_ops_can_run_on_the_reference(monkeypatch, calls):
     ops.swiglu(torch.ones(3, 4))
     MoE(ModelConfig(d_model=32, num_heads=2, num_kv_heads=1, d_ff=8, d_ff_shared=8))(torch.ones(3, 32))
     assert "acceleron_triton" not in calls
-    ops.route_top2(torch.ones(3, 4))
+    ops.route_topk(torch.ones(3, 4))
     assert "acceleron_triton" in calls
     monkeypatch.delenv("ACCELERON_REFERENCE_OPS")
     assert ops.set_backend("triton", CPU).endswith(", interpreted")

@@ -180,6 +180,43 @@ def test_flags_rejected_by_argparse(stderr_of, script, flags):
     assert_error(stderr_of(script, *required, *flags.split()), flags.split()[0])
 
 
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        ("--top_k 0", "--top_k 0"),
+        ("--top_k 9", "top_k 9 must be at most num_experts 8"),
+        ("--num_experts 1", "--num_experts 1"),
+        ("--num_experts 257", "num_experts 257"),
+        ("--d_ff 0", "--d_ff 0"),
+        ("--d_ff_shared -1", "--d_ff_shared -1"),
+        ("--num_dense_layers 4", "num_dense_layers 4 must be below num_layers 4"),
+        ("--config model.json", "--config: not allowed with argument --model_size"),
+        ("--resume good.pt --max_steps 2 --top_k 4", "top_k 2 (here 4)"),
+    ],
+)
+def test_invalid_shapes(stderr_of, flags, culprit):
+    assert_error(stderr_of(train, *TRAIN, *flags.split()), culprit)
+
+
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [
+        (None, "--config model.json does not exist"),
+        ("{", "--config model.json: Expecting property name"),
+        ("[" * 100_000, "--config model.json: maximum recursion depth"),
+        ("[]", "--config model.json: not a JSON object"),
+        ('{"experts": 8}', "--config model.json: unknown fields 'experts'"),
+        ('{"top_k": 2.0}', "--config model.json: top_k must be an integer from 1, not 2.0"),
+        ('{"vocab_size": 256}', "the tokenizer has 300 entries, more than the model's vocabulary of 256"),
+    ],
+)
+def test_invalid_config_files(workdir, stderr_of, content, culprit):
+    if content is not None:
+        (workdir / "model.json").write_text(content)
+    assert TRAIN[:2] == ["--model_size", "nano"]
+    assert_error(stderr_of(train, *TRAIN[2:], "--config", "model.json"), culprit)
+
+
 def save(array, path=SHARD):
     np.save(path, array, allow_pickle=True)
 

@@ -16,10 +16,14 @@ from acceleron.errors import InputError
 TABLE = {"tiny": (110e6, 75e6), "small": (350e6, 150e6), "medium": (1e9, 400e6), "large": (2e9, 700e6)}
 
 
+# One dense layer of three; four of eight routed experts and no shared expert.
+OTHER_SHAPE = dict(num_layers=3, num_experts=8, top_k=4, d_ff=24, d_ff_shared=0, num_dense_layers=1)
+
+
 def small_model(dense=False, seed=0, **overrides) -> Acceleron:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=256, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=48)
-    return Acceleron(ModelConfig(**sizes, d_ff_shared=32, dense=dense, max_seq_len=64, **overrides))
+    return Acceleron(ModelConfig(**sizes | dict(d_ff_shared=32, dense=dense, max_seq_len=64) | overrides))
 
 
 def token_ids(*shape, vocab_size=256, seed=0):
@@ -35,6 +39,20 @@ def test_named_sizes_have_the_documented_parameter_counts(size):
     assert (total, active) == pytest.approx(TABLE[size], rel=0.03)
     routers = model.config.num_layers * model.config.num_experts * model.config.d_model
     assert dense_baseline.num_parameters() == (active - routers,) * 2  # the same active matmuls, except for the routers
+
+
+@pytest.mark.parametrize(("E", "K", "F", "W", "dense_layers"), [(4, 2, 48, 32, 0), (5, 1, 40, 28, 2), (8, 8, 24, 0, 1)])
+def test_parameters_and_dense_baseline_of_any_shape(E, K, F, W, dense_layers):
+    shape = dict(num_layers=3, num_experts=E, top_k=K, d_ff=F, d_ff_shared=W, num_dense_layers=dense_layers)
+    model, baseline = (small_model(dense, **shape) for dense in (False, True))
+    V, D, KV, moe_layers = 256, 64, 2 * 16, 3 - dense_layers
+    # Embedding and norms, qkv and out, and the widths of dense layers and shared experts.
+    common = V * D + 7 * D + 3 * (D * (D + 2 * KV) + D * D) + 3 * D * (dense_layers * K * F + 3 * W)
+    routers, expert = moe_layers * E * D, 3 * D * F
+    total, active = (common + routers + moe_layers * n * expert for n in (E, K))
+    assert model.num_parameters() == (total, active)
+    assert baseline.num_parameters() == (active - routers, active - routers)
+    assert model.flops_per_token(32) - baseline.flops_per_token(32) == 6 * routers
 
 
 def test_labels_select_losses_instead_of_logits():
@@ -83,6 +101,11 @@ def test_sequences_longer_than_max_seq_len_are_rejected():
         ({"num_experts": 1}, "num_experts 1 must be from 2"),
         ({"num_experts": 257}, "num_experts 257 must be from 2"),
         ({"d_ff": 0}, "d_ff"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 5}, "top_k 5 must be at most num_experts 4"),
+        ({"num_experts": 32, "top_k": 17}, "top_k 17 is above 16"),
+        ({"d_ff_shared": -1}, "d_ff_shared"),
+        ({"num_dense_layers": 8}, "num_dense_layers 8 must be below num_layers 8"),
     ],
 )
 def test_invalid_configs_are_rejected(change, message):
@@ -184,8 +207,9 @@ def loss_and_gradients(model, ids):
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-def test_gradient_checkpointing_is_bitwise_equal():
-    model, ids = small_model(), token_ids(2, 32)
+@pytest.mark.parametrize("shape", [{}, OTHER_SHAPE], ids=["top-2", "other shape"])
+def test_gradient_checkpointing_is_bitwise_equal(shape):
+    model, ids = small_model(**shape), token_ids(2, 32)
     loss, gradients = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
     again, recomputed = loss_and_gradients(model, ids)
@@ -223,14 +247,14 @@ def test_recomputation_keeps_the_routing(monkeypatch, saved):
             block.moe.router.normal_(std=1e-7)
     _, expected = loss_and_gradients(model, ids)
     model.gradient_checkpointing = True
-    route_top2, calls = ops.torch_ops.route_top2, []
+    route_topk, calls = ops.torch_ops.route_topk, []
 
-    def perturbed(logits, force_load_balance):
+    def perturbed(logits, *options, **more):
         calls.append(1)
         second_pass = len(calls) > model.config.num_layers
-        return route_top2(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), force_load_balance)
+        return route_topk(logits - second_pass * 1e-5 * torch.arange(4.0).flip(0), *options, **more)
 
-    monkeypatch.setattr(ops.torch_ops, "route_top2", perturbed)
+    monkeypatch.setattr(ops.torch_ops, "route_topk", perturbed)
     if not saved:
         monkeypatch.setattr(ops, "ROUTING_OPS", frozenset())
     _, gradients = loss_and_gradients(model, ids)
@@ -249,7 +273,7 @@ sys.path.insert(0, {tests!r})
 from test_model import small_model, token_ids, loss_and_gradients
 result = {{}}
 for checkpointing in (False, True):
-    eager, compiled = small_model(), small_model()
+    eager, compiled = small_model(**{shape}), small_model(**{shape})
     eager.gradient_checkpointing = compiled.gradient_checkpointing = checkpointing
     compiled.compile_blocks()
     worst = 0.0
@@ -265,30 +289,33 @@ print(json.dumps(result))
 """
 
 
-def test_compile_makes_one_graph_for_all_blocks_and_batches():
-    script = COMPILE_SCRIPT.format(tests=str(Path(__file__).parent))
+@pytest.mark.parametrize(("shape", "kinds"), [({}, 1), (OTHER_SHAPE, 2)], ids=["top-2", "other shape"])
+def test_compile_makes_one_graph_per_kind_of_block(shape, kinds):
+    script = COMPILE_SCRIPT.format(tests=str(Path(__file__).parent), shape=shape)
     process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout.splitlines()[-1])
-    assert result["graphs"] == [1] * 3 + [2] * 3  # one graph without checkpointing and one with, for three batches each
+    # One graph per kind without checkpointing and one with, for three batches each.
+    assert result["graphs"] == [kinds] * 3 + [2 * kinds] * 3
     assert result["breaks"] == 0
     assert result["names"]
     assert max(result["worst"]) < 1e-4
 
 
-def test_initial_routed_output_has_the_scale_of_the_dense_baselines():
-    """Two independent experts with equal scores have the same output scale as one MLP with their total width."""
-    config = ModelConfig.preset("nano", vocab_size=256)
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_initial_routed_output_has_the_scale_of_the_dense_baselines(top_k):
+    """Independent experts with equal scores have the same output scale as one MLP with their total width."""
+    config = ModelConfig.preset("nano", vocab_size=256, top_k=top_k)
     moe, dense = Acceleron(config).blocks[0].moe, Acceleron(replace(config, dense=True)).blocks[0].mlp
-    x, width = torch.randn(512, config.d_model), 2 * config.d_ff
+    x, width = torch.randn(512, config.d_model), top_k * config.d_ff
 
     def mlp(w13, w2):
         return F.linear(ops.swiglu(F.linear(x, w13)), w2)
 
     with torch.no_grad():
-        routed = 0.5 * mlp(moe.w13_E2FD[0], moe.w2_EDF[0]) + 0.5 * mlp(moe.w13_E2FD[1], moe.w2_EDF[1])
+        routed = sum(mlp(moe.w13_E2FD[k], moe.w2_EDF[k]) for k in range(top_k)) / top_k
         gate, up = dense.w13.chunk(2)
         joint = mlp(torch.cat([gate[:width], up[:width]]), dense.w2[:, :width])
     assert routed.std() / joint.std() == pytest.approx(1, rel=0.1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acceleron import ModelConfig, MoE
+from acceleron.moe import compute_balance_loss
 
 CONFIG = ModelConfig(vocab_size=64, d_model=16, num_heads=2, num_kv_heads=1, num_experts=5, d_ff=12, d_ff_shared=10)
 
@@ -15,25 +16,25 @@ def swiglu_expert(x, w13, w2):
     return w2 @ (gate * torch.sigmoid(gate) * up)
 
 
-def loop_moe(x_TD, weights, forced_balance=False):
+def loop_moe(x_TD, weights, config):
     """Return y, z_loss and balance_loss."""
-    T, E = len(x_TD), len(weights["router"])
+    T, E, K = len(x_TD), config.num_experts, config.top_k
     ys, tokens_per_expert = [], torch.zeros(E, dtype=torch.float64)
     z_loss, mean_probability = 0.0, torch.zeros(E, dtype=torch.float64)
     for t, x in enumerate(x_TD):
         logits = weights["router"] @ x
-        ids = sorted(range(E), key=lambda e: (-logits[e].item(), e))[:2]
-        if forced_balance:
-            ids = [t % E, (t + 1) % E]
+        ids = sorted(range(E), key=lambda e: (-logits[e].item(), e))[:K]
+        if config.debug_force_load_balance:
+            ids = [(t + k) % E for k in range(K)]
         scores = torch.softmax(logits[ids], dim=0)
-        y = swiglu_expert(x, weights["shared.w13"], weights["shared.w2"])
+        y = swiglu_expert(x, weights["shared.w13"], weights["shared.w2"]) if config.d_ff_shared else 0
         for k, e in enumerate(ids):
             y = y + scores[k] * swiglu_expert(x, weights["w13_E2FD"][e], weights["w2_EDF"][e])
             tokens_per_expert[e] += 1
         ys.append(y)
         z_loss = z_loss + logits.exp().sum().log() ** 2 / T
         mean_probability = mean_probability + torch.softmax(logits, dim=0) / T
-    balance_loss = E * ((tokens_per_expert / (2 * T)) * mean_probability).sum()
+    balance_loss = E * ((tokens_per_expert / (K * T)) * mean_probability).sum()
     return torch.stack(ys), z_loss, balance_loss
 
 
@@ -49,9 +50,19 @@ def unit_scale_moe(config):
 
 # The objective selects how gradients reach the router: through the scores, or through one of the losses.
 @pytest.mark.parametrize("objective", ["output", "z_loss", "balance_loss", "all"])
-@pytest.mark.parametrize(("num_experts", "forced_balance"), [(2, False), (5, False), (5, True)])
-def test_moe_matches_the_loop(num_experts, forced_balance, objective):
-    config = dataclasses.replace(CONFIG, num_experts=num_experts, debug_force_load_balance=forced_balance)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(num_experts=2),
+        dict(),
+        dict(debug_force_load_balance=True),
+        dict(top_k=1, d_ff_shared=0),
+        dict(top_k=4, d_ff_shared=0, debug_force_load_balance=True),
+    ],
+    ids=str,
+)
+def test_moe_matches_the_loop(fields, objective):
+    config = dataclasses.replace(CONFIG, **fields)
     moe = unit_scale_moe(config)
     x = torch.randn(23, 16, dtype=torch.float64).requires_grad_()
     grad = torch.randn(23, 16, dtype=torch.float64)
@@ -63,14 +74,32 @@ def test_moe_matches_the_loop(num_experts, forced_balance, objective):
 
     weights = dict(moe.named_parameters())
     y, stats = moe(x)
-    expected = loop_moe(x, weights, forced_balance)
+    expected = loop_moe(x, weights, config)
     torch.testing.assert_close((y, stats.z_loss, stats.balance_loss), expected, rtol=1e-10, atol=1e-10)
     names, leaves = ("x", *weights), (x, *weights.values())
     grads = dict(zip(names, gradients(y, stats.z_loss, stats.balance_loss, leaves), strict=True))
     expected_grads = dict(zip(names, gradients(*expected, leaves), strict=True))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-10)
-    # Every objective gives the router a gradient. The exception: two experts are always balanced.
-    assert grads["router"].abs().max() > 1e-4 or (num_experts, objective) == (2, "balance_loss")
+    # Every objective gives the router a gradient. The exceptions: with K = 1, the score is always 1; with K = E, the
+    # experts are always balanced.
+    constant = {1: "output", config.num_experts: "balance_loss"}.get(config.top_k)
+    assert grads["router"].abs().max() > 1e-4 or objective == constant
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(top_k=1), dict(top_k=4, d_ff_shared=0)], ids=str)
+def test_decoding_a_token_equals_forward(fields):
+    moe = unit_scale_moe(dataclasses.replace(CONFIG, **fields))
+    x = torch.randn(1, 1, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(moe.decode_token(x), moe(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([16, 16, 0, 0], 1.4), ([0, 0, 16, 16], 0.6), ([8, 8, 8, 8], 1.0)])
+def test_balance_loss_of_known_probabilities(counts, expected):
+    """Half the assignments go to each of two experts, or a quarter to each of four. The second layer is uniform."""
+    probabilities_LE = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25] * 4], dtype=torch.float64)
+    losses_L = compute_balance_loss(probabilities_LE, torch.tensor([counts, [1, 2, 3, 4]]))
+    torch.testing.assert_close(losses_L, torch.tensor([expected, 1.0], dtype=torch.float64))
 
 
 def test_forced_balance_applies_only_in_training_mode():

@@ -113,15 +113,17 @@ def test_check_does_not_change_the_run(options, tmp_path, capsys):
     torch.testing.assert_close(checked["model"], unchecked["model"], rtol=0, atol=0)
 
 
-def test_run_with_wrong_kernels_stops_before_it_writes(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dense_layers", [0, 1])  # one layer of each kind is checked
+def test_run_with_wrong_kernels_stops_before_it_writes(options, tmp_path, monkeypatch, dense_layers):
     scale_w2_gradient(monkeypatch, 1.02)
     message = (
-        r"^the Triton kernels fail their self-check on this device: the gradient of blocks\.0\.moe\.w2_EDF has an "
+        r"^the Triton kernels fail their self-check on this device: the gradient of "
+        rf"blocks\.{dense_layers}\.moe\.w2_EDF has an "
         r"error of 0\.02 \(at most 0\.0001 is allowed\); use --kernels reference; find the op with "
         r"`python -m bench ops --check_only --model_size nano`$"
     )
     with pytest.raises(InputError, match=message):
-        train(options("run"))
+        train(options("run", num_dense_layers=dense_layers))
     assert not (tmp_path / "run").exists()
 
 

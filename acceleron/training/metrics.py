@@ -35,7 +35,7 @@ class Statistics:
         self.dense = config.dense
         self.losses = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, z-loss and balance loss
         self.micro_batches = torch.zeros((), dtype=torch.int64, device=device)  # with finite losses
-        shape_LE = (config.num_layers, config.num_experts)
+        shape_LE = (config.num_layers - config.num_dense_layers, config.num_experts)
         self.tokens_per_expert_LE = torch.zeros(shape_LE, dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)  # of the last step
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)

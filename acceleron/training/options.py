@@ -19,7 +19,13 @@ class TrainOptions:
 
     data_dir: str = option("data", "directory with shard_*.npy and, optionally, tokenizer.json")
     model_size: str = option("tiny", "model size", choices=tuple(PRESETS))
-    dense: bool = option(False, "train the dense baseline of this size instead of the MoE")
+    config: str | None = option(None, "model.json of a run, or a similar file, instead of --model_size")
+    num_experts: int | None = option(None, "routed experts per layer (default: the size's)", minimum=2)
+    top_k: int | None = option(None, "routed experts per token (default: the size's)", minimum=1)
+    d_ff: int | None = option(None, "width of a routed expert (default: the size's)", minimum=1)
+    d_ff_shared: int | None = option(None, "width of the shared expert; 0: none (default: the size's)", minimum=0)
+    num_dense_layers: int | None = option(None, "dense layers before the MoE layers (default: the size's)", minimum=0)
+    dense: bool = option(False, "train the dense baseline instead of the MoE")
     batch_size: int = option(8, "sequences per micro-batch", minimum=1)
     grad_accum: int = option(1, "micro-batches per optimizer step", minimum=1)
     seq_len: int = option(2048, "tokens per sequence; must divide the shards' row length", minimum=2)
@@ -97,6 +103,7 @@ class TrainOptions:
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
     """Parse a command line into TrainOptions. Raises InputError for an unknown flag or a bad value."""
     parser = Parser(prog="train.py", description="Pretrain a Mixture-of-Experts language model.")
+    model = parser.add_mutually_exclusive_group()
     for f in fields(TrainOptions):
         flag, about = f"--{f.name}", f.metadata["help"]
         if f.type is bool:
@@ -104,5 +111,6 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
         else:
             kind = next((t for t in (int, float) if t is f.type or f.type == t | None), nonempty)
             shown = about if f.default is None or "default" in about else f"{about} (default: {f.default})"
-            parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
+            group = model if f.name in ("model_size", "config") else parser
+            group.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
     return TrainOptions(**vars(parser.parse_args(arguments)))

@@ -1,5 +1,6 @@
 """Builds the trainer and opens its output files. Checks all input and selects the checkpoint to resume from."""
 
+import json
 import logging
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from .. import ops
 from ..attention import attention_name
 from ..checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
-from ..config import ModelConfig, round_up, short_repr
+from ..config import SHAPE_FIELDS, ModelConfig, round_up, short_repr
 from ..data import Shards
 from ..data.shards import METADATA
 from ..data.tokenizer import ByteCounter, find_tokenizer, load_tokenizer, num_ids
@@ -24,15 +25,16 @@ from .metrics import Metrics
 from .options import TrainOptions
 from .trainer import Trainer
 
-# A resumed run can change these options without a warning.
+# A resumed run can change these options without a warning. The model's config must be equal, however it is given.
 FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
 FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
+FREE_OPTIONS |= {"model_size", "config", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
 
 logger = logging.getLogger(__name__)
 
 
 def check_paths(options: TrainOptions) -> TrainOptions:
-    """Return the options with --resume as a path or "auto". Raises InputError for a path that does not exist.
+    """Return the options with --resume as a path or "auto". Raises InputError for a missing path or a bad --config.
 
     Must run before the lock creates save_dir. Otherwise the error would list save_dir among the existing files.
     """
@@ -40,6 +42,8 @@ def check_paths(options: TrainOptions) -> TrainOptions:
         raise path_error("--data_dir", options.data_dir, "directory")
     if options.tokenizer and not Path(options.tokenizer).is_file():
         load_tokenizer(options.tokenizer)  # raises
+    if options.config:
+        ModelConfig.load(options.config)
     if options.resume in (None, "auto"):
         return options
     path = find_checkpoint(options.resume, Path(options.save_dir))
@@ -128,16 +132,19 @@ def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dic
 
 
 def model_config(options: TrainOptions, tokenizer: Tokenizer | None) -> ModelConfig:
-    """Return the preset with its vocabulary size. Raises InputError if it does not fit the tokenizer or --seq_len."""
+    """Return the config of --config or --model_size, with the fields that other flags override.
+
+    Raises InputError if it is invalid, or does not fit the tokenizer or --seq_len.
+    """
     entries = num_ids(tokenizer) if tokenizer else None
-    overrides = {"debug_force_load_balance": options.debug_force_load_balance}
-    if options.vocab_size:
-        overrides["vocab_size"] = options.vocab_size
-    elif options.model_size == "nano":
+    config = ModelConfig.load(options.config) if options.config else ModelConfig.preset(options.model_size)
+    names = ("vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS)
+    overrides = {name: value for name in names if (value := getattr(options, name)) is not None and value is not False}
+    if options.model_size == "nano" and not (options.config or options.vocab_size):
         if entries is None:
             raise InputError("nano needs a tokenizer for its vocabulary size: pass --tokenizer or --vocab_size")
         overrides["vocab_size"] = round_up(entries, 128)
-    config = ModelConfig.preset(options.model_size, dense=options.dense, **overrides)
+    config = replace(config, **overrides)
     if entries and entries > config.vocab_size:
         raise InputError(
             f"the tokenizer has {entries} entries, more than the model's vocabulary of {config.vocab_size}: "
@@ -152,8 +159,11 @@ def _announce(trainer: Trainer, backend: str):
     options, model, shards = trainer.options, trainer.model, trainer.loader.chunks.shards
     config, device, dtype = model.config, trainer.device, model.compute_dtype
     total, active = model.num_parameters()
-    kind = "dense baseline" if config.dense else f"MoE, {config.num_experts} routed experts, top-2, 1 shared expert"
-    logger.info(f"{options.model_size}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
+    kind = f"MoE, {config.num_experts} routed experts, top-{config.top_k}"
+    kind += ", 1 shared expert" if config.d_ff_shared else ""
+    kind += f", {config.num_dense_layers} of {config.num_layers} layers dense" if config.num_dense_layers else ""
+    name, kind = options.config or options.model_size, "dense baseline" if config.dense else kind
+    logger.info(f"{name}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
     logger.info(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
     logger.info(f"attention: {attention_name(device, dtype, config.head_dim)}")
     if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
@@ -173,6 +183,8 @@ def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics
     try:
         if tokenizer_path:
             _copy_tokenizer(tokenizer_path, save_dir / "tokenizer.json")
+        with atomic_write(save_dir / "model.json") as file:
+            file.write(json.dumps(trainer.model.config.to_dict(), indent=2).encode())
         if options.resume is None:
             _move_aside(save_dir / "metrics.jsonl")
         metrics = Metrics(save_dir, trainer.step - 1 if unfinished else trainer.step)

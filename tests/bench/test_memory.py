@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from acceleron.config import PRESETS
 from bench import memory, peers, rows
 
 CPU = torch.device("cpu")
@@ -40,7 +41,10 @@ def test_peak_bytes_of_known_allocations():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on a CPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_kernels_save_as_many_bytes_as_the_formula(checkpointing):
+@pytest.mark.parametrize("shape", [{}, dict(top_k=4, d_ff=40, d_ff_shared=0)], ids=["nano", "other shape"])
+def test_kernels_save_as_many_bytes_as_the_formula(monkeypatch, checkpointing, shape):
+    monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], **shape))
+    monkeypatch.setattr(peers, "_gradients", peers._gradients.__wrapped__)  # uncached, because the shape changes
     row = memory.measure_row(replace(BLOCK, source="triton", checkpointing=checkpointing), CPU)
     assert not row.problem()
     assert row.median == pytest.approx(row.details["formula_bytes"], rel=0.02)

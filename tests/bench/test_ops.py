@@ -126,7 +126,7 @@ def test_a_fault_fails_one_op_and_sets_the_fallbacks(monkeypatch, tmp_path):
         return ask(worker, message, 1 if hangs else None)
 
     monkeypatch.setattr(Worker, "ask", ask_with_limit)
-    names = ("up", "swiglu", "rms_norm", "rope", "route_top2")
+    names = ("up", "swiglu", "rms_norm", "rope", "route_topk")
     settings = ops.Settings(("nano",), names, 26, torch.float16, DEVICE)
     found = run_cases(settings, 0, ["triton", "reference"], tmp_path)
     found = {(row.case.get("op"), row.provider): row for row in found}
@@ -134,7 +134,7 @@ def test_a_fault_fails_one_op_and_sets_the_fallbacks(monkeypatch, tmp_path):
     for op, reason in reasons.items():
         assert reason in found[op, "triton"].failed
     assert all(not found[op, "reference"].problem() for op in names)
-    assert not found["route_top2", "triton"].problem()
+    assert not found["route_topk", "triton"].problem()
     assert not found["up", "triton"].problem()
     assert "without TMA; with TMA: RuntimeError: planted" in found["up", "triton"].check
     assert found[None, "triton"].benchmark == "fallbacks"

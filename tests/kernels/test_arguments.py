@@ -11,8 +11,8 @@ T, D, E, F, W, V = 9, 16, 5, 12, 8, 20
 B, S, H, G, C = 2, 5, 4, 2, 8
 
 
-def make_plan(tokens, experts):
-    return torch_ops.dispatch_plan(torch.zeros(tokens, 2, dtype=torch.int32, device=DEVICE), experts)
+def make_plan(tokens, experts, top_k=2):
+    return torch_ops.dispatch_plan(torch.zeros(tokens, top_k, dtype=torch.int32, device=DEVICE), experts)
 
 
 X, W13, W2, ANGLES = randn(T, D), randn(E, 2 * F, D), randn(E, D, F), randn(S, C)
@@ -22,10 +22,10 @@ VALID = {
     "grouped_gemm": dict(x_ND=randn(2 * T, D), w_EFD=W13, plan=make_plan(T, E)),
     "linear_cross_entropy": dict(x_TD=X, weight_VD=randn(V, D), labels_T=torch.arange(T, device=DEVICE)),
     "moe": dict(x_TD=X, router_ED=randn(E, D), w13_E2FD=W13, w2_EDF=W2)
-    | dict(shared_w13_2WD=randn(2 * W, D), shared_w2_DW=randn(D, W), residual_TD=X),
+    | dict(shared_w13_2WD=randn(2 * W, D), shared_w2_DW=randn(D, W), residual_TD=X, top_k=2),
     "rms_norm": dict(x=X, weight=randn(D), residual=X, eps=1e-6),
     "rope": dict(q_BSHC=randn(B, S, H, C), k_BSGC=randn(B, S, G, C), cos_SC=ANGLES, sin_SC=ANGLES),
-    "route_top2": dict(logits_TE=randn(T, E)),
+    "route_topk": dict(logits_TE=randn(T, E), top_k=2),
     "router_logits": dict(x_TD=X, weight_ED=randn(E, D)),
     "split_rope": dict(qkv_BSAC=randn(B, S, H + 2 * G, C), cos_SC=ANGLES, sin_SC=ANGLES, num_heads=H, num_kv_heads=G),
     "swiglu": dict(gate_up_N2F=randn(T, 2 * F)),
@@ -46,14 +46,16 @@ def test_valid_arguments_are_accepted(op, backend):
 @pytest.mark.parametrize(
     ("op", "name", "change", "message"),
     [
-        ("dispatch_plan", "topk_ids_TK", lambda ids: ids.repeat(1, 2)[:, :3], r"shape \(any, 2\), but got \(9, 3\)"),
+        ("dispatch_plan", "topk_ids_TK", lambda ids: ids.repeat(1, 3), "1 to 5 experts per token, but got 6"),
         ("dispatch_plan", "topk_ids_TK", lambda ids: ids.flatten(), "shape"),
         ("dispatch_plan", "topk_ids_TK", lambda ids: ids.float(), "int32 or int64, but got float32"),
-        ("dispatch_plan", "num_experts", lambda _: 1, "2 to 256 experts, but got 1"),
-        ("dispatch_plan", "num_experts", lambda _: 257, "2 to 256 experts, but got 257"),
+        ("dispatch_plan", "num_experts", lambda _: 0, "1 to 256 experts, but got 0"),
+        ("dispatch_plan", "num_experts", lambda _: 257, "1 to 256 experts, but got 257"),
         ("expert_mlp", "x_TD", lambda x: x[None], "shape"),
         ("expert_mlp", "x_TD", lambda x: x[:, :0], "a non-empty last axis"),
         ("expert_mlp", "topk_scores_TK", lambda scores: scores[:1], "shape"),
+        ("expert_mlp", "topk_scores_TK", lambda scores: scores.repeat(1, 3), "1 to 5 experts per token, but got 6"),
+        ("expert_mlp", "plan", lambda _: make_plan(T, E, 1), r"shape \(9, 2\), but got \(9, 1\)"),
         ("expert_mlp", "topk_scores_TK", lambda scores: scores.half(), "float32, but got float16"),
         ("expert_mlp", "w13_E2FD", lambda w13: w13[:, 1:], r"shape \(5, 24, 16\), but got \(5, 23, 16\)"),
         ("expert_mlp", "w13_E2FD", lambda w13: w13[1:], "shape"),
@@ -77,11 +79,14 @@ def test_valid_arguments_are_accepted(op, backend):
         ("linear_cross_entropy", "labels_T", lambda labels: labels[:, None], "shape"),
         ("linear_cross_entropy", "labels_T", lambda labels: labels.int(), "int64, but got int32"),
         ("moe", "router_ED", lambda router: router[1:], "shape"),
+        ("moe", "top_k", lambda _: 6, "1 to 5 experts per token, but got 6"),
+        ("moe", "top_k", lambda _: 0, "1 to 5 experts per token, but got 0"),
         ("moe", "w13_E2FD", lambda w13: w13[:, 1:], r"shape \(5, 24, 16\), but got \(5, 23, 16\)"),
         ("moe", "w2_EDF", lambda w2: w2[:, :1], "shape"),
-        ("moe", "w2_EDF", lambda w2: w2[:1], "2 to 256 experts, but got 1"),
+        ("moe", "w2_EDF", lambda w2: w2[:0], "1 to 256 experts, but got 0"),
         ("moe", "shared_w13_2WD", lambda w13: w13[1:], "shape"),
         ("moe", "shared_w2_DW", lambda w2: w2[:1], "shape"),
+        ("moe", "shared_w2_DW", lambda _: None, "both or neither"),
         ("moe", "residual_TD", lambda residual: residual[1:], "shape"),
         ("moe", "residual_TD", lambda residual: residual.bfloat16(), "float32, but got bfloat16"),
         ("rms_norm", "x", lambda x: x[0, 0], "shape"),
@@ -95,10 +100,11 @@ def test_valid_arguments_are_accepted(op, backend):
         ("rope", "k_BSGC", lambda k: k.bfloat16(), "float32, but got bfloat16"),
         ("rope", "cos_SC", lambda cos: cos[:1], "shape"),
         ("rope", "sin_SC", lambda sin: sin.half(), "float32, but got float16"),
-        ("route_top2", "logits_TE", lambda logits: logits[:, :1], "2 to 256 experts, but got 1"),
-        ("route_top2", "logits_TE", lambda logits: logits.repeat(1, 52)[:, :257], "2 to 256 experts, but got 257"),
-        ("route_top2", "logits_TE", lambda logits: logits[None], "shape"),
-        ("route_top2", "logits_TE", lambda logits: logits.long(), "bfloat16 or .*, but got int64"),
+        ("route_topk", "top_k", lambda _: 0, "1 to 5 experts per token, but got 0"),
+        ("route_topk", "top_k", lambda _: 6, "1 to 5 experts per token, but got 6"),
+        ("route_topk", "logits_TE", lambda logits: logits.repeat(1, 52)[:, :257], "1 to 256 experts, but got 257"),
+        ("route_topk", "logits_TE", lambda logits: logits[None], "shape"),
+        ("route_topk", "logits_TE", lambda logits: logits.long(), "bfloat16 or .*, but got int64"),
         ("router_logits", "x_TD", lambda x: x[None], "shape"),
         ("router_logits", "weight_ED", lambda weight: weight[:, :1], r"shape \(any, 16\), but got \(5, 1\)"),
         ("split_rope", "qkv_BSAC", lambda qkv: qkv[..., :7], "an even head_dim"),

@@ -16,7 +16,7 @@ DEVICE_TYPE = torch.device(DEVICE).type
 
 def calls(dtype=torch.float32) -> dict:
     """For each op, return a function of x with a floating-point result, and x. The other operands are constants."""
-    routing = torch_ops.route_top2(randn(T, E, seed=1))
+    routing = torch_ops.route_topk(randn(T, E, seed=1))
     plan = torch_ops.dispatch_plan(routing.topk_ids_TK, E)
     w13, w2 = (randn(E, 2 * WIDTH, D, seed=2) / D**0.5).to(dtype), (randn(E, D, WIDTH, seed=3) / WIDTH**0.5).to(dtype)
     router, angles = randn(E, D, seed=4, dtype=dtype), randn(5, 4, seed=5)
@@ -32,7 +32,7 @@ def calls(dtype=torch.float32) -> dict:
         "moe": (lambda x: ops.moe(x, router, w13, w2, w13[0], w2[0]).y_TD, x(T, D)),
         "rms_norm": (lambda x: ops.rms_norm(x, router[0], 1e-6)[0], x(T, D)),
         "rope": (lambda x: ops.rope(x, x[:, :, :1].contiguous(), angles.cos(), angles.sin())[0], x(2, 5, 2, 4)),
-        "route_top2": (lambda x: ops.route_top2(x).topk_scores_TK, x(T, E)),
+        "route_topk": (lambda x: ops.route_topk(x).topk_scores_TK, x(T, E)),
         "router_logits": (lambda x: ops.router_logits(x, router), x(T, D)),
         "split_rope": (lambda x: ops.split_rope(x, angles.cos(), angles.sin(), 2, 1)[0], x(2, 5, 4, 4)),
         "swiglu": (ops.swiglu, x(T, 2 * WIDTH)),
@@ -55,7 +55,7 @@ def second_derivative(op, x):
 
 @pytest.mark.parametrize("name", OPS)
 def test_second_derivatives_are_correct_or_raise(name, backend):
-    if backend == "reference" and name in ("rms_norm", "rope", "route_top2", "router_logits", "split_rope"):
+    if backend == "reference" and name in ("rms_norm", "rope", "route_topk", "router_logits", "split_rope"):
         op, x = calls(torch.float64)[name]
         step = 1e-5 * randn(*x.shape, seed=7, dtype=torch.float64)
 
@@ -131,10 +131,12 @@ def test_moe_options_work_under_autocast(backend):
         forced = ops.moe(x, *weights, force_load_balance=True)
         added = ops.moe(x, *weights, residual_TD=residual)
         narrow = ops.moe(x.bfloat16(), *weights, residual_TD=residual)  # bf16 from a Linear, plus an fp32 residual
+        alone = ops.moe(x, *weights[:3], top_k=3, normalize=False)  # without a shared expert
         wide = ops.moe(x, router.double(), *weights[1:]) if backend == "reference" else plain
     assert torch.equal(wide.tokens_per_expert_E, plain.tokens_per_expert_E)
     assert forced.tokens_per_expert_E.tolist() == [2 * T // E] * E
     assert plain.tokens_per_expert_E.tolist() != forced.tokens_per_expert_E.tolist()
+    assert error(alone.y_TD, ops.moe(x, *weights[:3], top_k=3, normalize=False).y_TD.double()) < 0.02
     assert narrow.y_TD.dtype == torch.bfloat16
     torch.testing.assert_close(added.y_TD - plain.y_TD, residual.bfloat16(), rtol=0.02, atol=0.1)
 

@@ -16,19 +16,19 @@ from acceleron.kernels import expert_mlp as module
 from acceleron.kernels import grouped_gemm as gemms
 from acceleron.kernels.configs import Config
 from acceleron.kernels.dispatch import dispatch_plan
-from acceleron.kernels.routing import route_top2
+from acceleron.kernels.routing import route_topk
 
 expert_mlp = module.expert_mlp
 ROOT = Path(__file__).parents[2]
 NAMES = ("x", "topk_scores", "w13", "w2")
 
 
-def inputs(T, D, width, E, used=None, dtype=torch.float32):
+def inputs(T, D, width, E, used=None, top_k=2, dtype=torch.float32):
     """Return [x, topk_scores, w13, w2] and a plan from random logits. used: experts that get tokens (default: all)."""
     logits = randn(T, E, seed=1)
     if used:
         logits[:, [e for e in range(E) if e not in used]] -= 100
-    routing = route_top2(logits)
+    routing = route_topk(logits, top_k)
     # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     w13, w2 = randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5
     tensors = [randn(T, D, dtype=dtype), routing.topk_scores_TK, w13.to(dtype), w2.to(dtype)]
@@ -53,8 +53,9 @@ def check_errors(tensors, plan, functions=(formulas.expert_mlp, torch_ops.expert
     return results
 
 
-# T, D, F, E and the experts that get tokens. The interpreter runs three programs with 32 x 32 x 32 blocks. The first
-# cases have the expert counts and roughly the D / F ratios of the named sizes. Only tiny has two row tiles per expert.
+# T, D, F, E, the experts that get tokens, and K (default: 2). The interpreter runs three programs with 32 x 32 x 32
+# blocks. The first cases have the expert counts and roughly the D / F ratios of the named sizes. Only tiny has two row
+# tiles per expert.
 SIZES = {
     "nano": (20, 64, 64, 8, None),
     "tiny": (60, 16, 44, 4, None),
@@ -69,7 +70,14 @@ CASES = SIZES | {
     "two experts": (33, 32, 32, 2, None),
     "many experts": (16, 8, 8, 33, None),
     "odd widths": (33, 33, 17, 5, None),  # loads through pointers instead of TMA, and partial tiles on every axis
-    "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its two rows
+    "wide rows": (9, 264, 8, 3, None),  # two programs per token in the kernels that sum its K rows
+    "K = 1, two experts": (33, 32, 40, 2, None, 1),
+    "K = 1, one expert": (33, 32, 40, 1, None, 1),
+    "K = 4, empty and hot experts": (40, 32, 32, 7, (1, 3, 4, 5), 4),
+    "K = 8, one token": (1, 32, 64, 8, None, 8),
+    "K = 8, many experts": (20, 16, 16, 64, None, 8),
+    "K = 8, odd widths": (11, 33, 17, 9, None, 8),
+    "K = 16": (5, 16, 8, 20, None, 16),
 }
 if DEVICE == "cuda":
     for size in PRESETS:
@@ -79,11 +87,12 @@ if DEVICE == "cuda":
 else:  # the interpreter is slow: run fp16, which has the same path as bf16, and some fp32; test_moe_layer.py has more
     RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium")]
     RUNS += [(case, torch.float32) for case in ("one token", "empty experts", "hot experts", "odd widths")]
+    RUNS += [("K = 8, odd widths", torch.float32)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 def test_output_and_every_gradient(case, dtype):
-    _, _, _, E, used = CASES[case]
+    E, used, *_ = CASES[case][3:]
     _, _, _, grad_w13, grad_w2 = check_errors(*inputs(*CASES[case], dtype=dtype))
     for expert in set(range(E)) - set(used or range(E)):
         assert not grad_w13[expert].any()  # exactly 0, although uninitialized memory holds NaN
@@ -203,8 +212,8 @@ from acceleron.kernels import dispatch, expert_mlp as mlp, grouped_gemm as gemms
 for D, F, dtype in ((33, 17, torch.float32), (64, 32, torch.float32), (64, 32, torch.float16)):
     E, T = 3, 5
     logits = guarded(torch.randn(T, E))
-    scores, ids, _, _, counts = map(guarded, routing.route(logits))
-    routing.route_backward(logits, ids, counts, guarded(torch.randn(T, 2)), torch.ones(()), torch.ones(()))
+    scores, ids, *_ = map(guarded, routing.route(logits))
+    routing.route_backward(logits, ids, guarded(torch.randn(T, 2)), torch.ones(()), guarded(torch.randn(E)))
     gather_idx, scatter_idx, offsets = map(guarded, dispatch.build_plan(ids, E))
     x, dy, shared = (guarded(torch.randn(T, D).to(dtype)) for _ in range(3))
     w13, w2 = guarded(torch.randn(E, 2 * F, D).to(dtype)), guarded(torch.randn(E, D, F).to(dtype))
@@ -286,7 +295,8 @@ def test_zero_tokens_are_accepted():
 
 def test_results_are_deterministic_with_and_without_grad():
     # On a GPU, the shape is large enough that programs can finish in different orders.
-    tensors, plan = inputs(*(CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 2)), dtype=torch.float16)
+    case = CASES["tiny, full size"] if DEVICE == "cuda" else (20, 32, 40, 5, None, 4)
+    tensors, plan = inputs(*case, dtype=torch.float16)
     first = run(expert_mlp, tensors, plan, tensors[0])
     assert_equal(run(expert_mlp, tensors, plan, tensors[0]), first)
     with torch.no_grad():
@@ -302,6 +312,21 @@ def test_output_of_a_token_does_not_depend_on_the_batch(dtype):
     some = slice(17, 40)
     part = expert_mlp(x[some], scores[some], dispatch_plan(ids[some].contiguous(), 4), w13, w2)
     assert torch.equal(part, full[some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scores_of_zero_do_not_change_the_results_of_top_2(dtype):
+    """The output and the gradient of x are the same bits for K = 2 as for K = 5 with three scores of zero."""
+    (x, scores, *weights), _ = inputs(20, 33, 17, 6, top_k=5, dtype=dtype)
+    ids = torch.stack([randn(6, seed=t).argsort()[:5] for t in range(20)]).to(torch.int32)
+    scores[:, 2:] = 0
+    results = []
+    for top_k in (2, 5):
+        plan = dispatch_plan(ids[:, :top_k].contiguous(), 6)
+        results.append(run(expert_mlp, [x, scores[:, :top_k].contiguous(), *weights], plan, x))
+    (y, dx, dscores, *_), (padded_y, padded_dx, padded_dscores, *_) = results
+    assert_equal([padded_y, padded_dx, padded_dscores[:, :2]], [y, dx, dscores])
+    assert padded_dscores.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -329,7 +354,7 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
     leaves = [t.detach().requires_grad_() for t in (x, randn(T, E, seed=1), w13, w2)]
     x, logits, w13, w2 = leaves
     with saved_tensors() as saved:
-        routing = route_top2(logits)
+        routing = route_topk(logits)
         plan = dispatch_plan(routing.topk_ids_TK, E)
         y = expert_mlp(x, routing.topk_scores_TK, plan, w13, w2)
     # Nothing else is saved: no live tensor has the shape of the activation or of the expert-sorted rows.
@@ -347,22 +372,24 @@ def test_backward_saves_only_x_the_pre_activation_and_the_plan():
     assert sum(t.untyped_storage().nbytes() for t in small) == 24 * T + 4 * (E + 1)
 
 
-def test_custom_ops_pass_opcheck():
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_custom_ops_pass_opcheck(top_k):
     ops = torch.ops.acceleron_triton
-    (x, scores, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 2)
-    dy, dy_rows = randn(3, 8, seed=5), randn(6, 8, seed=6)
+    (x, scores, w13, w2), (gather_idx, scatter_idx_TK, offsets) = inputs(3, 8, 12, 3, top_k=top_k)
+    dy, dy_rows = randn(3, 8, seed=5), randn(3 * top_k, 8, seed=6)
     h, act = module.expert_up(x, w13, gather_idx, offsets, True)
     for with_h in (True, False):
         opcheck(ops.expert_up.default, (x, w13, gather_idx, offsets, with_h))
     for added in ((dy, x), (None, None)):
         opcheck(ops.expert_down.default, (act, w2, scores, scatter_idx_TK, offsets, *added))
     opcheck(ops.hidden_grad.default, (dy_rows, w2, h, scores, gather_idx, offsets))
-    for added in ((dy, randn(3, 2), randn(2, 8)), (None, None, None)):
-        opcheck(ops.token_grad.default, (randn(6, 8), scatter_idx_TK, *added))
+    for added in ((dy, randn(3, 3), randn(3, 8)), (None, None, None)):
+        opcheck(ops.token_grad.default, (dy_rows, scatter_idx_TK, *added))
 
 
-def test_compiles_without_graph_breaks():
-    tensors, plan = inputs(9, 17, 5, 3)
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_compiles_without_graph_breaks(top_k):
+    tensors, plan = inputs(9, 17, 5, 4, top_k=top_k)
     grad = randn(9, 17, seed=5)
     compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
     assert_equal(run(compiled, tensors, plan, grad), run(expert_mlp, tensors, plan, grad))

@@ -1,7 +1,10 @@
 """Grouped GEMM kernels."""
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import DEVICE, DTYPES, FACTOR, assert_accurate, assert_equal, error, opcheck, randn, sum_floor
 
 from acceleron import ModelConfig
@@ -14,10 +17,10 @@ from acceleron.kernels.torch_ops import dispatch_plan
 grouped_gemm = module.grouped_gemm
 
 
-def make_plan(T, E, used=None):
+def make_plan(T, E, used=None, top_k=2):
     """Return a plan for random expert ids, drawn from `used` if given. A token can have the same id twice."""
     pool = torch.tensor(used or range(E))
-    indices = torch.randint(len(pool), (T, 2), generator=torch.Generator().manual_seed(1))
+    indices = torch.randint(len(pool), (T, top_k), generator=torch.Generator().manual_seed(1))
     return dispatch_plan(pool[indices].to(DEVICE, torch.int32), E)
 
 
@@ -128,12 +131,32 @@ def test_expert_rows_that_the_split_does_not_divide(monkeypatch):
                 assert error(ours[part], truth[part]) <= sum_floor(96), (split, expert)
 
 
-@pytest.mark.parametrize("width", [1, 40, 257, 1024])
-def test_scatter_rows_returns_the_token_of_each_assignment(width):
-    plan = make_plan(50, 5, (0, 2, 4))
+@triton.jit
+def _load_weight_tile(w_ptr, out_ptr, o, i, O: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr):
+    tile = module._weight_tile(w_ptr, tl.program_id(0), o, i, O, I, LAYOUT, False, 16, 16)
+    tl.store(out_ptr + tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :], tile)
+
+
+@pytest.mark.parametrize("layout", ["E2OI", "EOI", "EIO"])
+def test_weight_offsets_within_an_expert_exceed_32_bits(layout):
+    """The last tile of a weight with more than 2**31 values. "E2OI" has 8 gate and 8 up columns in a tile."""
+    outputs, I = 1 << 16, (1 << 15) + 64
+    O, columns = (outputs // 2, 8) if layout == "E2OI" else (outputs, 16)
+    # On a CPU, only the pages that are accessed take memory.
+    w = torch.from_numpy(np.zeros(outputs * I, np.int8)).to(DEVICE)
+    w_OI = w.view(I, O).t() if layout == "EIO" else w.view(outputs, I)
+    w_OI[-columns:, -16:] = torch.arange(columns * 16, device=DEVICE).view(columns, 16) - 100
+    tile_KN = torch.zeros(16, 16, dtype=torch.int8, device=DEVICE)
+    _load_weight_tile[(1,)](w, tile_KN, O - columns, I - 16, O=O, I=I, LAYOUT=layout)
+    assert torch.equal(tile_KN.t()[-columns:], w_OI[-columns:, -16:])
+
+
+@pytest.mark.parametrize(("width", "top_k"), [(1, 2), (40, 1), (257, 8), (1024, 2)])
+def test_scatter_rows_returns_the_token_of_each_assignment(width, top_k):
+    plan = make_plan(50, 5, (0, 2, 4), top_k)
     x = randn(50, width, dtype=torch.float16)
     rows = module.scatter_rows(x, plan.scatter_idx_TK)
-    assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, 2, -1))
+    assert torch.equal(rows[plan.scatter_idx_TK.long()], x[:, None].expand(-1, top_k, -1))
 
 
 def test_weight_gradient_shares_are_summed_in_fp32(monkeypatch):

@@ -1,7 +1,9 @@
-"""Routing kernels: top-2 ids and scores, both losses, and the gradient of the logits."""
+"""Routing kernels: top-k ids and scores, the statistics, and the gradient of the logits."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from compare import DEVICE, FLOOR, assert_accurate, assert_equal, opcheck, randn
@@ -13,10 +15,10 @@ from acceleron.config import PRESETS
 from acceleron.kernels import formulas, launch, torch_ops, triton_ops
 from acceleron.kernels import routing as module
 from acceleron.kernels.dispatch import dispatch_plan
-from acceleron.kernels.routing import route_top2
+from acceleron.kernels.routing import route_topk
 
 FACTOR = 1.5
-DIFFERENTIABLE = ("topk_scores_TK", "z_loss", "balance_loss")
+DIFFERENTIABLE = ("topk_scores_TK", "z_loss", "mean_probabilities_E")
 
 # Under the interpreter, NumPy warns about the infinities in some tests.
 pytestmark = pytest.mark.filterwarnings(
@@ -24,16 +26,29 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-# T and E. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256. One token; E = K; three programs with a
-# partial block and an odd E; half a block of many experts; the most experts and 10 programs, so the second kernel needs
-# two blocks for their sums; the same with 51 padded experts; exactly one block.
-SHAPES = [(1, 8), (300, 2), (600, 5), (16, 64), (75, 256), (75, 205), (256, 8)]
+# T, E, K and normalize. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256, or half for K > 2.
+CASES = [
+    (1, 8, 2, True),  # one token
+    (300, 2, 2, True),  # K = E
+    (600, 5, 2, False),  # three programs with a partial block, and an odd E
+    (10, 64, 8, True),  # less than a block of many experts
+    (75, 256, 4, False),  # the most experts, and 19 programs: the second kernel needs five blocks for their sums
+    (75, 205, 2, True),  # 51 padded experts, and two blocks of sums
+    (128, 8, 4, True),  # exactly one block
+    (40, 16, 16, True),  # the largest K
+    (40, 8, 8, False),  # every expert: equal to the softmax
+    (300, 5, 1, True),  # every score is 1, without a gradient
+    (33, 8, 1, False),
+    (9, 1, 1, True),  # a single expert
+]
 if DEVICE == "cuda":  # more tokens than 256 programs of one block, and the shapes of the named sizes
-    SHAPES += [(100_003, 8), *{(8192, ModelConfig.preset(size).num_experts) for size in PRESETS}]
+    CASES += [(100_003, 8, 2, True), (8192, 256, 16, True), (8192, 64, 8, False)]
+    CASES += {(8192, ModelConfig.preset(size).num_experts, 2, True) for size in PRESETS}
 
 
-def check_routing(logits):
-    routing, plain, truth = route_top2(logits), torch_ops.route_top2(logits), formulas.route_top2(logits.double())
+def check_routing(logits, *options):
+    routing, plain = route_topk(logits, *options), torch_ops.route_topk(logits, *options)
+    truth = formulas.route_topk(logits.double(), *options)
     assert_equal(routing.topk_ids_TK, truth.topk_ids_TK)
     assert_equal(routing.tokens_per_expert_E, truth.tokens_per_expert_E)
     assert (routing.topk_ids_TK.dtype, routing.z_loss.dtype) == (torch.int32, torch.float32)
@@ -41,24 +56,38 @@ def check_routing(logits):
     assert_accurate(DIFFERENTIABLE, *values, FACTOR)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_routing_matches_the_formula(shape):
-    check_routing(randn(*shape))
+@pytest.mark.parametrize(("T", "E", "K", "normalize"), CASES, ids=str)
+def test_routing_matches_the_formula(T, E, K, normalize):
+    check_routing(randn(T, E), K, normalize)
 
 
-# Two programs with eight blocks each, where the last three are empty; three programs with two blocks each.
-@pytest.mark.parametrize("shape", [(100, 256), (1500, 5)], ids=str)
-def test_programs_loop_over_several_blocks(shape, monkeypatch):
+# Two programs with 16 blocks each, where the last seven are empty; three programs with two blocks each.
+@pytest.mark.parametrize(("shape", "K"), [((100, 256), 4), ((1500, 5), 2)], ids=str)
+def test_programs_loop_over_several_blocks(shape, K, monkeypatch):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
-    programs, blocks, _ = module._route_blocks(*shape)
+    programs, blocks, _ = module._route_blocks(*shape, K)
     assert programs > 1
     assert blocks > 1
-    check_routing(randn(*shape))
+    check_routing(randn(*shape), K)
 
 
+@pytest.mark.parametrize(("K", "normalize"), [(2, True), (4, False)], ids=str)
 @pytest.mark.parametrize("scale", [1e4, 1e-4], ids=str)
-def test_large_and_small_logits(scale):
-    check_routing(randn(37, 8) * scale)
+def test_large_and_small_logits(scale, K, normalize):
+    check_routing(randn(37, 8) * scale, K, normalize)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="GPUs approximate exp and division")
+def test_two_normalized_scores_are_bitwise_equal_to_the_two_way_softmax():
+    """1 / (1 + exp(gap)) and exp(gap) / (1 + exp(gap)) in fp32, and the gradient in the same form."""
+    logits, dscores = randn(300, 5), randn(300, 2, seed=1)
+    top, ids = logits.sort(dim=1, descending=True)
+    exp_gap = torch.from_numpy(np.exp((top[:, 1] - top[:, 0]).numpy()))  # the interpreter's exp
+    dgap = (dscores[:, 0] - dscores[:, 1]) * (exp_gap / ((1 + exp_gap) * (1 + exp_gap)))
+    scores = route_topk(logits.requires_grad_()).topk_scores_TK
+    assert_equal(scores.detach(), torch.stack([1 / (1 + exp_gap), exp_gap / (1 + exp_gap)], dim=1))
+    (dlogits,) = torch.autograd.grad((scores * dscores).sum(), logits)
+    assert_equal(dlogits, torch.zeros(300, 5).scatter(1, ids[:, :2], torch.stack([dgap, -dgap], dim=1)))
 
 
 @pytest.mark.parametrize(
@@ -74,43 +103,51 @@ def test_large_and_small_logits(scale):
     ids=["1e4", "equal", "ties", "zeros", "-inf", "negative"],
 )
 def test_edge_case_logits(logits):
-    check_routing(torch.tensor(logits, device=DEVICE))
+    for K, normalize in ((2, True), (3, False)):
+        check_routing(torch.tensor(logits, device=DEVICE), K, normalize)
 
 
-def test_uniform_probabilities_have_a_balance_loss_of_one():
-    routing = route_top2(torch.zeros(16, 8, device=DEVICE))
-    assert (routing.balance_loss.item(), routing.tokens_per_expert_E.tolist()) == (1.0, [16, 16] + [0] * 6)
+@pytest.mark.parametrize(("E", "K"), [(5, 3), (4, 4)])
+def test_forced_load_balance(E, K):
+    logits = randn(17, E)
+    check_routing(logits, K, True, True)
+    ids_TK = route_topk(logits, K, force_load_balance=True).topk_ids_TK
+    assert [sorted(ids) for ids in ids_TK.tolist()] == [sorted((t + k) % E for k in range(K)) for t in range(17)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_logits_are_routed_in_fp32(dtype):
     logits = randn(40, 8, dtype=dtype)  # bf16 also has ties
-    assert_equal(route_top2(logits), route_top2(logits.float()))
+    assert_equal(route_topk(logits), route_topk(logits.float()))
 
 
 VALUES = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38])
 
 
 @settings(max_examples=40)
-@given(st.sampled_from([2, 5]).flatmap(lambda E: st.lists(st.lists(VALUES, min_size=E, max_size=E), min_size=1)))
-def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows):
-    """NaN counts as the largest value. A loss is finite if the reference's loss is finite."""
+@given(
+    st.sampled_from([2, 5]).flatmap(lambda E: st.lists(st.lists(VALUES, min_size=E, max_size=E), min_size=1)),
+    st.sampled_from([1, 2, 4]),
+)
+def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows, K):
+    """NaN counts as the largest value. A statistic is finite if the reference's is finite."""
     logits = torch.tensor(rows, device=DEVICE)
-    routing, plain = route_top2(logits), torch_ops.route_top2(logits)
     E = logits.shape[1]
+    K = min(K, E)
+    routing, plain = route_topk(logits, K), torch_ops.route_topk(logits, K)
     # Python cannot sort NaN keys, so put a row's NaNs first, then the other experts by value.
     best = [
         [e for e in range(E) if math.isnan(row[e])]
         + sorted((e for e in range(E) if not math.isnan(row[e])), key=lambda e: (-row[e], e))
         for row in rows
     ]
-    assert routing.topk_ids_TK.tolist() == [ids[:2] for ids in best]
-    for name in ("z_loss", "balance_loss"):
-        assert getattr(routing, name).isfinite() == getattr(plain, name).isfinite(), name
+    assert routing.topk_ids_TK.tolist() == [ids[:K] for ids in best]
+    for name in ("z_loss", "mean_probabilities_E"):
+        assert torch.equal(getattr(routing, name).isfinite(), getattr(plain, name).isfinite()), name
     plan = dispatch_plan(routing.topk_ids_TK, E)
-    assert sorted(plan.gather_idx.tolist()) == list(range(2 * len(rows)))
+    assert sorted(plan.gather_idx.tolist()) == list(range(K * len(rows)))
     assert plan.offsets.tolist() == [0, *routing.tokens_per_expert_E.cumsum(0).tolist()]
-    # A row of finite logits has finite scores regardless of the other rows. A selected NaN makes both scores NaN.
+    # A row of finite logits has finite scores regardless of the other rows. A selected NaN makes all scores NaN.
     finite = [all(map(math.isfinite, row)) for row in rows]
     assert routing.topk_scores_TK[torch.tensor(finite)].isfinite().all()
     selected_nan = [math.isnan(row[ids[0]]) for row, ids in zip(rows, best, strict=True)]
@@ -123,30 +160,36 @@ def test_nonfinite_logits_still_give_valid_ids_and_a_valid_plan(rows):
 def gradient(function, logits, through=DIFFERENTIABLE):
     leaf = logits.detach().requires_grad_()
     routing = function(leaf)
-    # dscores is column-major, so the gradient of the scores is not contiguous.
-    dscores = randn(2, logits.shape[0], seed=1).t()
+    # Neither gradient is contiguous.
+    dscores = randn(*routing.topk_scores_TK.shape[::-1], seed=1).t()
+    dprobabilities = randn(logits.shape[1], 2, seed=2) * len(logits)  # scaled up: the mean has small gradients
+    twice = torch.stack([routing.mean_probabilities_E] * 2, dim=1)
     terms = {"topk_scores_TK": (routing.topk_scores_TK * dscores).sum(), "z_loss": 0.7 * routing.z_loss}
-    terms["balance_loss"] = 30 * routing.balance_loss  # scaled up, because its gradient is the smallest
+    terms["mean_probabilities_E"] = (twice * dprobabilities).sum()
     return torch.autograd.grad(sum(terms[name] for name in through), leaf)[0]
 
 
-def check_gradient(logits, through=DIFFERENTIABLE):
-    truth = gradient(formulas.route_top2, logits.double(), through)
-    plain, ours = (gradient(function, logits, through) for function in (torch_ops.route_top2, route_top2))
+def check_gradient(logits, through=DIFFERENTIABLE, K=2, normalize=True):
+    ours, plain, truth = (
+        gradient(lambda x, op=op: op(x, K, normalize), x, through)
+        for op, x in ((route_topk, logits), (torch_ops.route_topk, logits), (formulas.route_topk, logits.double()))
+    )
     # The interpreter truncates to bf16 where a GPU rounds.
     floor = 4 * torch.finfo(logits.dtype).eps if logits.dtype == torch.bfloat16 and DEVICE == "cpu" else FLOOR
     assert_accurate(("logits",), [ours], [plain], [truth], FACTOR, floor)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient(shape):
-    check_gradient(randn(*shape))
+@pytest.mark.parametrize(("T", "E", "K", "normalize"), CASES, ids=str)
+def test_gradient(T, E, K, normalize):
+    check_gradient(randn(T, E), K=K, normalize=normalize)
 
 
 @pytest.mark.parametrize("through", DIFFERENTIABLE)
-@pytest.mark.parametrize("shape", [(1, 8), (300, 5), (16, 64)], ids=str)
-def test_gradient_through_one_result(shape, through):
-    check_gradient(randn(*shape), (through,))
+@pytest.mark.parametrize(
+    ("T", "E", "K", "normalize"), [(1, 8, 2, True), (300, 5, 2, False), (16, 64, 8, True), (33, 8, 1, True)], ids=str
+)
+def test_gradient_through_one_result(T, E, K, normalize, through):
+    check_gradient(randn(T, E), (through,), K, normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -163,14 +206,14 @@ def test_masked_expert_has_zero_gradient():
     logits = randn(9, 6)
     logits[::2, 3] = -math.inf
     check_gradient(logits)
-    assert gradient(route_top2, logits)[::2, 3].abs().max() == 0
+    assert gradient(route_topk, logits)[::2, 3].abs().max() == 0
 
 
 def test_nan_row_does_not_affect_the_gradient_of_other_rows():
     logits = randn(9, 6)
-    good = gradient(route_top2, logits, ("topk_scores_TK",))
+    good = gradient(route_topk, logits, ("topk_scores_TK",))
     logits[4] = math.nan
-    bad = gradient(route_top2, logits, ("topk_scores_TK",))
+    bad = gradient(route_topk, logits, ("topk_scores_TK",))
     # The NaN losses have a gradient of 0 here, and 0 * NaN would spread if the kernels mixed rows.
     others = torch.arange(9, device=DEVICE) != 4
     assert torch.equal(bad[others], good[others])
@@ -180,18 +223,19 @@ def test_nan_row_does_not_affect_the_gradient_of_other_rows():
 # --- the op ---
 
 
-def test_results_are_deterministic():
-    logits = randn(300, 5)
-    assert_equal(route_top2(logits), route_top2(logits))
-    assert torch.equal(gradient(route_top2, logits), gradient(route_top2, logits))
+@pytest.mark.parametrize("K", [2, 4])
+def test_results_are_deterministic(K):
+    logits, route = randn(300, 5), partial(route_topk, top_k=K)
+    assert_equal(route(logits), route(logits))
+    assert torch.equal(gradient(route, logits), gradient(route, logits))
 
 
-def test_losses_of_zero_tokens_are_nan():
+def test_means_over_zero_tokens_are_nan():
     logits = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
-    routing = route_top2(logits)
-    assert routing.topk_scores_TK.shape == routing.topk_ids_TK.shape == (0, 2)
+    routing = route_topk(logits, 3)
+    assert routing.topk_scores_TK.shape == routing.topk_ids_TK.shape == (0, 3)
     assert routing.z_loss.isnan()
-    assert routing.balance_loss.isnan()
+    assert routing.mean_probabilities_E.isnan().all()
     assert routing.tokens_per_expert_E.tolist() == [0, 0, 0, 0]
     routing.topk_scores_TK.sum().backward()
     assert logits.grad.shape == (0, 4)
@@ -199,25 +243,26 @@ def test_losses_of_zero_tokens_are_nan():
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "cpu_device", None)
-    with pytest.raises(ValueError, match="route_top2: logits_TE: Triton needs a GPU"):
-        route_top2(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="route_topk: logits_TE: Triton needs a GPU"):
+        route_topk(torch.zeros(4, 4))
 
 
 def test_custom_ops_pass_opcheck():
     ops, logits = torch.ops.acceleron_triton, randn(9, 5)
-    routing = route_top2(logits)
-    opcheck(ops.route_top2.default, (logits,))
-    gradients = (randn(9, 2), torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
-    opcheck(ops.route_top2_backward.default, (logits, routing.topk_ids_TK, routing.tokens_per_expert_E, *gradients))
+    gradients = (randn(9, 3), torch.ones((), device=DEVICE), randn(5))
+    for normalize in (True, False):
+        opcheck(ops.route_topk.default, (logits, 3, normalize))
+        ids = route_topk(logits, 3, normalize).topk_ids_TK
+        opcheck(ops.route_topk_backward.default, (logits, ids, *gradients, normalize))
 
 
 def test_compiles_without_graph_breaks():
     logits = randn(9, 5)
-    compiled = torch.compile(route_top2, fullgraph=True, backend="aot_eager")
-    assert_equal(compiled(logits), route_top2(logits))
-    assert torch.equal(gradient(compiled, logits), gradient(route_top2, logits))
+    compiled = torch.compile(route_topk, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(logits), route_topk(logits))
+    assert torch.equal(gradient(compiled, logits), gradient(route_topk, logits))
 
 
 def test_checkpointing_saves_the_routing_and_the_plan():
     ops = torch.ops.acceleron_triton
-    assert {ops.route_top2.default, ops.dispatch_plan.default} == triton_ops.ROUTING_OPS
+    assert {ops.route_topk.default, ops.dispatch_plan.default} == triton_ops.ROUTING_OPS

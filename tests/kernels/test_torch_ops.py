@@ -21,50 +21,51 @@ def randn(*shape, seed=0, dtype=torch.float64):
 # --- routing ---
 
 
-# T = 1; odd T; E = K = 2; many experts; logits of 1e4, which would overflow a naive exponential.
+# T, E, K and a scale. T = 1; odd T; E = K; one expert; many experts; logits of 1e4, which would overflow a naive
+# exponential.
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
-    ("T", "E", "scale"), [(1, 8, 1), (37, 8, 1), (64, 2, 1), (50, 64, 1), (20, 256, 1), (33, 8, 1e4)]
+    ("T", "E", "K", "scale"),
+    [(1, 8, 2, 1), (37, 8, 4, 1), (64, 2, 2, 1), (9, 1, 1, 1), (50, 64, 8, 1), (20, 256, 16, 1), (33, 8, 2, 1e4)],
 )
-def test_routing_matches_the_formula(T, E, scale):
+def test_routing_matches_the_formula(T, E, K, scale, normalize):
     logits = randn(T, E) * scale
-    torch.testing.assert_close(ops.route_top2(logits), formulas.route_top2(logits), rtol=1e-12, atol=1e-12)
+    results = (backend.route_topk(logits, K, normalize) for backend in (ops, formulas))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=5, max_size=5), min_size=1, max_size=20))
 def test_ties_go_to_the_lower_id(rows):
     """Three values for five experts give ties in every row."""
     expected = [sorted(range(5), key=lambda e: (-row[e], e))[:2] for row in rows]
-    assert ops.route_top2(torch.tensor(rows)).topk_ids_TK.tolist() == expected
+    assert ops.route_topk(torch.tensor(rows)).topk_ids_TK.tolist() == expected
 
 
 def test_minus_infinity_never_selects_an_expert_twice():
-    routing = ops.route_top2(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
+    routing = ops.route_topk(torch.tensor([[-torch.inf, 3.0, -torch.inf]]))
     assert routing.topk_ids_TK.tolist() == [[1, 0]]
     assert routing.topk_scores_TK.tolist() == [[1.0, 0.0]]
-
-
-def test_uniform_probabilities_have_a_balance_loss_of_one():
-    """Equal logits select experts 0 and 1 for every token, but every probability is 1 / E."""
-    assert ops.route_top2(torch.zeros(16, 8)).balance_loss.item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_logits_are_routed_in_fp32(dtype):
     logits = randn(40, 8, dtype=dtype)
-    assert_equal(ops.route_top2(logits), ops.route_top2(logits.float()))
+    assert_equal(ops.route_topk(logits), ops.route_topk(logits.float()))
 
 
-def test_routing_gradients():
+@pytest.mark.parametrize(("K", "normalize"), [(2, True), (2, False), (4, True), (1, False)])
+def test_routing_gradients(K, normalize):
     logits = randn(9, 5).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.balance_loss))(ops.route_top2(x)), logits
+        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.mean_probabilities_E))(ops.route_topk(x, K, normalize)),
+        logits,
     )
 
 
 # --- the expert MLP ---
 
 
-# T, D, F, E and the experts that get tokens.
+# T, D, F, E, the experts that get tokens, and K (default: 2).
 CASES = {
     "usual": (33, 16, 24, 4, None),
     "one token": (1, 16, 24, 4, None),
@@ -72,15 +73,17 @@ CASES = {
     "hot experts": (20, 16, 24, 8, (6, 2)),
     "two experts": (12, 8, 8, 2, None),
     "odd widths": (19, 7, 5, 3, None),
+    "K = 1": (19, 16, 24, 4, None, 1),
+    "K = 8": (19, 16, 24, 64, None, 8),
 }
 
 
-def expert_inputs(T, D, width, E, used, dtype):
+def expert_inputs(T, D, width, E, used, top_k=2, dtype=torch.float32):
     """Return the plan, and the leaves x, topk_scores, w13 and w2."""
     g = torch.Generator().manual_seed(1)
     pool = torch.tensor(used or range(E))
-    ids = torch.stack([pool[torch.randperm(len(pool), generator=g)[:2]] for _ in range(T)]).int()
-    scores = torch.rand(T, 2, generator=g, dtype=torch.float64)
+    ids = torch.stack([pool[torch.randperm(len(pool), generator=g)[:top_k]] for _ in range(T)]).int()
+    scores = torch.rand(T, top_k, generator=g, dtype=torch.float64)
     # Weights with scale 1 / sqrt(fan-in) keep every tensor at unit scale.
     tensors = [randn(T, D), scores, randn(E, 2 * width, D, seed=2) / D**0.5, randn(E, D, width, seed=3) / width**0.5]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -96,7 +99,7 @@ def run(function, leaves, grad):
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_expert_mlp_and_every_gradient(case, dtype):
-    plan, leaves = expert_inputs(*CASES[case], dtype)
+    plan, leaves = expert_inputs(*CASES[case], dtype=dtype)
     grad = randn(*leaves[0].shape, seed=4)
 
     def formula(x, scores, w13, w2):
@@ -110,15 +113,17 @@ def test_expert_mlp_and_every_gradient(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
-def test_grouped_gemm_multiplies_each_row_by_its_expert(dtype):
-    plan = ops.dispatch_plan(torch.tensor([[0, 3], [3, 0], [3, 4]], dtype=torch.int32), 5)  # experts 1 and 2 are empty
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_grouped_gemm_multiplies_each_row_by_its_expert(dtype, top_k):
+    ids = torch.tensor([0, 3, 3, 0, 3, 4], dtype=torch.int32).view(-1, top_k)
+    plan = ops.dispatch_plan(ids, 5)  # experts 1 and 2 are empty
     x, w = randn(6, 8, dtype=dtype), randn(5, 16, 8, seed=1, dtype=dtype)
     truth = formulas.grouped_gemm(x.double(), w.double(), plan)
     assert error(ops.grouped_gemm(x, w, plan), truth) <= 2 * torch.finfo(dtype).eps
 
 
 def test_expert_mlp_is_deterministic():
-    plan, leaves = expert_inputs(*CASES["usual"], torch.float32)
+    plan, leaves = expert_inputs(*CASES["usual"])
     first, second = (
         run(lambda x, scores, w13, w2: ops.expert_mlp(x, scores, plan, w13, w2), leaves, randn(33, 16, seed=4))
         for _ in range(2)
@@ -256,7 +261,7 @@ def test_full_logits_are_never_materialized():
 def test_custom_ops_pass_opcheck():
     ops = torch.ops.acceleron
     offsets = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
-    opcheck(ops.top2_experts, (randn(9, 4),))
+    opcheck(ops.topk_experts, (randn(9, 4), 3))
     opcheck(ops.sort_by_expert, (torch.tensor([[1, 0], [2, 1]], dtype=torch.int32), 3))
     opcheck(ops.grouped_rows, (randn(6, 8), randn(3, 8, 4), offsets))
     opcheck(ops.grouped_weight_grad, (randn(6, 8), randn(6, 4), offsets))

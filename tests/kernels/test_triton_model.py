@@ -37,9 +37,9 @@ def restore_backend(monkeypatch):
     monkeypatch.setattr(ops, "_backend", ops._backend)
 
 
-def build(dtype=torch.float32):
+def build(dtype=torch.float32, **fields):
     torch.manual_seed(0)
-    model = Acceleron(CONFIG, compute_dtype=dtype).to(DEVICE)
+    model = Acceleron(replace(CONFIG, **fields), compute_dtype=dtype).to(DEVICE)
     for weight in model.parameters():
         weight.data *= 5 if weight.dim() > 1 else 1  # std 0.1, because 0.02 leaves the router nearly uniform
     return model.double() if dtype == torch.float64 else model
@@ -72,6 +72,12 @@ def check(results, expected):
 
 def test_losses_and_gradients_of_every_parameter(expected):
     check(losses_and_gradients(build(), "triton"), expected)
+
+
+def test_a_dense_layer_and_a_layer_with_three_experts_per_token_and_no_shared_expert():
+    fields = dict(num_dense_layers=1, top_k=3, d_ff_shared=0)
+    expected = [losses_and_gradients(build(dtype, **fields), "reference") for dtype in (torch.float64, torch.float32)]
+    check(losses_and_gradients(build(**fields), "triton"), expected)
 
 
 def test_model_calls_triton_ops_only_on_the_triton_backend(monkeypatch):
@@ -161,7 +167,7 @@ def test_checkpointing_does_not_recompute_the_routing():
     with Ops():
         losses_and_gradients(model, "triton")
     ops = torch.ops.acceleron_triton
-    assert runs.count(ops.route_top2.default) == runs.count(ops.dispatch_plan.default) == CONFIG.num_layers
+    assert runs.count(ops.route_topk.default) == runs.count(ops.dispatch_plan.default) == CONFIG.num_layers
     assert runs.count(ops.expert_up.default) == 2 * CONFIG.num_layers  # forward and recomputation
 
 

@@ -19,6 +19,7 @@ CONFIG |= dict(d_ff_shared=28, max_seq_len=32)
 CONFIGS = {
     "MoE": ModelConfig(**CONFIG),
     "dense baseline": ModelConfig(**CONFIG, dense=True),
+    "other shape": ModelConfig(**CONFIG | dict(d_ff_shared=0, top_k=3, num_dense_layers=1)),
     "nano": ModelConfig.preset("nano", vocab_size=256),
     "nano's dense baseline": ModelConfig.preset("nano", dense=True, vocab_size=256),
 }
@@ -29,10 +30,12 @@ def swiglu_mlp(x, w13, w2):
     return F.linear(F.silu(gate) * up, w2)
 
 
-def plain_moe(moe, x_TD):
+def plain_moe(moe, x_TD, top_k):
     logits = F.linear(x_TD, moe.router)
-    top = logits.topk(2)
-    weights, y = top.values.softmax(-1), swiglu_mlp(x_TD, moe.shared.w13, moe.shared.w2)
+    top = logits.topk(top_k)
+    weights, y = top.values.softmax(-1), torch.zeros_like(x_TD)
+    if moe.shared is not None:
+        y = swiglu_mlp(x_TD, moe.shared.w13, moe.shared.w2)
     for expert, (w13, w2) in enumerate(zip(moe.w13_E2FD, moe.w2_EDF, strict=True)):
         tokens, choice = (top.indices == expert).nonzero(as_tuple=True)
         rows = swiglu_mlp(x_TD[tokens], w13, w2) * weights[tokens, choice, None]
@@ -57,8 +60,10 @@ def plain_cross_entropy(model, ids):
     for block in model.blocks:
         x = x + plain_attention(block.attention, block.attention_norm(x)[0], model)
         normed = block.ffn_norm(x)[0].flatten(0, 1)
-        dense = model.config.dense
-        y = swiglu_mlp(normed, block.mlp.w13, block.mlp.w2) if dense else plain_moe(block.moe, normed)
+        if hasattr(block, "mlp"):
+            y = swiglu_mlp(normed, block.mlp.w13, block.mlp.w2)
+        else:
+            y = plain_moe(block.moe, normed, model.config.top_k)
         x = x + y.view_as(x)
     logits = F.linear(model.norm(x)[0], model.embedding)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -25,12 +25,15 @@ def delete_checkpoints_after(save_dir, step: int):
             path.unlink()
 
 
+# The first of two layers is dense.
+OTHER_SHAPE = dict(num_experts=8, top_k=4, d_ff=16, d_ff_shared=0, num_dense_layers=1)
 SETTINGS = {
     "eager": dict(no_gradient_checkpointing=True),
     "recomputed, accumulated": dict(grad_accum=2, batch_size=2, num_workers=3),
     "compiled": dict(no_compile=False, no_gradient_checkpointing=True),
     "compiled, recomputed, deterministic": dict(no_compile=False, deterministic=True, dtype="bf16"),
     "dense, bf16": dict(dense=True, dtype="bf16", skip_spikes=True),
+    "other shape": OTHER_SHAPE,
     "deterministic, wsd": dict(deterministic=True, schedule="wsd"),
 }
 
@@ -137,6 +140,7 @@ def test_resuming_with_different_flags_uses_them_and_warns(data_dir, tmp_path, c
         (dict(seq_len=32), "seq_len 64, not 32"),
         (dict(dense=True), "dense False"),
         (dict(vocab_size=128), "vocab_size 64"),
+        (dict(top_k=1), r"top_k 2 \(here 1\)"),
         (dict(data_dir="others"), "shard_00000.npy has different content"),
     ],
 )
@@ -149,6 +153,24 @@ def test_resuming_rejects_a_different_model_or_data(data_dir, tmp_path, changes,
         changes = dict(data_dir=str(tmp_path / "others"))
     with pytest.raises(InputError, match=message):
         train(dataclasses.replace(options(data_dir, tmp_path / "run", max_steps=2, resume="auto"), **changes))
+
+
+def test_model_json_gives_the_model_of_a_run(data_dir, tmp_path, capsys):
+    """The file replaces the flags, both in a new run and to continue the old one."""
+    settings = dict(dense=True, max_steps=2) | OTHER_SHAPE
+    train(options(data_dir, tmp_path / "flags", **settings))
+    config = str(tmp_path / "flags" / "model.json")
+    train(options(data_dir, tmp_path / "config", max_steps=2, vocab_size=None, config=config))
+    (log, expected), (other, found) = (final_state(tmp_path / name, 2) for name in ("flags", "config"))
+    assert_bitwise_equal((other, found), (log, expected))
+    assert found["config"].d_ff_dense == 4 * 16
+    capsys.readouterr()
+    train(options(data_dir, tmp_path / "flags", max_steps=3, vocab_size=None, config=config, resume="auto"))
+    warnings = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["--max_steps"]
+    # Flags override the file's fields.
+    train(options(data_dir, tmp_path / "wide", max_steps=1, config=config, d_ff=24))
+    assert load_checkpoint(tmp_path / "wide" / "checkpoint_1.pt")["config"].d_ff_dense == 4 * 24
 
 
 def test_change_of_the_machine_is_a_warning(data_dir, tmp_path, capsys):

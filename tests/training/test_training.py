@@ -46,6 +46,16 @@ def test_run_learns_and_writes_all_metrics_and_checkpoints(data_dir, tmp_path, m
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_other_shape_learns(data_dir, tmp_path):
+    shape = dict(num_experts=8, top_k=4, d_ff=64, d_ff_shared=0, num_dense_layers=1)
+    train(options(data_dir, tmp_path, max_steps=40, **shape))
+    log = records(tmp_path)
+    assert log[-1]["val_loss"] < 3.0  # the unigram entropy is about 4.16
+    assert all(1 / 8 <= r["expert_most_share"] <= 1 / 4 for r in log)  # a token's four experts are distinct
+    counts = load_checkpoint(tmp_path / "checkpoint_40.pt")["statistics"]["tokens_per_expert_LE"]
+    assert counts.shape == (3, 8)  # nano has four layers
+
+
 def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, data_dir, tmp_path):
     """Compiled training keeps the parameter names of the uncompiled model.
 
