@@ -151,10 +151,10 @@ def _route_backward_kernel(
 def _route_blocks(T: int, E: int, top_k: int) -> tuple[int, int, dict]:
     """Return the number of programs (at most MAX_PROGRAMS), blocks per program, and the sizes of a block.
 
-    A block has 2048 logits, or 1024 above K = 2, where 2048 would spill registers.
+    A block has 2048 logits, half of that above K = 2 and a quarter above K = 8, so that registers do not spill.
     """
     e_pad = triton.next_power_of_2(E)
-    block_t = min((2048 if top_k <= 2 else 1024) // e_pad, 256)
+    block_t = min((2048 >> (top_k > 2) >> (top_k > 8)) // e_pad, 256)
     blocks = triton.next_power_of_2(triton.cdiv(T, block_t * MAX_PROGRAMS))
     return triton.cdiv(T, block_t * blocks), blocks, dict(E=E, E_PAD=e_pad, BLOCK_T=block_t)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-# T, E, K and normalize. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256, or half for K > 2.
+# T, E, K and normalize. A block has 256 tokens for up to 8 experts, 32 for 64 and 8 for 256; half for K > 2.
 CASES = [
     (1, 8, 2, True),  # one token
     (300, 2, 2, True),  # K = E
