@@ -1,7 +1,7 @@
-"""Kernels access only the memory of their arguments.
+"""Kernels access only the memory of their arguments: a stray load changes no result, but can fault on a GPU.
 
-Every access of every kernel is checked under the interpreter at small sizes. For kernels whose addresses do not depend
-on loaded values, prove_bounds.py also proves it at training sizes.
+Under the interpreter, every access of every kernel is checked at small sizes. prove_bounds.py proves it at training
+sizes for the kernels that triton-viz supports.
 """
 
 import importlib.util
@@ -62,15 +62,17 @@ def launched(monkeypatch):
 
 
 def run(op, *args, **kwargs):
-    """Run the op forward and backward, on arguments that require grad if they can."""
-    outputs = op(
-        *(x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args), **kwargs
-    )
+    """Run the op forward and backward. All floating-point arguments get gradients."""
+    for x in args:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    outputs = op(*args, **kwargs)
     outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
 def run_every_op(T, D, F, E, K, dtype):
+    """Run every op on T tokens, width D, and E experts of width F, K per token."""
     x, router, labels = randn(T, D, dtype=dtype), randn(E, D), torch.tensor([0, -100, 78, 79, *[5] * T])[:T]
     w13, w2, shared13, shared2 = (randn(*s, dtype=dtype) for s in ((E, 2 * F, D), (E, D, F), (2 * F, D), (D, F)))
     run(triton_ops.moe, x, router, w13, w2, shared13, shared2, x.clone(), top_k=K, normalize=K > 1)
