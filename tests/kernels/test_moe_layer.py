@@ -82,9 +82,9 @@ def test_outputs_and_every_gradient(case, dtype):
     check_errors(inputs(*CASES[case], dtype=dtype, weights=torch.float32))
 
 
-# K, normalize, dtype, and the arguments of `inputs` as in CASES. Without a shared expert and a residual: one expert per
-# token; four in an odd width; eight for one token (in fp32, because its few gradients vary in 16 bits). With both: eight
-# of 20 experts.
+# K, normalize, dtype, and the arguments of `inputs` as in CASES. Without a shared expert and a residual: K = 1; K = 4
+# with odd widths; K = 8 for one token (in fp32, because rounding errors of a few values vary too much in 16 bits). With
+# both: K = 8 of 20 experts.
 @pytest.mark.parametrize(
     ("top_k", "normalize", "dtype", "case"),
     [
@@ -157,7 +157,7 @@ def test_results_are_deterministic_with_and_without_grad():
 
 @pytest.mark.parametrize(("top_k", "W"), [(1, 0), (2, 24), (4, 24), (8, 0)])
 def test_memory_saved_for_backward(top_k, W):
-    """A token takes 2 D + 4 F K + 6 W bytes in 16 bits, and 4 E + 16 K for routing. The 16-bit weights are also saved."""
+    """A token takes 2 D + 4 F K + 6 W bytes in 16 bits plus 4 E + 16 K for routing. 16-bit weights are also saved."""
     T, D, width, E = 51, 40, 48, 8
     tensors = inputs(T, D, width, E, W, dtype=torch.float16, weights=torch.float32)
     leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
