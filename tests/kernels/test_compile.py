@@ -18,7 +18,7 @@ REGISTERS = {"_route_kernel": 104, "_route_backward_kernel": 107, "_hidden_grad_
 OTHERS = {
     *("_logits_kernel", "_input_grad_kernel", "_router_grad_kernel"),
     *("_route_kernel", "_route_sums_kernel", "_route_backward_kernel", "_count_kernel", "_place_kernel"),
-    *("_scatter_kernel", "_combine_kernel", "_token_grad_kernel"),
+    *("_scatter_kernel", "_combine_kernel", "_token_grad_kernel", "_add_shares_kernel"),
     *("_swiglu_kernel", "_swiglu_backward_kernel", "_rope_kernel"),
     *("_rms_norm_kernel", "_rms_norm_backward_kernel", "_cross_entropy_kernel"),
 }
@@ -51,7 +51,8 @@ def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
     assert process.returncode == 0, process.stdout + process.stderr
     table = process.stdout.partition("\n")[2].rpartition("no problems found")[0]
     rows = pd.read_csv(StringIO(table), sep=r"\s+").to_dict("records")
-    assert {row["kernel"] for row in rows} == {*GEMMS, *OTHERS}
+    # Not every size has tiles in shares.
+    assert {row["kernel"] for row in rows} | {"_add_shares_kernel"} == {*GEMMS, *OTHERS}
     assert all(0 < row["registers"] <= 512 and row["shared_bytes"] <= TARGETS[arch].shared_bytes for row in rows)
     if arch == "sm_90":
         assert not any(row["spilled_bytes"] or row["serialized"] for row in rows)
