@@ -19,7 +19,7 @@ LIMITS = {
     "num_kv_heads": 1 << 10,
     "d_ff": 1 << 18,
     "d_ff_shared": 1 << 18,
-    "num_experts": 1 << 10,
+    "num_experts": MAX_EXPERTS,
     "top_k": MAX_TOP_K,
     "max_seq_len": 1 << 20,
     "rope_theta": 1e12,
@@ -80,7 +80,9 @@ class ModelConfig:
                 continue
             minimum = 0 if field.name in ("d_ff_shared", "num_dense_layers") else 1
             if field.type is int and (type(value) is not int or value < minimum):
-                raise InputError(f"config: {field.name} must be an integer from {minimum}, not {short_repr(value)}")
+                raise InputError(
+                    f"config: {field.name} must be an integer of at least {minimum}, not {short_repr(value)}"
+                )
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
                 raise InputError(f"config: {field.name} must be finite and at least 0, not {short_repr(value)}")
             if value > LIMITS.get(field.name, value):
@@ -93,8 +95,8 @@ class ModelConfig:
             raise InputError(
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
-        if not 2 <= self.num_experts <= MAX_EXPERTS:
-            raise InputError(f"config: num_experts {self.num_experts} must be from 2 to {MAX_EXPERTS}")
+        if self.num_experts < 2:
+            raise InputError(f"config: num_experts {self.num_experts} must be at least 2; --dense has no experts")
         if self.top_k > self.num_experts:
             raise InputError(f"config: top_k {self.top_k} must be at most num_experts {self.num_experts}")
         if self.num_dense_layers >= self.num_layers:
@@ -141,7 +143,8 @@ class ModelConfig:
         except OSError as error:
             raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
-            reason = str(error).removeprefix("config: ")[:200]
+            unreadable = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+            reason = "not a JSON file" if unreadable else str(error).removeprefix("config: ")[:200]
             raise InputError(f"--config {path}: {reason}; pass the model.json of a run") from error
 
 

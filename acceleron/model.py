@@ -237,6 +237,9 @@ class Acceleron(nn.Module):
         return F.linear(x, self.embedding.to(x.dtype))
 
     def compile_blocks(self):
-        """Compile the blocks with torch.compile. Blocks of a kind share a static graph. Keeps parameter names."""
+        """Compile the blocks with torch.compile. MoE layers share a static graph, as do dense layers.
+
+        Parameter names do not change.
+        """
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)

@@ -133,6 +133,7 @@ def moe(
     shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
     top_k: int = 2,
+    *,
     normalize: bool = True,
     force_load_balance: bool = False,
     buffers: ExpertBuffers | None = None,
@@ -150,7 +151,7 @@ def moe(
     autocast dtype that differs from the buffers'.
     """
     weights = (router_ED, w13_E2FD, w2_EDF, shared_w13_2WD, shared_w2_DW)
-    options = (top_k, normalize, force_load_balance)
+    options = dict(top_k=top_k, normalize=normalize, force_load_balance=force_load_balance)
     gemm_x_TD = _autocast(x_TD)
     if residual_TD is not None and autocast_dtype(x_TD.device):
         residual_TD = residual_TD.to(gemm_x_TD.dtype)
@@ -159,7 +160,7 @@ def moe(
     contract.check_moe(gemm_x_TD, *weights, residual_TD, top_k, buffers)
     with no_autocast(x_TD.device):
         if gemm_x_TD.dtype != x_TD.dtype:  # autocast: the router still reads the uncast x, so the ops are not fused
-            routing = route_topk(router_logits(x_TD, router_ED), *options)
+            routing = route_topk(router_logits(x_TD, router_ED), **options)
             plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
             y_TD = expert_mlp(gemm_x_TD, routing.topk_scores_TK.float(), plan, w13_E2FD, w2_EDF)
             if shared_w13_2WD is not None:
@@ -168,8 +169,8 @@ def moe(
             y_TD = y_TD if residual_TD is None else y_TD + residual_TD
             return MoEOutput(y_TD, routing.z_loss, routing.mean_probabilities_E, routing.tokens_per_expert_E)
         if uses_triton(x_TD.device, x_TD.dtype, "moe"):
-            return triton_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
-        return torch_ops.moe(x_TD, *weights, residual_TD, *options, buffers)
+            return triton_ops.moe(x_TD, *weights, residual_TD, **options, buffers=buffers)
+        return torch_ops.moe(x_TD, *weights, residual_TD, **options, buffers=buffers)
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -181,21 +182,24 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return torch_ops.router_logits(x_TD, weight_ED)
 
 
-def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+def route_topk(
+    logits_TE: Tensor, top_k: int = 2, *, normalize: bool = True, force_load_balance: bool = False
+) -> Routing:
     """Top-k routing of router logits [T, E], E <= 256 and 1 <= K <= min(E, 16), with K = `top_k`. Computes in fp32.
 
     Each token selects its K largest logits; ties go to the lower expert, and NaN counts as the largest value. The top-k
     scores are the softmax of the selected logits or, with normalize=False, the softmax over all experts at the selected
     ids. z_loss = mean(logsumexp(logits)²) (ST-MoE, Zoph et al. 2022). mean_probabilities_E is the mean over the tokens
-    of the softmax over all experts; `acceleron.moe.compute_balance_loss` takes it. Both and the scores are
-    differentiable. `force_load_balance` restricts token t to the K experts from t mod E to (t + K - 1) mod E, for
-    benchmarks and debugging; scores and statistics still come from the logits.
+    of the softmax over all experts, from which `acceleron.moe.compute_balance_loss` forms the balance loss. The scores,
+    z_loss and mean_probabilities_E are differentiable. `force_load_balance` restricts token t to the K experts from t
+    mod E to (t + K - 1) mod E, for benchmarks and debugging; scores and statistics still come from the logits.
     """
+    options = dict(normalize=normalize, force_load_balance=force_load_balance)
     contract.check_route_topk(logits_TE, top_k)
     with no_autocast(logits_TE.device):
         if uses_triton(logits_TE.device, logits_TE.dtype, "route_topk"):
-            return triton_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
-        return torch_ops.route_topk(logits_TE, top_k, normalize, force_load_balance)
+            return triton_ops.route_topk(logits_TE, top_k, **options)
+        return torch_ops.route_topk(logits_TE, top_k, **options)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:

@@ -119,7 +119,7 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
     return {name: error(results[name], truth[name]) for name in truth}
 
 
-def require_correct_kernels(model: Acceleron, size: str, batch_size: int, seq_len: int, accumulate: bool):
+def require_correct_kernels(model: Acceleron, batch_size: int, seq_len: int, accumulate: bool):
     """Check `--kernels auto` before training, on one layer of each kind and at most MAX_TOKENS tokens.
 
     accumulate: whether a step has several micro-batches. Logs the result; does nothing if "auto" selects the reference.
@@ -149,5 +149,5 @@ def require_correct_kernels(model: Acceleron, size: str, batch_size: int, seq_le
             return
     raise InputError(
         f"the Triton kernels fail their self-check on this device: {result}; use --kernels reference; find the op with "
-        f"`python -m bench ops --check_only --model_size {size}`"
+        "`python -m bench ops --check_only`"
     )

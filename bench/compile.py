@@ -250,7 +250,7 @@ def main():
         futures = {}
         chosen = arguments.arch, arguments.dtype, arguments.model_size
         for part, arch, dtype, size in product((*GEMMS, *MODULES), *chosen):
-            variants = [(arguments.tokens or MICRO_BATCH.get(size, 1) * SEQ_LEN, True)]
+            variants = [(arguments.tokens or MICRO_BATCH.get(size, 32) * SEQ_LEN, True)]
             if arguments.check and not arguments.tokens and arch == "sm_90":
                 variants += [(256, True), (variants[0][0], False)]
             futures[call(compile_part, arch, dtype, size, part, variants)] = f"{arch} {dtype} {size} {part}"

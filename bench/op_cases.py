@@ -115,9 +115,9 @@ def cases(shape: str, config: ModelConfig, tokens: int, dtype: torch.dtype) -> l
             lambda randn: (randn(T, D), randn.weight(E, D, dtype=fp32)), 2 * T * D * E,
         ),
         Case(
-            "route_topk", shape, fp32, ("logits",),
+            "route_topk", shape, fp32, ("logits", "top_k"),
             ("scores", "ids", "z_loss", "mean_probabilities", "tokens_per_expert"),
-            lambda randn: (randn(T, E, dtype=fp32),),
+            lambda randn: (randn(T, E, dtype=fp32), K),
             scalar_grad=T,  # scales the gradient of the z-loss to that of the scores
         ),
         Case(

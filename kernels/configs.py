@@ -36,8 +36,8 @@ class Config(NamedTuple):
 
     programs: persistent programs per SM.
     flatten: one pipelined loop over tiles and inner blocks. A tile's first loads overlap the previous tile's stores.
-    split: number of shares of an expert's rows in the tail of weight_grad, the tiles that do not fill all SMs. Each
-    share has its own sum.
+    split: for weight_grad, which ignores `programs` and `flatten`. The last tiles, too few for all SMs, are divided
+    into this many shares of rows, and the shares are added.
     """
 
     block_m: int
@@ -165,7 +165,7 @@ def rule(op: str, device: Device, dtype: torch.dtype, sizes: tuple[int, ...], tm
 
 
 def _best_split(config: Config, device: Device, E: int, O: int, I: int) -> int:
-    """Return the number of shares of each tail tile. More shares fill the last wave, but adding them takes time."""
+    """Return the fastest number of shares. More shares use more SMs, but it takes time to add them."""
     tail = E * -(-O // config.block_m) * -(-I // config.block_n) % device.processors
 
     def seconds(split: int) -> float:  # relative to a tile; measured on an H100

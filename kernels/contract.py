@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_EXPERTS = 256  # limit of the Triton kernels, as is MAX_TOP_K
-MAX_TOP_K = 16
+MAX_EXPERTS, MAX_TOP_K = 256, 16  # limits of the Triton kernels
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -92,7 +91,7 @@ def _check_experts(argument: str, experts: int):
 
 
 def _check_top_k(argument: str, top_k: int, experts: int):
-    if not 1 <= top_k <= min(experts, MAX_TOP_K):
+    if type(top_k) is not int or not 1 <= top_k <= min(experts, MAX_TOP_K):
         raise ValueError(f"{argument}: expected 1 to {min(experts, MAX_TOP_K)} experts per token, but got {top_k}")
 
 

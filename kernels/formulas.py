@@ -40,7 +40,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return x_TD @ weight_ED.t()
 
 
-def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+def route_topk(
+    logits_TE: Tensor, top_k: int = 2, *, normalize: bool = True, force_load_balance: bool = False
+) -> Routing:
     T, E = logits_TE.shape
     candidates_TE = logits_TE
     if force_load_balance:
@@ -84,10 +86,13 @@ def moe(
     shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
     top_k: int = 2,
+    *,
     normalize: bool = True,
     force_load_balance: bool = False,
 ) -> MoEOutput:
-    scores_TK, ids_TK, *stats = route_topk(router_logits(x_TD, router_ED), top_k, normalize, force_load_balance)
+    scores_TK, ids_TK, *stats = route_topk(
+        router_logits(x_TD, router_ED), top_k, normalize=normalize, force_load_balance=force_load_balance
+    )
     y_TD = expert_mlp(x_TD, scores_TK, dispatch_plan(ids_TK, len(router_ED)), w13_E2FD, w2_EDF)
     if shared_w13_2WD is not None:
         y_TD = y_TD + swiglu(x_TD @ shared_w13_2WD.t()) @ shared_w2_DW.t()

@@ -118,7 +118,7 @@ def grouped_dot(
 
 @triton.jit
 def _store_rows(y, row, end, column, tile):
-    """Store a tile whose first row is `row` through a ragged descriptor, without the rows from `end` on.
+    """Store the rows of a tile that are below `end` through a ragged descriptor. The tile's first row is `row`.
 
     `ragged_tma.store_ragged` does the same, but fails under the interpreter.
     """
@@ -134,8 +134,8 @@ def _rows_kernel(
 ):  # fmt: skip
     """Compute y_NO[n] = x_NI[n] @ w[e]. Programs are persistent. The column tiles of a row tile are consecutive.
 
-    TMA stores a tile while the next tile is computed, one half after the other, which needs half the shared memory. A
-    ragged descriptor writes nothing past the expert's last row.
+    TMA stores a tile while the next one is computed. It stores one half at a time, to save shared memory. A ragged
+    descriptor writes nothing past the expert's last row.
     """
     begin_E, end_E, last_E = expert_rows(offsets_ptr, E, E_PAD, BLOCK_M)
     column_tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
@@ -162,15 +162,16 @@ def _weight_tile_of(
     E: tl.constexpr, E_PAD: tl.constexpr, O: tl.constexpr, I: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return the expert, first row and first column of a program's tile of out_EOI. Experts with more rows come first.
+    """Return the expert, first row and first column of a program's tile of out_EOI.
 
-    The tail, after the first `whole` tiles, has `split` consecutive programs per tile.
+    Up to 32 experts, those with more rows come first. After the first `whole` tiles, each tile has `split` consecutive
+    programs.
     """
     row_tiles: tl.constexpr = (O + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tl.where(program < whole, program, whole + (program - whole) // split)
     expert = tile // (row_tiles * column_tiles)
-    if E <= 32:  # sorting takes E * E comparisons per program
+    if E <= 32:  # sorting takes E * E comparisons in every program
         es = tl.arange(0, E_PAD)
         begin_E = tl.load(offsets_ptr + es, mask=es < E, other=0)
         end_E = tl.load(offsets_ptr + es + 1, mask=es < E, other=0)
@@ -325,7 +326,7 @@ def _(x_NI, w, offsets, out_first):
     return x_NI.new_empty(x_NI.shape[0], w.shape[1 if out_first else 2])
 
 
-def _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI: Tensor, add: bool):
+def _write_weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI: Tensor, add: bool):
     """Write the weight gradient to out_EOI, or add it."""
     (_, O), I, E = a_NO.shape, b_NI.shape[1], offsets.numel() - 1
     b_NI = b_NI if scatter_idx_TK is None else scatter_rows(b_NI, scatter_idx_TK)
@@ -363,7 +364,7 @@ def grouped_weight_grad(
     if a_NO.shape[0] == 0:
         return a_NO.new_zeros((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
     out_EOI = a_NO.new_empty((offsets.numel() - 1, a_NO.shape[1], b_NI.shape[1]), dtype=dtype)
-    _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI, False)
+    _write_weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, out_EOI, False)
     return out_EOI
 
 
@@ -378,7 +379,7 @@ def add_weight_grad(
 ) -> None:
     """Add the result of `grouped_weight_grad` to total_EOI, which is fp32."""
     if a_NO.shape[0]:
-        _weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, total_EOI, True)
+        _write_weight_grad(a_NO, b_NI, offsets, scatter_idx_TK, total_EOI, True)
 
 
 @add_weight_grad.register_fake

@@ -94,6 +94,7 @@ def moe(
     shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
     top_k: int = 2,
+    *,
     normalize: bool = True,
     force_load_balance: bool = False,
     buffers: ExpertBuffers | None = None,

@@ -242,7 +242,9 @@ class _RouteTopK(torch.autograd.Function):
         return route_backward(*ctx.saved_tensors, *grads, ctx.normalize), None, None, None
 
 
-def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+def route_topk(
+    logits_TE: Tensor, top_k: int = 2, *, normalize: bool = True, force_load_balance: bool = False
+) -> Routing:
     """`ops.route_topk` on contiguous logits.
 
     The experts are valid and distinct for any logits. A row with NaN or inf makes its scores or the statistics

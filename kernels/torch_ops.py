@@ -119,7 +119,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
 
-def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_load_balance: bool = False) -> Routing:
+def route_topk(
+    logits_TE: Tensor, top_k: int = 2, *, normalize: bool = True, force_load_balance: bool = False
+) -> Routing:
     """Compute the top-k routing of the router logits, and the router's statistics."""
     logits_TE = logits_TE.to(wide(logits_TE.dtype))
     T, E = logits_TE.shape
@@ -128,13 +130,14 @@ def route_topk(logits_TE: Tensor, top_k: int = 2, normalize: bool = True, force_
         turns_TE = torch.arange(E, device=logits_TE.device) - torch.arange(T, device=logits_TE.device)[:, None]
         candidates_TE = candidates_TE.masked_fill(turns_TE.remainder(E) >= top_k, -torch.inf)
     topk_ids_TK = topk_experts(candidates_TE, top_k)
+    probabilities_TE = logits_TE.softmax(dim=-1)
     if normalize:
         topk_scores_TK = _Choose.apply(logits_TE, topk_ids_TK).softmax(dim=-1)
     else:
-        topk_scores_TK = _Choose.apply(logits_TE.softmax(dim=-1), topk_ids_TK)
+        topk_scores_TK = _Choose.apply(probabilities_TE, topk_ids_TK)
     z_loss = logits_TE.logsumexp(dim=-1).square().mean()
     tokens_per_expert_E = (topk_ids_TK.flatten()[:, None] == torch.arange(E, device=topk_ids_TK.device)).sum(dim=0)
-    return Routing(topk_scores_TK, topk_ids_TK, z_loss, logits_TE.softmax(dim=-1).mean(dim=0), tokens_per_expert_E)
+    return Routing(topk_scores_TK, topk_ids_TK, z_loss, probabilities_TE.mean(dim=0), tokens_per_expert_E)
 
 
 def dispatch_plan(topk_ids_TK: Tensor, num_experts: int) -> Plan:
@@ -278,12 +281,15 @@ def moe(
     shared_w2_DW: Tensor | None = None,
     residual_TD: Tensor | None = None,
     top_k: int = 2,
+    *,
     normalize: bool = True,
     force_load_balance: bool = False,
     buffers: ExpertBuffers | None = None,
 ) -> MoEOutput:
     """Run the layer op by op. `buffers` is not used."""
-    routing = route_topk(router_logits(x_TD, router_ED), top_k, normalize, force_load_balance)
+    routing = route_topk(
+        router_logits(x_TD, router_ED), top_k, normalize=normalize, force_load_balance=force_load_balance
+    )
     plan = dispatch_plan(routing.topk_ids_TK, router_ED.shape[0])
     y_TD = expert_mlp(x_TD, routing.topk_scores_TK, plan, w13_E2FD, w2_EDF)
     if shared_w13_2WD is not None:

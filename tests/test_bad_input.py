@@ -202,11 +202,11 @@ def test_invalid_shapes(stderr_of, flags, culprit):
     ("content", "culprit"),
     [
         (None, "--config model.json does not exist"),
-        ("{", "--config model.json: Expecting property name"),
+        ("{", "--config model.json: not a JSON file"),
         ("[" * 100_000, "--config model.json: maximum recursion depth"),
         ("[]", "--config model.json: not a JSON object"),
         ('{"experts": 8}', "--config model.json: unknown fields 'experts'"),
-        ('{"top_k": 2.0}', "--config model.json: top_k must be an integer from 1, not 2.0"),
+        ('{"top_k": 2.0}', "--config model.json: top_k must be an integer of at least 1, not 2.0"),
         ('{"vocab_size": 256}', "the tokenizer has 300 entries, more than the model's vocabulary of 256"),
     ],
 )

@@ -98,8 +98,8 @@ def test_sequences_longer_than_max_seq_len_are_rejected():
     [
         ({"d_model": 100}, "d_model 100"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),
-        ({"num_experts": 1}, "num_experts 1 must be from 2"),
-        ({"num_experts": 257}, "num_experts 257 must be from 2"),
+        ({"num_experts": 1}, "num_experts 1 must be at least 2"),
+        ({"num_experts": 257}, "num_experts 257 is above 256"),
         ({"d_ff": 0}, "d_ff"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": 5}, "top_k 5 must be at most num_experts 4"),

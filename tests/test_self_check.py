@@ -120,7 +120,7 @@ def test_run_with_wrong_kernels_stops_before_it_writes(options, tmp_path, monkey
         r"^the Triton kernels fail their self-check on this device: the gradient of "
         rf"blocks\.{dense_layers}\.moe\.w2_EDF has an "
         r"error of 0\.02 \(at most 0\.0001 is allowed\); use --kernels reference; find the op with "
-        r"`python -m bench ops --check_only --model_size nano`$"
+        r"`python -m bench ops --check_only`$"
     )
     with pytest.raises(InputError, match=message):
         train(options("run", num_dense_layers=dense_layers))

@@ -48,7 +48,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
                 return
             if options.kernels == "auto":
                 shape = (options.batch_size, options.seq_len, options.grad_accum > 1)
-                require_correct_kernels(trainer.model, options.model_size, *shape)
+                require_correct_kernels(trainer.model, *shape)
             metrics, checkpoints = open_outputs(trainer, tokenizer_path)
             with closing(trainer.loader), closing(metrics), closing(checkpoints):
                 saved = train_and_save(trainer, checkpoints, metrics, stop)

@@ -20,11 +20,17 @@ class TrainOptions:
     data_dir: str = option("data", "directory with shard_*.npy and, optionally, tokenizer.json")
     model_size: str = option("tiny", "model size", choices=tuple(PRESETS))
     config: str | None = option(None, "model.json of a run, or a similar file, instead of --model_size")
-    num_experts: int | None = option(None, "routed experts per layer (default: the size's)", minimum=2)
-    top_k: int | None = option(None, "routed experts per token (default: the size's)", minimum=1)
-    d_ff: int | None = option(None, "width of a routed expert (default: the size's)", minimum=1)
-    d_ff_shared: int | None = option(None, "width of the shared expert; 0: none (default: the size's)", minimum=0)
-    num_dense_layers: int | None = option(None, "dense layers before the MoE layers (default: the size's)", minimum=0)
+    num_experts: int | None = option(
+        None, "routed experts per layer (default: that of the size or --config)", minimum=2
+    )
+    top_k: int | None = option(None, "routed experts per token (default: that of the size or --config)", minimum=1)
+    d_ff: int | None = option(None, "width of a routed expert (default: that of the size or --config)", minimum=1)
+    d_ff_shared: int | None = option(
+        None, "width of the shared expert; 0: none (default: that of the size or --config)", minimum=0
+    )
+    num_dense_layers: int | None = option(
+        None, "dense layers before the MoE layers (default: that of the size or --config)", minimum=0
+    )
     dense: bool = option(False, "train the dense baseline instead of the MoE")
     batch_size: int = option(8, "sequences per micro-batch", minimum=1)
     grad_accum: int = option(1, "micro-batches per optimizer step", minimum=1)

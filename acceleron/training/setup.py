@@ -184,7 +184,8 @@ def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics
         if tokenizer_path:
             _copy_tokenizer(tokenizer_path, save_dir / "tokenizer.json")
         with atomic_write(save_dir / "model.json") as file:
-            file.write(json.dumps(trainer.model.config.to_dict(), indent=2).encode())
+            config = replace(trainer.model.config, debug_force_load_balance=False)  # not for later runs
+            file.write(json.dumps(config.to_dict(), indent=2).encode())
         if options.resume is None:
             _move_aside(save_dir / "metrics.jsonl")
         metrics = Metrics(save_dir, trainer.step - 1 if unfinished else trainer.step)

@@ -234,10 +234,10 @@ def test_model_rejects_wrong_shapes(backend):
 
 
 def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
-    """The gradients of the weights stay in bf16."""
+    """The gradients of the weights stay in fp16. (The interpreter truncates to bf16 where a GPU rounds.)"""
     x = randn(T, D)
     shapes = [(E, D), (E, 2 * WIDTH, D), (E, D, WIDTH), (8, D), (D, 4)]
-    narrow = [randn(*shape, seed=i, dtype=torch.bfloat16) / 8 for i, shape in enumerate(shapes)]
+    narrow = [randn(*shape, seed=i, dtype=torch.float16) / 8 for i, shape in enumerate(shapes)]
     results = []
     for weights in (narrow, [w.float() for w in narrow]):
         leaves = [w.requires_grad_() for w in weights]
@@ -247,9 +247,9 @@ def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
     assert torch.equal(y, expected_y)
     assert y.any()
     for grad, wide in zip(grads, expected, strict=True):
-        assert grad.dtype == torch.bfloat16
+        assert grad.dtype == torch.float16
         assert wide.any()
-        torch.testing.assert_close(grad.float(), wide, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(grad.float(), wide, rtol=2**-10, atol=1e-3)
 
 
 def test_router_computes_in_fp32_for_16_bit_operands(backend):

@@ -106,7 +106,7 @@ def test_tma_is_used_for_aligned_16_bit_operands(monkeypatch):
         (torch.float32, Config(64, 32, 16, 4, 1, flatten=True, split=1)),
         (torch.float16, Config(64, 16, 16, 4, 1, split=3)),  # some shares have no rows
         (torch.float16, Config(32, 64, 64, 4, 2, programs=2, flatten=True, split=2)),
-        (torch.float32, Config(32, 32, 32, 4, 1, programs=100, split=4)),  # more programs than tiles
+        (torch.float32, Config(32, 32, 32, 4, 1, programs=100, split=4)),  # more programs than tiles of rows
     ],
     ids=str,
 )

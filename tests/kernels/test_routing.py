@@ -46,9 +46,11 @@ if DEVICE == "cuda":  # more tokens than 256 programs of one block, and the shap
     CASES += {(8192, ModelConfig.preset(size).num_experts, 2, True) for size in PRESETS}
 
 
-def check_routing(logits, *options):
-    routing, plain = route_topk(logits, *options), torch_ops.route_topk(logits, *options)
-    truth = formulas.route_topk(logits.double(), *options)
+def check_routing(logits, K=2, normalize=True, force_load_balance=False):
+    routing, plain, truth = (
+        op(x, K, normalize=normalize, force_load_balance=force_load_balance)
+        for op, x in ((route_topk, logits), (torch_ops.route_topk, logits), (formulas.route_topk, logits.double()))
+    )
     assert_equal(routing.topk_ids_TK, truth.topk_ids_TK)
     assert_equal(routing.tokens_per_expert_E, truth.tokens_per_expert_E)
     assert (routing.topk_ids_TK.dtype, routing.z_loss.dtype) == (torch.int32, torch.float32)
@@ -171,7 +173,7 @@ def gradient(function, logits, through=DIFFERENTIABLE):
 
 def check_gradient(logits, through=DIFFERENTIABLE, K=2, normalize=True):
     ours, plain, truth = (
-        gradient(lambda x, op=op: op(x, K, normalize), x, through)
+        gradient(lambda x, op=op: op(x, K, normalize=normalize), x, through)
         for op, x in ((route_topk, logits), (torch_ops.route_topk, logits), (formulas.route_topk, logits.double()))
     )
     # The interpreter truncates to bf16 where a GPU rounds.
@@ -200,6 +202,7 @@ def test_gradient_of_16_bit_logits(dtype):
 def test_gradient_of_large_logits():
     """At 1e4, every score is 0 or 1, so only the z-loss has a gradient, which is about 2e4 / T."""
     check_gradient(randn(37, 8) * 1e4)
+    check_gradient(randn(37, 16) * 1e4, K=4)
 
 
 def test_masked_expert_has_zero_gradient():
@@ -252,7 +255,7 @@ def test_custom_ops_pass_opcheck():
     gradients = (randn(9, 3), torch.ones((), device=DEVICE), randn(5))
     for normalize in (True, False):
         opcheck(ops.route_topk.default, (logits, 3, normalize))
-        ids = route_topk(logits, 3, normalize).topk_ids_TK
+        ids = route_topk(logits, 3, normalize=normalize).topk_ids_TK
         opcheck(ops.route_topk_backward.default, (logits, ids, *gradients, normalize))
 
 

@@ -30,7 +30,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 )
 def test_routing_matches_the_formula(T, E, K, scale, normalize):
     logits = randn(T, E) * scale
-    results = (backend.route_topk(logits, K, normalize) for backend in (ops, formulas))
+    results = (backend.route_topk(logits, K, normalize=normalize) for backend in (ops, formulas))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -57,7 +57,9 @@ def test_16_bit_logits_are_routed_in_fp32(dtype):
 def test_routing_gradients(K, normalize):
     logits = randn(9, 5).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.mean_probabilities_E))(ops.route_topk(x, K, normalize)),
+        lambda x: (lambda r: (r.topk_scores_TK, r.z_loss, r.mean_probabilities_E))(
+            ops.route_topk(x, K, normalize=normalize)
+        ),
         logits,
     )
 
