@@ -73,7 +73,7 @@ CASES = SIZES | {
     "K = 8, one token": (1, 32, 64, 8, None, 8),
     "K = 8, many experts": (20, 16, 16, 64, None, 8),
     "K = 8, odd widths": (11, 33, 17, 9, None, 8),
-    "K = 16": (5, 16, 8, 20, None, 16),
+    "K = 16, 256 experts": (3, 16, 8, 256, None, 16),
 }
 if DEVICE == "cuda":
     for size in PRESETS:
