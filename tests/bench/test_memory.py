@@ -41,7 +41,13 @@ def test_peak_bytes_of_known_allocations():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on a CPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("shape", [{}, dict(top_k=4, d_ff=40, d_ff_shared=0)], ids=["nano", "other shape"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="nano"),
+        pytest.param(dict(top_k=4, d_ff=40, d_ff_shared=0), id="K=4"),
+    ],
+)
 def test_kernels_save_as_many_bytes_as_the_formula(monkeypatch, checkpointing, shape):
     monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], **shape))
     monkeypatch.setattr(peers, "_gradients", peers._gradients.__wrapped__)  # uncached, because the shape changes

@@ -42,7 +42,7 @@ def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess
         pytest.param("sm_100", "tiny", "256", "", marks=pytest.mark.slow),
         ("sm_90", "odd", "17", ""),
         ("sm_90", "top-k", "65536", ""),
-        ("gfx942", "tiny", "256", ""),
+        pytest.param("gfx942", "tiny", "256", "", marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_compiles_and_fits(arch, size, tokens, without_tma):
