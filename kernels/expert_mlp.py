@@ -170,14 +170,16 @@ def _token_grad_kernel(
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _token_blocks(T: int, D: int) -> tuple[tuple[int], dict]:
+def _token_blocks(T: int, D: int, K: int) -> tuple[tuple[int], dict]:
     """Return the grid and blocks of a kernel over [T, D]. Each program handles 8 KiB of bf16. Tiles are in row order.
+
+    Above K = 8, it handles 4 KiB: otherwise token_grad would spill registers in fp32.
 
     There are more threads than columns. Only then does Triton load a router row in the layout of the sum. Otherwise the
     row goes through shared memory, with two barriers per expert.
     """
     block_d = min(128, triton.next_power_of_2(D))
-    block_t = 4096 // block_d
+    block_t = (4096 if K <= 8 else 2048) // block_d
     return (triton.cdiv(T, block_t) * triton.cdiv(D, block_d),), dict(BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8)
 
 
@@ -227,7 +229,7 @@ def expert_down(
     y_TD = rows_ND.new_empty(T, D)
     if T == 0:
         return y_TD
-    grid, blocks = _token_blocks(T, D)
+    grid, blocks = _token_blocks(T, D, K)
     with torch.cuda.device_of(y_TD):
         _combine_kernel[grid](
             rows_ND, scatter_idx_TK, topk_scores_TK, shared_TD, residual_TD, y_TD, T,
@@ -287,7 +289,7 @@ def token_grad(
     if T == 0:
         return dx_TD
     E = 1 if router_ED is None else router_ED.shape[0]
-    grid, blocks = _token_blocks(T, D)
+    grid, blocks = _token_blocks(T, D, K)
     with torch.cuda.device_of(dx_TD):
         _token_grad_kernel[grid](
             rows_ND, scatter_idx_TK, shared_TD, dlogits_TE, router_ED, dx_TD, T,
