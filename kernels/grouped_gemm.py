@@ -4,8 +4,8 @@ Legend: T tokens, D model width, E experts, K experts per token, N = T * K exper
 width of a GEMM. Expert e owns the rows offsets[e]:offsets[e + 1]; its last tile of BLOCK_M rows can be partly empty.
 
 Each program finds the expert of a tile from the E + 1 offsets, in registers. The reduction over E values costs as much
-as reading a tile-to-expert map from L2, and there is no map to build or save. Programs are persistent: the host
-launches as many as fit on the device and needs no tile count.
+as reading a tile-to-expert map from L2, and there is no map to build or save. Except for the weight gradients, programs
+are persistent: the host launches as many as fit on the device and needs no tile count.
 """
 
 import torch

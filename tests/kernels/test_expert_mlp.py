@@ -268,7 +268,7 @@ def test_output_of_a_token_does_not_depend_on_the_batch(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_scores_of_zero_do_not_change_the_results_of_top_2(dtype):
-    """The output and the gradient of x are the same bits for K = 2 as for K = 5 with three scores of zero."""
+    """Output and gradients for K = 5 with three scores of zero are bitwise equal to those for K = 2."""
     (x, scores, *weights), _ = inputs(20, 33, 17, 6, top_k=5, dtype=dtype)
     ids = torch.stack([randn(6, seed=t).argsort()[:5] for t in range(20)]).to(torch.int32)
     scores[:, 2:] = 0
