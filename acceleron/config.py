@@ -34,6 +34,19 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def read_json(path: Path) -> dict:
+    """Read a file with a JSON object. Raises InputError."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file") from error
+    if type(values) is not dict:
+        raise InputError(f"{path}: not a JSON object")
+    return values
+
+
 def short_repr(value) -> str:
     """The repr, truncated to 40 characters."""
     try:
@@ -132,20 +145,29 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":
-        """Read a JSON object with the fields of `to_dict`; missing fields have their defaults. Raises InputError."""
+        """Read a run's model.json, or the config.json of a Hugging Face model. Raises InputError.
+
+        Fields that model.json lacks have their defaults.
+        """
         if not Path(path).is_file():
             raise path_error("--config", path, "file")
         try:
-            values = json.loads(Path(path).read_bytes())
-            if type(values) is not dict:
-                raise ValueError("not a JSON object")
-            return cls.from_dict(values)
-        except OSError as error:
-            raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            unreadable = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
-            reason = "not a JSON file" if unreadable else str(error).removeprefix("config: ")[:200]
-            raise InputError(f"--config {path}: {reason}; pass the model.json of a run") from error
+            values = read_json(Path(path))
+            if "model_type" not in values:
+                return cls.from_dict(values)
+            from .hf_config import from_hf_config  # it imports this module
+
+            config, factors = from_hf_config(values)
+            if factors:
+                raise InputError(
+                    "Acceleron has no multipliers, and trains such a model only from its weights: --init_from"
+                )
+            return config
+        except InputError as error:
+            reason = str(error).removeprefix(f"{path}: ").removeprefix("config: ")[:200]
+            raise InputError(
+                f"--config {path}: {reason}; pass a run's model.json or an export's config.json"
+            ) from error
 
 
 PRESETS = {

@@ -1,10 +1,13 @@
-"""Atomic file writes."""
+"""Atomic writes of files and directories."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from .errors import InputError, file_error
 
 PARTIAL = ".partial"
 
@@ -25,6 +28,38 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         with suppress(OSError):  # keep the original error
             partial.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory to fill, and rename it to `path` at the end. An error leaves nothing.
+
+    Raises InputError if `path` is not empty, or if a killed process left its unfinished directory.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty: choose a new directory")
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        if isinstance(error, FileExistsError) and partial.exists():
+            raise InputError(f"{partial} is left from a process that was killed: remove it") from error
+        raise file_error(f"{path}: cannot be written", error) from error
+    try:
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        sync_directory(partial)
+        partial.replace(path)  # also replaces an empty directory
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise file_error(f"{path}: cannot be written", error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(path.parent)
 

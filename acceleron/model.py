@@ -117,6 +117,40 @@ class Acceleron(nn.Module):
         model.build_rope()
         return model.to(device)
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> "Acceleron":
+        """Load a Hugging Face model, with fp32 parameters. Reads safetensors only, and runs no code.
+
+        Args:
+            name: a directory with config.json, from `save_pretrained` or transformers, or the name of a Hub model,
+                "user/name". GraniteMoeShared, GraniteMoe and Llama models open. Granite's multipliers are folded into
+                the weights: the logits stay the same.
+
+        Raises InputError if the model is missing or damaged, or differs from ours, with the field's name.
+        """
+        from .pretrained import load_pretrained  # needs safetensors, huggingface_hub and tokenizers
+
+        return load_pretrained(name, device, compute_dtype)
+
+    def save_pretrained(
+        self, directory: str | Path, tokenizer=None, dtype: torch.dtype = torch.float32, hybrid: bool = False
+    ):
+        """Write a directory that transformers, vLLM and `from_pretrained` load.
+
+        Args:
+            directory: new or empty.
+            tokenizer: a tokenizers.Tokenizer to write beside the weights, with <|endoftext|> as bos and eos token.
+            dtype: of the file. Engines that follow config.json compute in fp32 whatever it is.
+            hybrid: write a GraniteMoeHybrid model, which mlx-lm also opens.
+
+        Raises InputError if the directory is not empty, or if no architecture of transformers equals the model.
+        """
+        from .pretrained import save_pretrained
+
+        save_pretrained(self, directory, tokenizer, dtype, hybrid)
+
     def build_rope(self):
         """cos and sin of position * theta**(-2i / head_dim), (max_seq_len, head_dim) in fp32 with two equal halves."""
         config = self.config
