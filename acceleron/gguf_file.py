@@ -116,7 +116,7 @@ def write_gguf(model: Acceleron, tokenizer: Tokenizer, path: Path, dtype: str, n
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        # GGUFWriter would write the data with ndarray.tofile, whose errors lack an errno: a full disk would be a bug.
+        # GGUFWriter writes data with ndarray.tofile, whose errors have no errno: a full disk would look like a bug.
         file.seek(0, os.SEEK_END)
         for part, shape, view in gguf_parts(model):
             file.write(bytes(-file.tell() % writer.data_alignment))
