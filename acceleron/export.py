@@ -25,7 +25,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 # The largest relative rounding error. q8_0 stores 32 values as multiples of the largest one / 127.
 TOLERANCES = {"fp32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 2**-6}
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("acceleron.export")  # __name__ is "__main__" in the command
 
 
 def trim_vocabulary(model: Acceleron, num_entries: int):
