@@ -105,7 +105,7 @@ def to_hf_config(config: ModelConfig, end_id: int | None, pad_id: int | None, hy
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
-        # For uniform routing, transformers' loss is top_k, because it pools the layers, and ours is the number of layers.
+        # For uniform routing, transformers' loss is top_k because it pools the layers; ours is the number of layers.
         "router_aux_loss_coef": config.balance_loss_coef * config.num_layers / config.top_k,
         "router_z_loss_coef": config.z_loss_coef,  # Acceleron reads it; transformers has no z-loss
         "output_router_logits": False,  # true breaks generate() in transformers 4

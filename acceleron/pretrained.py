@@ -78,6 +78,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
     if tokenizer.token_to_id(PAD) is not None:
         special["pad_token"] = PAD
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    # Without the names, transformers 4 also returns token_type_ids, which the model rejects.
+    settings |= {"model_input_names": ["input_ids", "attention_mask"]}
     settings |= {"clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False, **special}
     write_json(directory / "tokenizer_config.json", settings)
     write_json(directory / "special_tokens_map.json", special)
