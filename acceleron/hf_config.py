@@ -105,7 +105,8 @@ def to_hf_config(config: ModelConfig, end_id: int | None, pad_id: int | None, hy
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
-        # For uniform routing, transformers' loss is top_k because it pools the layers; ours is the number of layers.
+        # transformers' loss is top_k for uniform routing, and ours is the number of layers. With this coefficient, they
+        # are equal in a model with one layer, and for several layers with the same mean probabilities.
         "router_aux_loss_coef": config.balance_loss_coef * config.num_layers / config.top_k,
         "router_z_loss_coef": config.z_loss_coef,  # Acceleron reads it; transformers has no z-loss
         "output_router_logits": False,  # true breaks generate() in transformers 4
@@ -192,7 +193,7 @@ def _rope_theta(values: dict) -> float:
     for key, value in rope.items():
         if key not in ("rope_type", "type", "rope_theta") and (key, value) != ("partial_rotary_factor", 1.0):
             raise InputError(f"{name}: {short_repr(key)} is not supported; Acceleron has unscaled RoPE")
-    return _number(rope if "rope_theta" in rope else values, "rope_theta", 10000.0)
+    return _number(rope, "rope_theta", _number(values, "rope_theta", 10000.0))
 
 
 def _check_hybrid(values: dict, config: ModelConfig):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -88,9 +89,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
 def find_pretrained(name: str | Path) -> Path:
     """Return the model directory `name`, or download the Hub model of that name. Raises InputError."""
     path = Path(name)
-    if not path.exists() and is_model_id(str(name)):
+    if not os.path.exists(path) and is_model_id(str(name)):  # unlike Path.exists, also takes a name that is too long
         return download_model(str(name))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise path_error("model directory", path, "directory")
     return path
 
