@@ -53,8 +53,8 @@ def model_type(config: ModelConfig) -> str:
         return "llama"
     if config.num_dense_layers:
         raise InputError(
-            f"num_dense_layers {config.num_dense_layers}: neither transformers nor llama.cpp has an architecture with "
-            "dense layers before this model's MoE layers, so it cannot be exported; Acceleron.load reads the checkpoint"
+            f"num_dense_layers {config.num_dense_layers}: no architecture of transformers or llama.cpp has dense "
+            "layers before these MoE layers, so the model cannot be exported; Acceleron.load reads its checkpoints"
         )
     return "granitemoeshared" if config.d_ff_shared else "granitemoe"
 

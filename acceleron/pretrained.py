@@ -1,7 +1,6 @@
 """Hugging Face model directories: config.json, safetensors, and the files of AutoTokenizer. Loading runs no code."""
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -35,9 +34,8 @@ def save_pretrained(
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but got {dtype}")
     if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {num_ids(tokenizer)} entries, more than the model's {model.config.vocab_size}"
-        )
+        entries, rows = num_ids(tokenizer), model.config.vocab_size
+        raise InputError(f"the tokenizer has {entries} entries, more than the model's vocabulary of {rows}")
     with new_directory(Path(directory)) as partial:
         write_model(model, partial, tokenizer, dtype, hybrid)
 
@@ -119,7 +117,7 @@ def load_pretrained(name: str | Path, device: torch.device | str, compute_dtype:
     check_tensors(files, expected)
     model.to_empty(device=device)
     model.build_rope()
-    parts, head = dict(named_parts(model, HUGGING_FACE)), model.embedding
+    parts, head = dict(named_parts(model, HUGGING_FACE)), None
     for path in files:
         with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118
@@ -127,7 +125,7 @@ def load_pretrained(name: str | Path, device: torch.device | str, compute_dtype:
                     parts[name].copy_(read_weight(file, path, name, factors))
                 elif name == HEAD:
                     head = read_weight(file, path, name, factors)
-    if not torch.equal(head.cpu(), model.embedding.cpu()):  # transformers 5 then uses both
+    if head is not None and not torch.equal(head, model.embedding.cpu()):  # transformers 5 then uses both
         raise InputError(f"{directory}: {HEAD} differs from the embedding; Acceleron has tied embeddings")
     return model.to(device)
 
@@ -200,16 +198,3 @@ def check_tensor(name: str, tensor, shape: torch.Size):
         raise InputError(f"{name} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}")
     if torch.Size(tensor.get_shape()) != shape:
         raise InputError(f"{name} is {tuple(tensor.get_shape())}, but config.json implies {tuple(shape)}")
-
-
-@torch.no_grad()
-def logit_error(model: Acceleron, other: Acceleron) -> tuple[float, float]:
-    """Return the relative RMS error of the other model's logits, and the share of equal most likely tokens.
-
-    Both compute on random tokens. A wrong weight or setting gives an error near 1.
-    """
-    vocab_size, length = model.config.vocab_size, min(64, model.config.max_seq_len)
-    ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ours, theirs = (m(ids).logits.double() for m in (model, other))
-    error = math.sqrt((theirs - ours).square().mean() / ours.square().mean().clamp(min=1e-300))
-    return error, (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
