@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # The oldest Triton release that the kernels must compile with.
 OLD_TRITON := triton==3.6.0
+# The oldest transformers release that must open exported models.
+OLD_TRANSFORMERS := transformers==4.57.6
 BIN := .venv/bin
 DEMO := demo
 
@@ -52,6 +54,9 @@ test-all: setup
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
+	$(BIN)/pip install --quiet --upgrade --target ".venv/$(OLD_TRANSFORMERS)" "$(OLD_TRANSFORMERS)"
+	PYTHONPATH=".venv/$(OLD_TRANSFORMERS)" $(BIN)/python -m pytest \
+		tests/export/test_transformers.py tests/export/test_other_models.py
 
 # Count the lines of Python per folder, excluding symlinks, and the words in the documentation.
 lines:

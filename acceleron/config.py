@@ -27,6 +27,7 @@ LIMITS = {
     "z_loss_coef": 1e6,
     "balance_loss_coef": 1e6,
 }
+MAX_ROPE_ELEMENTS = 1 << 27  # 512 MB per table: a million positions of width 128
 SHAPE_FIELDS = ("num_experts", "top_k", "d_ff", "d_ff_shared", "num_dense_layers")  # also flags of train.py
 
 
@@ -104,6 +105,9 @@ class ModelConfig:
             raise InputError("config: rope_theta must be above 0")
         if self.d_model % (2 * self.num_heads):
             raise InputError(f"config: d_model {self.d_model} must be an even multiple of num_heads {self.num_heads}")
+        if self.max_seq_len * self.head_dim > MAX_ROPE_ELEMENTS:
+            length = f"max_seq_len {self.max_seq_len} times the head width {self.head_dim}"
+            raise InputError(f"config: {length} is above {MAX_ROPE_ELEMENTS}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"config: num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"

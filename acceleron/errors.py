@@ -56,9 +56,11 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
     `what` is the flag or another name for the path; `wanted` is "file" or "directory".
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    # Unlike Path.exists, these functions accept a name that is too long for a file.
+    exists, is_directory = os.path.exists(path), os.path.isdir(path)
+    if exists and not (is_directory or path.is_file()):
         return InputError(f"{what} {path} is neither a file nor a directory")
-    directory = path if path.is_dir() else path.parent
+    directory = path if is_directory else path.parent
     try:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:
@@ -66,9 +68,9 @@ def path_error(what: str, path: str | Path, wanted: str) -> InputError:
         return InputError(f"{what} {path} does not exist, and {directory} cannot be read ({reason})")
     listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     listed = repr(listed)[1:-1] or "nothing"  # escaped for the terminal
-    if path.is_dir():
+    if is_directory:
         return InputError(f"{what} {path} is a directory: pass a {wanted} in it; it contains {listed}")
-    if path.exists():
+    if exists:
         return InputError(f"{what} {path} is a file, not a directory: pass its directory, {directory}")
     suggestion = did_you_mean(path.name, names)
     where = f"{'T' if suggestion else 't'}he current directory" if directory == Path() else directory

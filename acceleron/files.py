@@ -38,14 +38,16 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises InputError if `path` is not empty, or if a killed process left its unfinished directory.
     """
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{path} is not empty: choose a new directory")
-    partial = path.with_name(path.name + PARTIAL)
+    path = path.absolute()  # "." has no name
     try:
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path} is not empty: choose a new directory")
+        partial = path.with_name(path.name + PARTIAL)
+        parents = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        if isinstance(error, FileExistsError) and partial.exists():
+        if isinstance(error, FileExistsError) and error.filename == str(partial):
             raise InputError(f"{partial} is left from a process that was killed: remove it") from error
         raise file_error(f"{path}: cannot be written", error) from error
     try:
@@ -55,11 +57,13 @@ def new_directory(path: Path) -> Iterator[Path]:
                 os.fsync(opened.fileno())
         sync_directory(partial)
         partial.replace(path)  # also replaces an empty directory
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise file_error(f"{path}: cannot be written", error) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another process can have used them
+            for parent in parents:
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise file_error(f"{path}: cannot be written", error) from error
         raise
     sync_directory(path.parent)
 

@@ -3,7 +3,9 @@
 The MoE is GraniteMoeShared, or GraniteMoe without a shared expert. The dense baseline is Llama.
 """
 
+import json
 import math
+import re
 from typing import NamedTuple
 
 from .config import ModelConfig, short_repr
@@ -19,8 +21,20 @@ ARCHITECTURES = {
 REQUIRED = {"hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
 REQUIRED |= {"sliding_window": None, "quantization_config": None, "partial_rotary_factor": 1.0}
 DEFAULTS = REQUIRED | {"tie_word_embeddings": False}  # of transformers, for fields that config.json lacks
+MAX_NUMBER, MIN_MULTIPLIER = 1e12, 1e-6  # far from published values, and their products fit fp32
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The names of our fields in config.json.
+NAMES = dict(zip(("vocab_size", "d_model", "num_layers", "num_heads", "d_ff"), SIZES, strict=True)) | {
+    "num_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "num_experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "d_ff_shared": "shared_intermediate_size",
+    "balance_loss_coef": "router_aux_loss_coef",
+    "z_loss_coef": "router_z_loss_coef",
+}
 
 
 class HFConfig(NamedTuple):
@@ -91,7 +105,8 @@ def to_hf_config(config: ModelConfig, end_id: int | None, pad_id: int | None, hy
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
-        # For uniform routing, the loss of transformers is top_k. Ours is the number of layers.
+        # transformers' loss is top_k for uniform routing, and ours is the number of layers. With this coefficient, they
+        # are equal in a model with one layer, and for several layers with the same mean probabilities.
         "router_aux_loss_coef": config.balance_loss_coef * config.num_layers / config.top_k,
         "router_z_loss_coef": config.z_loss_coef,  # Acceleron reads it; transformers has no z-loss
         "output_router_logits": False,  # true breaks generate() in transformers 4
@@ -107,12 +122,12 @@ def to_hf_config(config: ModelConfig, end_id: int | None, pad_id: int | None, hy
 def from_hf_config(values: dict) -> HFConfig:
     """Convert the contents of config.json. Raises InputError that names the field if the model differs from ours."""
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(f"model_type {short_repr(kind)} is not supported; use one of {', '.join(ARCHITECTURES)}")
     for name, wanted in REQUIRED.items():
         value = values.get(name, DEFAULTS[name])
         if value != wanted and not (value is None and name == "partial_rotary_factor"):
-            raise InputError(f"{name} {short_repr(value)} is not supported; Acceleron has {wanted}")
+            raise InputError(f"{name} {short_repr(value)} is not supported, only {json.dumps(wanted)}")
     missing = [name for name in SIZES if name not in values]
     if missing:
         raise InputError(f"{', '.join(missing)} missing")
@@ -121,14 +136,16 @@ def from_hf_config(values: dict) -> HFConfig:
         "d_model": values["hidden_size"],
         "num_layers": values["num_hidden_layers"],
         "num_heads": values["num_attention_heads"],
-        "num_kv_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
+        "num_kv_heads": values.get("num_key_value_heads"),
         "d_ff": values["intermediate_size"],
         "max_seq_len": values.get("max_position_embeddings", 2048),
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "rope_theta": _rope_theta(values),
     }
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
     if kind == "llama":
-        config = ModelConfig(dense=True, top_k=1, d_ff_shared=0, **fields)
+        config = _model_config(dense=True, top_k=1, d_ff_shared=0, **fields)
     else:
         shared_default = {"granitemoe": 0, "granitemoeshared": 0, "granitemoehybrid": 1024}[kind]
         fields |= {
@@ -136,10 +153,10 @@ def from_hf_config(values: dict) -> HFConfig:
             "top_k": values.get("num_experts_per_tok", 2),
             "d_ff_shared": 0 if kind == "granitemoe" else values.get("shared_intermediate_size", shared_default),
         }
-        config = ModelConfig(**fields)
+        config = _model_config(**fields)
         balance = _number(values, "router_aux_loss_coef", 0.001) * config.top_k / config.num_layers
         z_loss = _number(values, "router_z_loss_coef", config.z_loss_coef)
-        config = ModelConfig(**fields, balance_loss_coef=round(balance, 12), z_loss_coef=z_loss)
+        config = _model_config(**fields, balance_loss_coef=round(balance, 12), z_loss_coef=z_loss)
     if values.get("head_dim") not in (None, config.head_dim):
         raise InputError(f"head_dim {short_repr(values['head_dim'])} is not hidden_size / num_attention_heads")
     if kind == "granitemoehybrid":
@@ -147,31 +164,49 @@ def from_hf_config(values: dict) -> HFConfig:
     return HFConfig(config, {} if kind == "llama" else _factors(values, config))
 
 
+def _model_config(**fields) -> ModelConfig:
+    """Return the config. An error has the names of the fields in config.json."""
+    try:
+        return ModelConfig(**fields)
+    except InputError as error:
+        raise InputError(re.sub(r"\w+", lambda word: NAMES.get(word[0], word[0]), str(error))) from error
+
+
 def _number(values: dict, name: str, default: float) -> float:
     value = values.get(name, default)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {short_repr(value)}")
+    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:  # also an int that float() cannot represent
+        raise InputError(f"{name} must be a number of at most {MAX_NUMBER:g}, not {short_repr(value)}")
     return float(value)
 
 
 def _rope_theta(values: dict) -> float:
     """Return theta from the fields of transformers 5 (rope_parameters) or 4. Raises InputError for scaled RoPE."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"rope_parameters must be an object, not {short_repr(rope)}")
+    given = [name for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None]
+    for name in given:
+        if not isinstance(values[name], dict):
+            raise InputError(f"{name} must be an object, not {short_repr(values[name])}")
+    # In transformers 5, rope_scaling has precedence.
+    name, rope = next(((name, values[name]) for name in given if values[name]), ("", {}))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"rope_type {short_repr(kind)} is not supported; Acceleron has unscaled RoPE")
-    return _number(rope if "rope_theta" in rope else values, "rope_theta", 10000.0)
+    if kind != "default":
+        raise InputError(f"{name}: rope_type {short_repr(kind)} is not supported; Acceleron has unscaled RoPE")
+    for key, value in rope.items():
+        if key not in ("rope_type", "type", "rope_theta") and (key, value) != ("partial_rotary_factor", 1.0):
+            raise InputError(f"{name}: {short_repr(key)} is not supported; Acceleron has unscaled RoPE")
+    return _number(rope, "rope_theta", _number(values, "rope_theta", 10000.0))
 
 
 def _check_hybrid(values: dict, config: ModelConfig):
-    layers = values.get("layer_types") or values.get("layers_block_type") or ["mamba"]
-    if not isinstance(layers, list) or len(layers) != config.num_layers:
-        raise InputError(f"layer_types must list {config.num_layers} layers")
-    other = [kind for kind in layers if kind not in ("attention", "full_attention")]
-    if other:
-        raise InputError(f"layer_types has {short_repr(other[0])}; Acceleron has attention layers only")
+    names = [name for name in ("layer_types", "layers_block_type") if values.get(name) is not None]
+    if not names:
+        raise InputError("layer_types missing: the layers are Mamba layers; Acceleron has attention layers only")
+    for name in names:
+        layers = values[name]
+        if not isinstance(layers, list) or len(layers) != config.num_layers:
+            raise InputError(f"{name} must be a list of {config.num_layers} entries, one for each of num_hidden_layers")
+        other = [kind for kind in layers if kind not in ("attention", "full_attention")]
+        if other:
+            raise InputError(f"{name} has {short_repr(other[0])}; Acceleron has attention layers only")
     if values.get("position_embedding_type") != "rope":
         kind = short_repr(values.get("position_embedding_type"))
         raise InputError(f"position_embedding_type {kind} is not supported; Acceleron has rope")
@@ -184,8 +219,8 @@ def _factors(values: dict, config: ModelConfig) -> dict[str, float]:
     """
     embedding, residual, attention, logits = (_number(values, name, 1.0) for name in MULTIPLIERS)
     for name, value in zip(MULTIPLIERS, (embedding, residual, attention, logits), strict=True):
-        if value <= 0:
-            raise InputError(f"{name} {value} must be above 0")
-    factors = dict.fromkeys(("o_proj", "output_linear"), residual)
-    factors |= {"q_proj": attention * config.head_dim**0.5, "embed_tokens": embedding, "norm": 1 / (embedding * logits)}
+        if value < MIN_MULTIPLIER:
+            raise InputError(f"{name} {value} must be at least {MIN_MULTIPLIER:g}")
+    factors = {"o_proj": residual, "output_linear": residual, "embed_tokens": embedding, "lm_head": embedding}
+    factors |= {"q_proj": attention * config.head_dim**0.5, "norm": 1 / (embedding * logits)}
     return {name: factor for name, factor in factors.items() if not math.isclose(factor, 1.0, rel_tol=1e-6)}

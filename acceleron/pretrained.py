@@ -1,6 +1,8 @@
 """Hugging Face model directories: config.json, safetensors, and the files of AutoTokenizer. Loading runs no code."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -17,7 +19,10 @@ from .hub import download_model, is_model_id
 from .model import Acceleron
 from .weight_names import HUGGING_FACE, named_parts
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, HEAD = "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
+EMBEDDING = HUGGING_FACE["embedding"][0]
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # a name in the same directory
+FLOATS = ("F32", "F16", "BF16")  # 8-bit and integer tensors need scales, which Acceleron does not read
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -26,6 +31,8 @@ def save_pretrained(
     dtype: torch.dtype = torch.float32, hybrid: bool = False,
 ):  # fmt: skip
     """Write a model directory. `Acceleron.save_pretrained` has the arguments."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but got {dtype}")
     if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
         entries, rows = num_ids(tokenizer), model.config.vocab_size
         raise InputError(f"the tokenizer has {entries} entries, more than the model's vocabulary of {rows}")
@@ -70,6 +77,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
     if tokenizer.token_to_id(PAD) is not None:
         special["pad_token"] = PAD
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    # Without the names, transformers 4 also returns token_type_ids, which the model rejects.
+    settings |= {"model_input_names": ["input_ids", "attention_mask"]}
     settings |= {"clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False, **special}
     write_json(directory / "tokenizer_config.json", settings)
     write_json(directory / "special_tokens_map.json", special)
@@ -78,9 +87,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
 def find_pretrained(name: str | Path) -> Path:
     """Return the model directory `name`, or download the Hub model of that name. Raises InputError."""
     path = Path(name)
-    if not path.exists() and is_model_id(str(name)):
+    if not os.path.exists(path) and is_model_id(str(name)):  # unlike Path.exists, also takes a name that is too long
         return download_model(str(name))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise path_error("model directory", path, "directory")
     return path
 
@@ -100,38 +109,50 @@ def load_pretrained(name: str | Path, device: torch.device | str, compute_dtype:
     """Load a model directory or a Hub model. `Acceleron.from_pretrained` has the arguments."""
     directory = find_pretrained(name)
     config, factors = read_config(directory)
+    files = weight_files(directory)
+    check_layers(files, config.num_layers)
     with torch.device("meta"):
         model = Acceleron(config, compute_dtype)
-    files = weight_files(directory)
     expected = {name: part.shape for name, part in named_parts(model, HUGGING_FACE)}
     check_tensors(files, expected)
     model.to_empty(device=device)
     model.build_rope()
-    parts = dict(named_parts(model, HUGGING_FACE))
+    parts, head = dict(named_parts(model, HUGGING_FACE)), None
     for path in files:
         with open_weights(path) as file:
-            for key in expected.keys() & set(file.keys()):
-                weight = file.get_tensor(key).to(torch.float32)
-                if not weight.isfinite().all():
-                    raise InputError(f"{path}: {key} has values that are not finite: damaged; get the file again")
-                factor = factors.get(key.removesuffix(".weight").rpartition(".")[-1], 1.0)
-                parts[key].copy_(weight * factor)
+            for name in file.keys():  # noqa: SIM118
+                if name in parts:
+                    parts[name].copy_(read_weight(file, path, name, factors))
+                elif name == HEAD:
+                    head = read_weight(file, path, name, factors)
+    if head is not None and not torch.equal(head, model.embedding.cpu()):  # transformers 5 then uses both
+        raise InputError(f"{directory}: {HEAD} differs from the embedding; Acceleron has tied embeddings")
     return model.to(device)
+
+
+def read_weight(file: safe_open, path: Path, name: str, factors: dict[str, float]) -> torch.Tensor:
+    """Return a tensor in fp32, times its factor. Raises InputError if it is not finite."""
+    weight = file.get_tensor(name).to(torch.float32)
+    weight = weight * factors.get(name.removesuffix(".weight").rpartition(".")[-1], 1.0)
+    if not weight.isfinite().all():
+        raise InputError(f"{path}: {name} has values that are not finite: damaged; get the file again")
+    return weight
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files: one, or those of an index. Raises InputError if one is missing."""
     names = [WEIGHTS]
     if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
-        names = read_json(directory / INDEX).get("weight_map")
-        names = sorted(set(names.values())) if isinstance(names, dict) else []
-        if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
-            raise InputError(f"{directory / INDEX}: not an index of safetensors files")
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+            raise InputError(f"{directory / INDEX}: not an index of safetensors files; get the file again")
+        names = sorted(set(names))
     for name in names:
         if not (directory / name).is_file():
             others = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
             found = f"; {', '.join(sorted(others))[:200]} are not read" if others else ""
-            raise InputError(f"{directory} has no {name}{found}")
+            raise InputError(f"{directory} has no {name}{found}; get the safetensors files of the model")
     return [directory / name for name in names]
 
 
@@ -140,25 +161,40 @@ def open_weights(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error}); get the file again") from error
+        reason = repr(str(error)[:200])[1:-1]  # one line
+        raise InputError(f"{path}: damaged or not a safetensors file ({reason}); get the file again") from error
     except OSError as error:
         raise file_error(f"{path}: cannot be read", error) from error
 
 
+def check_layers(files: list[Path], num_layers: int):
+    """Raise InputError if a damaged config.json has many more layers than the files. Building them would take 8 s."""
+    total = 0
+    for path in files:
+        with open_weights(path) as file:
+            total += len(file.keys())
+    if num_layers > total:
+        raise InputError(f"{files[0].parent}: config.json has {num_layers} layers, but the files have {total} tensors")
+
+
 def check_tensors(files: list[Path], expected: dict[str, torch.Size]):
-    """Raise InputError if the files lack a tensor, or one has another shape, or there is one that the model lacks."""
-    found, shapes = {}, {}
+    """Check that the files have the expected tensors and no others, before any is read. Raises InputError."""
+    # lm_head is the tied embedding again; inv_freq is a constant that old releases of transformers wrote.
+    allowed, missing = expected | {HEAD: expected[EMBEDDING]}, set(expected)
     for path in files:
         with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118
-                found[name], shapes[name] = path, torch.Size(file.get_slice(name).get_shape())
-    missing = sorted(expected.keys() - found.keys())
+                if name not in allowed and not name.endswith("inv_freq"):
+                    raise InputError(f"{path}: Acceleron's model has no tensor {name[:100]!r}")
+                if name in allowed:
+                    check_tensor(f"{path}: {name}", file.get_slice(name), allowed[name])
+                    missing.discard(name)
     if missing:
-        raise InputError(f"{files[0].parent}: has no tensor {missing[0]} ({len(missing)} missing)")
-    # lm_head is the tied embedding again; inv_freq is a constant that old releases of transformers wrote.
-    extra = [name for name in found if name not in expected and not name.endswith(("lm_head.weight", "inv_freq"))]
-    if extra:
-        raise InputError(f"{found[extra[0]]}: Acceleron has no tensor {extra[0]} ({len(extra)} unknown)")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise InputError(f"{found[name]}: {name} is {tuple(shapes[name])}, but config.json implies {tuple(shape)}")
+        raise InputError(f"{files[0].parent}: tensor {min(missing)} is missing ({len(missing)} in total)")
+
+
+def check_tensor(name: str, tensor, shape: torch.Size):
+    if tensor.get_dtype() not in FLOATS:
+        raise InputError(f"{name} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}")
+    if torch.Size(tensor.get_shape()) != shape:
+        raise InputError(f"{name} is {tuple(tensor.get_shape())}, but config.json implies {tuple(shape)}")

@@ -332,7 +332,7 @@ def test_large_values_within_the_range_of_q8_0_survive(tokenizer, tmp_path):
 
 def test_models_without_an_architecture_are_refused(tokenizer, tmp_path):
     model = Acceleron(ModelConfig(**SHAPE, num_dense_layers=1))
-    with pytest.raises(InputError, match="num_dense_layers 1"):
+    with pytest.raises(InputError, match="num_dense_layers 1: no architecture of transformers or llama"):
         write_gguf(model, tokenizer, tmp_path / "model.gguf", "fp32", "test")
     assert not any(tmp_path.iterdir())
 
