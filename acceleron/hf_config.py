@@ -39,8 +39,8 @@ def model_type(config: ModelConfig) -> str:
         return "llama"
     if config.num_dense_layers:
         raise InputError(
-            f"num_dense_layers {config.num_dense_layers}: neither transformers nor llama.cpp has an architecture with "
-            "dense layers before the MoE layers of this model, so it cannot be exported; Acceleron.load reads the checkpoint"
+            f"num_dense_layers {config.num_dense_layers}: no architecture of transformers or llama.cpp has dense "
+            "layers before these MoE layers, so the model cannot be exported; Acceleron.load reads its checkpoints"
         )
     return "granitemoeshared" if config.d_ff_shared else "granitemoe"
 
@@ -91,7 +91,7 @@ def to_hf_config(config: ModelConfig, end_id: int | None, pad_id: int | None, hy
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
-        # transformers pools all layers and is top_k for uniform routing. Our loss is the sum of the layers' losses of 1.
+        # For uniform routing, the loss of transformers is top_k. Ours is the number of layers.
         "router_aux_loss_coef": config.balance_loss_coef * config.num_layers / config.top_k,
         "router_z_loss_coef": config.z_loss_coef,  # Acceleron reads it; transformers has no z-loss
         "output_router_logits": False,  # true breaks generate() in transformers 4

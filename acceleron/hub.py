@@ -11,5 +11,7 @@ def is_model_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def download_model(repo: str) -> Path:
-    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+def download_model(repo: str, weights: bool = True) -> Path:
+    """Download the config, the tokenizer and, with `weights`, the safetensors files. Returns their directory."""
+    patterns = ["*.json", "*.safetensors"] if weights else ["*.json"]
+    return Path(snapshot_download(repo, allow_patterns=patterns))

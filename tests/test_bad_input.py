@@ -203,7 +203,7 @@ def test_invalid_shapes(stderr_of, flags, culprit):
     [
         (None, "--config model.json does not exist"),
         ("{", "--config model.json: not a JSON file"),
-        ("[" * 100_000, "--config model.json: maximum recursion depth"),
+        ("[" * 100_000, "--config model.json: not a JSON file"),
         ("[]", "--config model.json: not a JSON object"),
         ('{"experts": 8}', "--config model.json: unknown fields 'experts'"),
         ('{"top_k": 2.0}', "--config model.json: top_k must be an integer of at least 1, not 2.0"),
