@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
+"""Generate text with a model: python generate.py --checkpoint checkpoint_5000.pt [--prompt "Once"]."""
 
 import signal
 import sys
@@ -11,16 +11,20 @@ if __name__ == "__main__":
     if on_interrupt != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the slow imports
 
-from acceleron.checkpoint import find_checkpoint, load_checkpoint
 from acceleron.device import resolve_device, resolve_dtype
 from acceleron.errors import InputError, run_command
 from acceleron.flags import Parser, nonempty
-from acceleron.generation import Sampling, load_model, open_tokenizer, stream_text
+from acceleron.generation import Sampling, open_model, open_tokenizer, stream_text
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=nonempty, required=True, help="checkpoint_<step>.pt from train.py")
+    parser.add_argument(
+        "--checkpoint",
+        type=nonempty,
+        required=True,
+        help="checkpoint_<step>.pt, a model directory of acceleron.export, or a Hub model",
+    )
     parser.add_argument("--prompt", help="generate once from this prompt (default: interactive)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum tokens to generate (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature (default 0.8; 0: greedy)")
@@ -28,7 +32,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from top tokens that sum to p (default 1)")
     parser.add_argument("--greedy", action="store_true", help="always pick the most likely token")
     parser.add_argument("--seed", type=int, help="random seed for reproducible sampling")
-    parser.add_argument("--tokenizer", type=nonempty, help="default: the one next to the checkpoint or generate.py")
+    parser.add_argument("--tokenizer", type=nonempty, help="default: the one next to the model or generate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     return parser.parse_args()
@@ -43,11 +47,9 @@ def main():
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
     device = resolve_device(arguments.device)
-    checkpoint = find_checkpoint(arguments.checkpoint, Path("checkpoints"))
-    contents = load_checkpoint(checkpoint)
+    model, directory = open_model(arguments.checkpoint, device, resolve_dtype(arguments.dtype, device))
     scripts_dir = Path(__file__).resolve().parent
-    tokenizer = open_tokenizer(arguments.tokenizer, checkpoint, contents, scripts_dir)
-    model = load_model(contents, checkpoint, device, resolve_dtype(arguments.dtype, device))
+    tokenizer = open_tokenizer(arguments.tokenizer, directory, model.config.vocab_size, scripts_dir)
 
     def write(prompt: str):
         escaped = {"errors": "surrogateescape"}

@@ -9,10 +9,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .attention import KVCache, best_sdpa
-from .checkpoint import assign_weights
+from .checkpoint import assign_weights, find_checkpoint, load_checkpoint
 from .data.tokenizer import BYTE_TOKEN, END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
 from .errors import InputError
 from .model import Acceleron
+from .pretrained import find_pretrained
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Acceleron, Path]:
+    """Load a checkpoint, a model directory or a Hub model for inference. Return it and its directory.
+
+    Raises InputError if it does not exist or is damaged.
+    """
+    path = find_checkpoint(name, Path("checkpoints"))
+    if path.is_file() or path.suffix == ".pt":
+        return load_model(load_checkpoint(path), path, device, dtype), path.parent
+    directory = find_pretrained(name)
+    return prepare_for_inference(Acceleron.from_pretrained(directory), dtype).to(device), directory
 
 
 @dataclass(frozen=True)
@@ -52,20 +65,19 @@ def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:
     return model.eval()
 
 
-def open_tokenizer(explicit: str | None, checkpoint: str | Path, contents: dict, scripts_dir: Path) -> Tokenizer:
-    """Load `explicit`, or the tokenizer next to the checkpoint or the scripts.
+def open_tokenizer(explicit: str | None, directory: Path, vocab_size: int, scripts_dir: Path | None) -> Tokenizer:
+    """Load `explicit`, or the tokenizer in the model's directory or next to the scripts.
 
     Raises InputError if none exists, if it has more ids than the model's vocabulary, or if `explicit` differs from the
-    tokenizer next to the checkpoint.
+    tokenizer in the model's directory.
     """
-    path = find_tokenizer(explicit, Path(checkpoint).parent, scripts_dir)
+    path = find_tokenizer(explicit, directory, scripts_dir)
     if path is None:
-        raise InputError(f"no tokenizer next to {checkpoint} or the scripts: pass one with --tokenizer")
+        raise InputError(f"no tokenizer.json in {directory}: pass one with --tokenizer")
     tokenizer = load_tokenizer(path)
-    own = Path(checkpoint).parent / "tokenizer.json"
+    own = directory / "tokenizer.json"
     if own.is_file() and own.read_bytes() != path.read_bytes():
-        raise InputError(f"--tokenizer {path} is not {own}, which {checkpoint} was trained with: omit the flag")
-    vocab_size = contents["config"].vocab_size
+        raise InputError(f"--tokenizer {path} is not {own}, which the model was trained with: omit the flag")
     if num_ids(tokenizer) > vocab_size:
         raise InputError(
             f"{path} has {num_ids(tokenizer)} entries, more than the model's vocabulary of {vocab_size}: "

@@ -1,7 +1,6 @@
 """Hugging Face model directories: config.json, safetensors, and the files of AutoTokenizer. Loading runs no code."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -28,9 +27,8 @@ def save_pretrained(
 ):  # fmt: skip
     """Write a model directory. `Acceleron.save_pretrained` has the arguments."""
     if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {num_ids(tokenizer)} entries, more than the model's {model.config.vocab_size}"
-        )
+        entries, rows = num_ids(tokenizer), model.config.vocab_size
+        raise InputError(f"the tokenizer has {entries} entries, more than the model's vocabulary of {rows}")
     with new_directory(Path(directory)) as partial:
         write_model(model, partial, tokenizer, dtype, hybrid)
 
@@ -164,16 +162,3 @@ def check_tensors(files: list[Path], expected: dict[str, torch.Size]):
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise InputError(f"{found[name]}: {name} is {tuple(shapes[name])}, but config.json implies {tuple(shape)}")
-
-
-@torch.no_grad()
-def logit_error(model: Acceleron, other: Acceleron) -> tuple[float, float]:
-    """Return the relative RMS error of the other model's logits, and the share of equal most likely tokens.
-
-    Both compute on random tokens. A wrong weight or setting gives an error near 1.
-    """
-    vocab_size, length = model.config.vocab_size, min(64, model.config.max_seq_len)
-    ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    ours, theirs = (m(ids).logits.double() for m in (model, other))
-    error = math.sqrt((theirs - ours).square().mean() / ours.square().mean().clamp(min=1e-300))
-    return error, (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()

@@ -204,19 +204,17 @@ def test_inference_keeps_routers_and_norms_in_fp32(model):
 
 
 def test_tokenizer_lookup_order(tmp_path):
-    """--tokenizer, then next to the checkpoint, then next to the scripts; never a path in the untrusted checkpoint."""
-    places = {name: tmp_path / name for name in ("run", "data", "scripts", "named")}
-    sizes = {"named": 285, "run": 280, "data": 275, "scripts": 270}
+    """--tokenizer, then next to the checkpoint, then next to the scripts."""
+    places = {name: tmp_path / name for name in ("run", "scripts", "named")}
+    sizes = {"named": 285, "run": 280, "scripts": 270}
     for name, folder in places.items():
         folder.mkdir()
         file = folder / ("pile_tokenizer.json" if name == "scripts" else "tokenizer.json")
         train_tokenizer(["many words to learn from, again and again, words to merge " * 3], sizes[name]).save(str(file))
-    contents = {"options": {"data_dir": str(places["data"])}, "config": small_model().config}
 
     def opened(explicit=None) -> Tokenizer:
-        return generation.open_tokenizer(explicit, places["run"] / "checkpoint_1.pt", contents, places["scripts"])
+        return generation.open_tokenizer(explicit, places["run"], 512, places["scripts"])
 
-    contents["config"] = type(contents["config"])(**contents["config"].to_dict() | {"vocab_size": 512})
     named, own = places["named"] / "tokenizer.json", places["run"] / "tokenizer.json"
     assert opened().get_vocab_size() == 280
     with pytest.raises(InputError, match=f"--tokenizer {named} is not {own}, which"):

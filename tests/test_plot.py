@@ -11,21 +11,22 @@ from matplotlib.image import imread
 from waiting import TIMEOUT
 
 from acceleron.errors import InputError
-from acceleron.plot import plot_losses, read_curves
+from acceleron.plot import plot_losses, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-LINES = """{"tokens": 100, "loss": 4.5}
-{"tokens": 200, "loss": null, "val_loss": 4.25}
-{"tokens": 300, "loss": 3.5}
-{"tokens": 400, "lo"""  # the run is still writing
+LINES = """{"step": 1, "tokens": 100, "loss": 4.5}
+{"step": 2, "tokens": 200, "loss": null, "val_loss": 4.25}
+{"step": 3, "tokens": 300, "loss": 3.5}
+{"step": 4, "tokens": 400, "lo"""  # the run is still writing
 
 
-def test_curves_contain_only_complete_lines(tmp_path):
+def test_metrics_contain_only_complete_lines_up_to_a_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(LINES)
-    training, validation = read_curves(tmp_path / "metrics.jsonl")
-    assert [tokens for tokens, _ in training] == [100, 200, 300]
-    assert [loss for _, loss in training] == pytest.approx([4.5, math.nan, 3.5], nan_ok=True)
-    assert validation == [(200, 4.25)]
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["tokens"] for record in records] == [100, 200, 300]
+    assert [record["loss"] for record in records] == pytest.approx([4.5, math.nan, 3.5], nan_ok=True)
+    assert [record.get("val_loss") for record in records] == [None, 4.25, None]
+    assert [record["tokens"] for record in read_metrics(tmp_path / "metrics.jsonl", last_step=2)] == [100, 200]
 
 
 def test_plot_works_with_any_directory_name_and_backend(tmp_path):
@@ -43,7 +44,7 @@ def test_plot_works_with_any_directory_name_and_backend(tmp_path):
 
 @pytest.mark.parametrize("loss", ["[1, 2]", "{}", '"x"', "9" * 400, "1e308", "Infinity"])
 def test_loss_that_is_not_a_finite_number_is_rejected(tmp_path, loss):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"tokens": 1, "loss": {loss}}}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "tokens": 1, "loss": {loss}}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl: not a metrics file of train\.py"):
         plot_losses(tmp_path)
 

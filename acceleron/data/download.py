@@ -4,10 +4,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError
 from tqdm import tqdm
 
 from ..errors import InputError, file_error
+from ..hub import hub_errors
 from .shards import METADATA
 
 
@@ -17,49 +17,35 @@ def download(repo: str, num_shards: int, output: str):
     Skips complete files and resumes partial ones. Raises InputError if the repository is unreachable, has too few
     shards, or has unsafe or duplicate file names, or if `output` contains a shards.json for different shards.
     """
+    with hub_errors(f"--repo {repo}"):
+        names = HfApi().list_repo_files(repo, repo_type="dataset")
+    shards = sorted(name for name in names if PurePosixPath(name).match("shard_*.npy"))
+    for name in shards:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise InputError(
+                f"--repo {repo}: its file {name!r} would be written outside {output}; use a repository you trust"
+            )
+    if len(shards) < num_shards:
+        raise InputError(f"--shards {num_shards}: {repo} has only {len(shards)} shards")
+    if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
+        raise InputError(f"--repo {repo}: two folders have shards with the same name; download one manually")
+    wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]
     try:
-        names = _list_files(repo)
-        shards = sorted(name for name in names if PurePosixPath(name).match("shard_*.npy"))
-        for name in shards:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise InputError(
-                    f"--repo {repo}: its file {name!r} would be written outside {output}; use a repository you trust"
-                )
-        if len(shards) < num_shards:
-            raise InputError(f"--shards {num_shards}: {repo} has only {len(shards)} shards")
-        if len({PurePosixPath(name).name for name in shards[:num_shards]}) < num_shards:
-            raise InputError(f"--repo {repo}: two folders have shards with the same name; download one manually")
         if (Path(output) / METADATA).exists() and not _has_metadata(repo, names, Path(output) / METADATA):
             raise InputError(f"--output {output} contains a {METADATA} for different shards: choose another directory")
-        wanted = shards[:num_shards] + [name for name in names if name in ("tokenizer.json", METADATA)]
         for name in tqdm(wanted, desc=repo, unit="file", dynamic_ncols=True, disable=None):
             _fetch(repo, name, Path(output))
-    except (HFValidationError, HTTPError, OSError) as error:  # HTTPError: network; OSError: Hub or disk
-        if isinstance(error, OSError) and error.errno:
-            raise file_error(f"--output {output}: cannot be written", error) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--repo {repo}: {reason}") from error
+    except OSError as error:
+        raise file_error(f"--output {output}: cannot be written", error) from error
     print(f"{output}: {num_shards} shards of {repo}")
-
-
-def _list_files(repo: str) -> list[str]:
-    try:
-        return HfApi().list_repo_files(repo, repo_type="dataset")
-    except HFValidationError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # an HTML login page, an ftp:// proxy
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"--repo {repo}: invalid response from the Hugging Face Hub ({reason}): check the network and proxy"
-        ) from error
 
 
 def _has_metadata(repo: str, names: list[str], path: Path) -> bool:
     """Return whether the repository's shards.json equals the one at `path`."""
     if METADATA not in names:
         return False
-    with TemporaryDirectory() as directory:
+    with hub_errors(f"--repo {repo}"), TemporaryDirectory() as directory:
         remote = hf_hub_download(repo, METADATA, repo_type="dataset", local_dir=directory)
         return Path(remote).read_bytes() == path.read_bytes()
 
@@ -72,7 +58,8 @@ def _fetch(repo: str, name: str, output: Path):
         fetched.parent.mkdir(parents=True, exist_ok=True)
         final.replace(fetched)
     try:
-        hf_hub_download(repo, name, repo_type="dataset", local_dir=output)
+        with hub_errors(f"--repo {repo}"):
+            hf_hub_download(repo, name, repo_type="dataset", local_dir=output)
     finally:
         if fetched.exists():
             fetched.replace(final)

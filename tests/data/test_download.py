@@ -1,21 +1,19 @@
 """The download command, run in a subprocess against a local hub that logs its requests."""
 
-import hashlib
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loopback_hub import hub_environment, loopback_hub
 from waiting import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 # Larger than huggingface_hub's 10 MiB read size, so a transfer can break after the first read.
 BIG = os.urandom(12 << 20)
+REPO = "datasets/someone/Some"
 FILES = {
     "README.md": b"# Some",
     "shard_00000.npy": os.urandom(1000),
@@ -27,64 +25,15 @@ FILES = {
 COMMAND = "import runpy, time; time.sleep = lambda s: None; runpy.run_module('acceleron.data', run_name='__main__')"
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        hub = self.server
-        hub.log.append((self.command, self.path.rpartition("/")[2], self.headers.get("Range")))
-        folder, _, name = self.path.partition("/resolve/main/")
-        if hub.answer:
-            self.reply(200, hub.answer)
-        elif self.path.startswith("/api/datasets/someone/Some/tree/main"):
-            entries = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in hub.files]
-            self.reply(200, json.dumps(entries).encode())
-        elif folder == "/datasets/someone/Some" and name in hub.files:
-            content = hub.files[name]
-            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "1" * 40}
-            if self.headers.get("Range"):
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                self.reply(206, content[start:], headers)
-            else:
-                self.reply(200, content, headers, stop_at=hub.breaks.pop((self.command, name), None))
-        else:
-            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def reply(self, status, body, headers=(), stop_at=None):
-        self.send_response(status)
-        for name, value in (dict(headers) | {"Content-Length": len(body)}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:stop_at])
-            self.close_connection = stop_at is not None
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.log, server.breaks, server.answer = dict(FILES), [], {}, b""
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with loopback_hub() as server:
+        server.repos[REPO] = dict(FILES)
         yield server
-        server.shutdown()
 
 
-def download(output, port, *, repo="someone/Some", shards=2):
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(output.parent / "hub"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(TIMEOUT)),
-        "HF_HUB_ETAG_TIMEOUT": str(int(TIMEOUT)),
-        "NO_PROXY": "127.0.0.1",
-    }
+def download(output, url, *, repo="someone/Some", shards=2, home=None):
+    environment = hub_environment(url, home or output.parent / "hub")
     arguments = ["download", "--repo", repo, "--shards", str(shards), "--output", str(output)]
     command = [sys.executable, "-c", COMMAND, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -110,16 +59,16 @@ def assert_rejected(run, culprit, output):
 
 def test_download_fetches_the_first_shards_and_skips_complete_files(hub, tmp_path):
     """A shard in a folder of the repository is saved at the top level of the output."""
-    hub.files["data/shard_00000.npy"] = hub.files.pop("shard_00000.npy")
+    hub.repos[REPO]["data/shard_00000.npy"] = hub.repos[REPO].pop("shard_00000.npy")
     wanted = ["shard_00000.npy", "shard_00001.npy", "tokenizer.json"]
-    run = download(tmp_path / "out", hub.server_port)
+    run = download(tmp_path / "out", hub.url)
     assert run.returncode == 0, run.stderr
     assert requested_files(hub) == wanted
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
     hub.log.clear()
     (tmp_path / "out" / "tokenizer.json").unlink()
-    assert download(tmp_path / "out", hub.server_port).returncode == 0
+    assert download(tmp_path / "out", hub.url).returncode == 0
     assert requested_files(hub) == ["tokenizer.json"]
     assert contents(tmp_path / "out") == {name: FILES[name] for name in wanted}
 
@@ -130,19 +79,19 @@ def test_output_with_different_shards_is_rejected(hub, tmp_path):
     output.mkdir()
     (output / "shards.json").write_bytes(b"[1]")
     for theirs in ({}, {"shards.json": b"[2]"}):
-        hub.files = FILES | theirs
-        run = download(output, hub.server_port)
+        hub.repos[REPO] = FILES | theirs
+        run = download(output, hub.url)
         assert run.returncode == 2
         assert f"error: --output {output} contains a shards.json for different shards" in run.stderr
         assert contents(output) == {"shards.json": b"[1]"}
-    hub.files["shards.json"] = b"[1]"
-    assert download(output, hub.server_port).returncode == 0
+    hub.repos[REPO]["shards.json"] = b"[1]"
+    assert download(output, hub.url).returncode == 0
     assert sorted(contents(output)) == ["shard_00000.npy", "shard_00001.npy", "shards.json", "tokenizer.json"]
 
 
 def test_interrupted_transfer_resumes(hub, tmp_path):
     hub.breaks["GET", "shard_00001.npy"] = 11 << 20
-    run = download(tmp_path / "out", hub.server_port)
+    run = download(tmp_path / "out", hub.url)
     assert run.returncode == 0, run.stderr
     assert contents(tmp_path / "out")["shard_00001.npy"] == BIG
     assert [entry for entry in hub.log if entry[0] == "GET" and entry[1] == "shard_00001.npy"] == [
@@ -152,50 +101,51 @@ def test_interrupted_transfer_resumes(hub, tmp_path):
 
 
 def test_too_few_shards_is_an_error(hub, tmp_path):
-    run = download(tmp_path / "out", hub.server_port, shards=4)
+    run = download(tmp_path / "out", hub.url, shards=4)
     assert_rejected(run, "--shards 4: someone/Some has only 3 shards", tmp_path / "out")
     assert requested_files(hub) == []
 
 
 def test_duplicate_shard_names_are_rejected(hub, tmp_path):
-    hub.files = {"a/shard_00000.npy": b"1", "b/shard_00000.npy": b"2"}
-    assert_rejected(download(tmp_path / "out", hub.server_port), "someone/Some", tmp_path / "out")
+    hub.repos[REPO] = {"a/shard_00000.npy": b"1", "b/shard_00000.npy": b"2"}
+    assert_rejected(download(tmp_path / "out", hub.url), "someone/Some", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["a/../../shard_00000.npy", "/tmp/shard_00000.npy", "a\\b/shard_00000.npy"])
 def test_file_names_outside_the_output_are_rejected(hub, tmp_path, name):
-    hub.files = {name: b"evil"} | FILES
-    run = download(tmp_path / "out", hub.server_port)
+    hub.repos[REPO] = {name: b"evil"} | FILES
+    run = download(tmp_path / "out", hub.url)
     assert_rejected(run, f"--repo someone/Some: its file {name!r}", tmp_path / "out")
     assert [entry for entry in hub.log if entry[1].endswith(".npy")] == []
     assert [path.name for path in tmp_path.iterdir() if path.name != "hub"] == []
 
 
 def test_missing_repository_is_an_error(hub, tmp_path):
-    run = download(tmp_path / "out", hub.server_port, repo="someone/None")
-    assert_rejected(run, "--repo someone/None: 404", tmp_path / "out")
+    run = download(tmp_path / "out", hub.url, repo="someone/None")
+    assert_rejected(run, "--repo someone/None: no such repository", tmp_path / "out")
 
 
 @pytest.mark.parametrize("answer", [b"<html>Log in</html>", b'[{"type": "file"}]', b'{"error": 1}', b"3"])
 def test_response_that_is_not_from_a_hub_is_an_error(hub, tmp_path, answer):
     hub.answer = answer  # for example, a network's login page
     message = "--repo someone/Some: invalid response from the Hugging Face Hub"
-    assert_rejected(download(tmp_path / "out", hub.server_port), message, tmp_path / "out")
+    assert_rejected(download(tmp_path / "out", hub.url), message, tmp_path / "out")
 
 
 def test_unknown_proxy_scheme_is_an_error(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "ftp://x")
-    assert_rejected(download(tmp_path / "out", hub.server_port), "check the network and proxy", tmp_path / "out")
+    assert_rejected(download(tmp_path / "out", hub.url), "check the network and proxy", tmp_path / "out")
 
 
 def test_unreachable_server_is_an_error(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # a reserved port without a listener
-        run = download(tmp_path / "out", closed.getsockname()[1])
+        run = download(tmp_path / "out", f"http://127.0.0.1:{closed.getsockname()[1]}")
     assert_rejected(run, "--repo someone/Some: ", tmp_path / "out")
 
 
 def test_unwritable_output_is_an_error(hub, tmp_path):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "below"
-    assert_rejected(download(output, hub.server_port), f"--output {output}: cannot be written", output)
+    run = download(output, hub.url, home=tmp_path / "hub")
+    assert_rejected(run, f"--output {output}: cannot be written", output)
