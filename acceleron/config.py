@@ -159,13 +159,12 @@ class ModelConfig:
             values = read_json(Path(path))
             if "model_type" not in values:
                 return cls.from_dict(values)
-            from .hf_config import from_hf_config  # it imports this module
+            from .hf_config import MULTIPLIERS, from_hf_config  # it imports this module
 
             config, factors = from_hf_config(values)
             if factors:
-                raise InputError(
-                    "Acceleron has no multipliers, and trains such a model only from its weights: --init_from"
-                )
+                given = ", ".join(f"{name} {values[name]}" for name in MULTIPLIERS if name in values)
+                raise InputError(f"a new model has no {given}: use --init_from with the model's directory")
             return config
         except InputError as error:
             reason = str(error).removeprefix(f"{path}: ").removeprefix("config: ")[:200]

@@ -36,11 +36,12 @@ def is_model_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
-def download_model(repo: str) -> Path:
-    """Download a model's JSON and safetensors files into the Hub's cache. Return their directory.
+def download_model(repo: str, weights: bool = True) -> Path:
+    """Download a model's JSON and, with `weights`, safetensors files into the Hub's cache. Return their directory.
 
     If the Hub cannot be reached, returns the cached copy and logs its path. Raises InputError.
     """
+    patterns = PATTERNS if weights else PATTERNS | {"allow_patterns": ["*.json"]}
     with hub_errors(f"{repo}: no such directory; on the Hub"):
         try:
             # By default the request has no timeout and hangs on a network that drops packets.
@@ -48,15 +49,15 @@ def download_model(repo: str) -> Path:
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise  # the Hub refuses the request
-            return _cached_copy(repo, error)
+            return _cached_copy(repo, patterns, error)
         if not any(re.fullmatch(r"[^/]+\.safetensors", file.rfilename) for file in files):
             raise InputError(f"{repo} has no safetensors files on the Hub: Acceleron reads no other weights")
-        return Path(snapshot_download(repo, **PATTERNS))
+        return Path(snapshot_download(repo, **patterns))
 
 
-def _cached_copy(repo: str, error: Exception) -> Path:
+def _cached_copy(repo: str, patterns: dict, error: Exception) -> Path:
     try:
-        path = Path(snapshot_download(repo, local_files_only=True, **PATTERNS))
+        path = Path(snapshot_download(repo, local_files_only=True, **patterns))
     except LocalEntryNotFoundError:
         raise InputError(
             f"{repo}: no such directory, no network ({_one_line(error)}) and no cached copy of the Hub's model: "

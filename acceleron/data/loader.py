@@ -94,7 +94,8 @@ class Chunks:
             outside = out[(out < 0) | (out >= self.vocab_size)][0]
             raise ShardError(
                 f"{self.shards.paths[shard]}: row {row} contains token id {outside}, outside the model's vocabulary of "
-                f"{self.vocab_size}; train with the data's tokenizer or a larger --vocab_size"
+                f"{self.vocab_size}; train with the data's tokenizer or a larger --vocab_size (with --init_from: "
+                "prepare the data with the model's tokenizer)"
             )
 
     def _substitute(self, index: int, out: np.ndarray):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from ..config import PRESETS
+from ..config import PRESETS, SHAPE_FIELDS
 from ..errors import InputError
 from ..flags import Parser, nonempty
 
@@ -19,7 +19,10 @@ class TrainOptions:
 
     data_dir: str = option("data", "directory with shard_*.npy and, optionally, tokenizer.json")
     model_size: str = option("tiny", "model size", choices=tuple(PRESETS))
-    config: str | None = option(None, "model.json of a run, or a similar file, instead of --model_size")
+    config: str | None = option(None, "model.json of a run, or config.json of an export, instead of --model_size")
+    init_from: str | None = option(
+        None, "model directory, Hub model or checkpoint to start from, with a new optimizer, instead of --model_size"
+    )
     num_experts: int | None = option(
         None, "routed experts per layer (default: that of the size or --config)", minimum=2
     )
@@ -84,6 +87,9 @@ class TrainOptions:
             # This form also rejects NaN.
             if meta.get("minimum") is not None and value is not None and not meta["minimum"] <= value < float("inf"):
                 raise InputError(f"--{name} {value}: must be finite and at least {meta['minimum']}")
+        given = ["config"] if self.config else [*self.config_overrides.keys() - {"debug_force_load_balance"}]
+        if self.init_from and given:
+            raise InputError(f"--{min(given)}: not allowed with --init_from, which determines the model: omit it")
         if self.seed >= 2**64:
             raise InputError(f"--seed {self.seed}: must be below 2**64")
         if self.batch_size > MAX_BATCH_SIZE:
@@ -92,6 +98,12 @@ class TrainOptions:
             raise InputError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             raise InputError(f"--warmup_steps {self.warmup_steps} is above --max_steps {self.max_steps}")
+
+    @property
+    def config_overrides(self) -> dict:
+        """The fields of the model's config that flags set."""
+        names = ("vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS)
+        return {name: value for name in names if (value := getattr(self, name)) is not None and value is not False}
 
     @property
     def final_lr(self) -> float:
@@ -117,6 +129,6 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
         else:
             kind = next((t for t in (int, float) if t is f.type or f.type == t | None), nonempty)
             shown = about if f.default is None or "default" in about else f"{about} (default: {f.default})"
-            group = model if f.name in ("model_size", "config") else parser
+            group = model if f.name in ("model_size", "config", "init_from") else parser
             group.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
     return TrainOptions(**vars(parser.parse_args(arguments)))

@@ -21,6 +21,7 @@ from ..device import cpu_has_bf16, missing_compiler, resolve_device, resolve_dty
 from ..errors import InputError, did_you_mean, file_error, path_error
 from ..files import atomic_write
 from .checkpointing import CheckpointManager
+from .initial import InitialModel, find_local
 from .metrics import Metrics
 from .options import TrainOptions
 from .trainer import Trainer
@@ -28,7 +29,7 @@ from .trainer import Trainer
 # A resumed run can change these options without a warning. The model's config must be equal, however it is given.
 FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
 FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
-FREE_OPTIONS |= {"model_size", "config", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
+FREE_OPTIONS |= {"model_size", "config", "init_from", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def check_paths(options: TrainOptions) -> TrainOptions:
         load_tokenizer(options.tokenizer)  # raises
     if options.config:
         ModelConfig.load(options.config)
+    if options.init_from:
+        find_local(options.init_from)
     if options.resume in (None, "auto"):
         return options
     path = find_checkpoint(options.resume, Path(options.save_dir))
@@ -69,15 +72,15 @@ def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trai
     # With --bad_data skip, shards that become unreadable still count as part of the data.
     known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
     shards = Shards(options.data_dir, known)
-    tokenizer_path = find_tokenizer(options.tokenizer, Path(options.data_dir), scripts_dir)
+    initial = InitialModel(options.init_from) if options.init_from else None
+    directories = (Path(options.data_dir), initial and initial.directory, scripts_dir)
+    tokenizer_path = find_tokenizer(options.tokenizer, *directories)
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     checked = tokenizer_path is None or shards.check_tokenizer(tokenizer_path)
-    config = model_config(options, tokenizer)
-    text_bytes = ByteCounter(tokenizer, config.vocab_size) if tokenizer else None
-    if text_bytes and not text_bytes.exact:
-        logger.info("val_bits_per_byte is not reported: the tokenizer does not reproduce the text exactly")
-        text_bytes = None
-    trainer = Trainer(options, config, shards, device, dtype, text_bytes)
+    if initial and tokenizer:
+        initial.check_tokenizer(tokenizer, tokenizer_path)
+    config = model_config(options, tokenizer, initial)
+    trainer = Trainer(options, config, shards, device, dtype, byte_counter(tokenizer, config.vocab_size))
     if checkpoint:
         trainer.load_state_dict(checkpoint, resumed_from)
         warn_about_changes(options, trainer.environment, checkpoint)
@@ -85,6 +88,8 @@ def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trai
             raise InputError(
                 f"--resume {options.resume} is at step {trainer.step}: pass --max_steps above {trainer.step}"
             )
+    elif initial:
+        initial.copy_weights(trainer.model)
     _announce(trainer, backend)
     if not checked:
         logger.info(f"note: {options.data_dir} has no {METADATA}, so {tokenizer_path} cannot be checked")
@@ -131,24 +136,35 @@ def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dic
             logger.warning(f"{name} is {value}, but was {short_repr(before)} before: results will not be bitwise equal")
 
 
-def model_config(options: TrainOptions, tokenizer: Tokenizer | None) -> ModelConfig:
-    """Return the config of --config or --model_size, with the fields that other flags override.
+def byte_counter(tokenizer: Tokenizer | None, vocab_size: int) -> ByteCounter | None:
+    """Return the counter for val_bits_per_byte, or None if the tokenizer does not reproduce the text exactly."""
+    counter = ByteCounter(tokenizer, vocab_size) if tokenizer else None
+    if counter and not counter.exact:
+        logger.info("val_bits_per_byte is not reported: the tokenizer does not reproduce the text exactly")
+        return None
+    return counter
+
+
+def model_config(options: TrainOptions, tokenizer: Tokenizer | None, initial: InitialModel | None) -> ModelConfig:
+    """Return the config of --init_from, --config or --model_size, with the fields that other flags override.
 
     Raises InputError if it is invalid, or does not fit the tokenizer or --seq_len.
     """
     entries = num_ids(tokenizer) if tokenizer else None
-    config = ModelConfig.load(options.config) if options.config else ModelConfig.preset(options.model_size)
-    names = ("vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS)
-    overrides = {name: value for name in names if (value := getattr(options, name)) is not None and value is not False}
-    if options.model_size == "nano" and not (options.config or options.vocab_size):
+    overrides = options.config_overrides
+    if initial:
+        config = initial.config
+    else:
+        config = ModelConfig.load(options.config) if options.config else ModelConfig.preset(options.model_size)
+    if options.model_size == "nano" and not (initial or options.config or options.vocab_size):
         if entries is None:
             raise InputError("nano needs a tokenizer for its vocabulary size: pass --tokenizer or --vocab_size")
         overrides["vocab_size"] = round_up(entries, 128)
     config = replace(config, **overrides)
     if entries and entries > config.vocab_size:
+        fix = "pass a different --tokenizer" if initial else "pass a larger --vocab_size or a different --tokenizer"
         raise InputError(
-            f"the tokenizer has {entries} entries, more than the model's vocabulary of {config.vocab_size}: "
-            "pass a larger --vocab_size or a different --tokenizer"
+            f"the tokenizer has {entries} entries, more than the model's vocabulary of {config.vocab_size}: {fix}"
         )
     if options.seq_len > config.max_seq_len:
         raise InputError(f"--seq_len {options.seq_len} is above the model's maximum of {config.max_seq_len}")
@@ -162,7 +178,8 @@ def _announce(trainer: Trainer, backend: str):
     kind = f"MoE, {config.num_experts} routed experts, top-{config.top_k}"
     kind += ", 1 shared expert" if config.d_ff_shared else ""
     kind += f", {config.num_dense_layers} of {config.num_layers} layers dense" if config.num_dense_layers else ""
-    name, kind = options.config or options.model_size, "dense baseline" if config.dense else kind
+    name = options.init_from or options.config or options.model_size
+    kind = "dense baseline" if config.dense else kind
     logger.info(f"{name}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
     logger.info(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
     logger.info(f"attention: {attention_name(device, dtype, config.head_dim)}")
@@ -172,7 +189,10 @@ def _announce(trainer: Trainer, backend: str):
     logger.info(f"data: {len(shards.paths)} shards, {rows:,} rows of {shards.row_length}")
     logger.info(f"{epoch:,} tokens per epoch, {options.tokens_per_step:,} per step")
     if trainer.resumed_from:
-        logger.info(f"continuing from {trainer.resumed_from}, step {trainer.step}")
+        instead = f", not from the weights of {options.init_from}" if options.init_from else ""
+        logger.info(f"continuing from {trainer.resumed_from}, step {trainer.step}{instead}")
+    elif options.init_from:
+        logger.info(f"starting from the weights of {options.init_from}, with a new optimizer")
 
 
 def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics, CheckpointManager]:

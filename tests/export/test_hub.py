@@ -170,6 +170,20 @@ def test_download_fetches_only_json_and_safetensors(hub, child, pushed):
     assert child.log == []
 
 
+def test_config_is_downloaded_without_the_weights(hub, child, home, pushed):
+    """The argument `weights` is an empty string, which is false. The cached config is used without a network."""
+    hub.repos["someone/config"] = dict(hub.repos["someone/nano"])
+    hub.log.clear()
+    path = child("download_model", "someone/config", "")
+    assert [file.name for file in Path(path).iterdir()] == ["config.json"]
+    assert "model.safetensors" not in requested(hub)
+    with child_process(hub.url, home, HF_HUB_OFFLINE="1") as other:
+        assert other("download_model", "someone/config", "") == path
+        assert_error(other("download_model", "someone/config"), "someone/config: ", "no cached copy")
+    assert child("download_model", "someone/config") == path
+    assert {file.name: file.read_bytes() for file in Path(path).iterdir()} == hub.repos["someone/config"]
+
+
 @pytest.mark.parametrize("token", ["", WRITE_TOKEN])  # the Hub answers 401 and 404
 def test_absent_repository_is_an_error(child, token):
     result = child("download_model", "someone/absent", token=token)

@@ -1,0 +1,80 @@
+"""The model of --init_from: a model directory, a Hub model or a checkpoint."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..checkpoint import assign_weights, load_checkpoint
+from ..data.tokenizer import find_tokenizer, load_tokenizer
+from ..errors import InputError, path_error
+from ..model import Acceleron
+
+logger = logging.getLogger(__name__)
+
+
+def find_local(name: str) -> Path | None:
+    """Return the model directory or checkpoint, or None for a Hub model. Raises InputError for a missing path."""
+    path = Path(name)
+    if path.suffix == ".pt":
+        if not path.is_file():
+            raise path_error("--init_from", path, "file")
+    elif not path.is_dir():
+        from ..hub import is_model_id  # importing huggingface_hub takes 0.3 s
+
+        if path.exists() or not is_model_id(name):
+            raise path_error("--init_from", path, "directory")
+        return None
+    return path
+
+
+class InitialModel:
+    """The model that a new run starts from. Raises InputError if it is missing or invalid.
+
+    Only `copy_weights` reads or downloads the weights of a Hugging Face model: a resumed run does not need them.
+
+    Attributes:
+        config: the model's config.
+        directory: the directory of config.json or of the checkpoint. It can have a tokenizer.
+    """
+
+    def __init__(self, name: str):
+        self._name, self._path, self._contents = name, find_local(name), None
+        if self._path and self._path.is_file():
+            self._contents = load_checkpoint(self._path)
+            self.directory = self._path.parent
+            self.config = replace(self._contents["config"], debug_force_load_balance=False)
+        else:
+            from ..hub import download_model
+            from ..pretrained import read_config
+
+            self.directory = self._path or download_model(name, weights=False)
+            self.config = read_config(self.directory).config
+
+    def copy_weights(self, model: Acceleron):
+        """Copy the weights to a model with this config. Raises InputError if they are damaged or do not fit."""
+        if self._contents:
+            assign_weights(model, self._contents, self._path, assign=False)
+        else:
+            model.load_state_dict(Acceleron.from_pretrained(self._path or self._name).state_dict())
+
+    def check_tokenizer(self, tokenizer: Tokenizer, path: Path):
+        """Raise InputError if the data's tokenizer has a different vocabulary: the ids would have other meanings.
+
+        Logs a note if the model has no tokenizer.
+        """
+        own = find_tokenizer(None, self.directory)
+        if own is None:
+            logger.info(f"note: {self.directory} has no tokenizer.json, so {path} cannot be compared with it")
+        elif own != path and _vocabulary(load_tokenizer(own)) != _vocabulary(tokenizer):
+            raise InputError(
+                f"{path} and the tokenizer of --init_from, {own}, have different vocabularies: prepare the data with "
+                f"`python -m acceleron.data prepare --tokenizer {own}`"
+            )
+
+
+def _vocabulary(tokenizer: Tokenizer) -> tuple:
+    """Ids and merges. Equal tokenizers can be different files, because an export writes the file again."""
+    return tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"].get("merges")
