@@ -15,7 +15,7 @@ from waiting import TIMEOUT
 from acceleron import Acceleron, export
 from acceleron.checkpoint import load_checkpoint
 from acceleron.data.prepare import prepare
-from acceleron.data.tokenizer import load_tokenizer
+from acceleron.data.tokenizer import load_tokenizer, train_tokenizer
 from acceleron.errors import InputError, run_command
 from acceleron.generation import Sampling, generate, load_model
 from acceleron.training import TrainOptions, train
@@ -29,7 +29,7 @@ SENTENCES = (
     "It is raining cats and dogs today, isn't it?",
 )
 PROMPTS = ("The quick", "Peter", "How much", "It is")
-NUM_TOKENS, VOCAB_SIZE, STEPS = 30, 384, 40
+NUM_TOKENS, VOCAB_SIZE, STEPS = 30, 320, 40
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,119 @@ def test_a_trained_nano_gives_equal_text_at_each_stop(checkpoint, tokenizer, tmp
     assert greedy_texts(Acceleron.from_pretrained(tmp_path / "hf"), tokenizer) == expected
     theirs.save_pretrained(tmp_path / "theirs")
     assert greedy_texts(Acceleron.from_pretrained(tmp_path / "theirs"), tokenizer) == expected
+
+
+def run_export(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    return run_command(export.main)
+
+
+def test_rows_without_a_token_are_removed(checkpoint, tokenizer, tmp_path):
+    export.export(checkpoint, tmp_path / "model")
+    before, after = open_checkpoint(checkpoint), Acceleron.from_pretrained(tmp_path / "model")
+    assert (before.config.vocab_size, after.config.vocab_size) == (VOCAB_SIZE + 64, VOCAB_SIZE)
+    ids = torch.tensor([tokenizer.encode(SENTENCES[0]).ids])
+    torch.testing.assert_close(after(ids).logits, before(ids).logits[..., :VOCAB_SIZE], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_the_model_card_has_the_figures_of_the_run(run, checkpoint, tmp_path, format):
+    """An earlier checkpoint has the figures of its own step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for path, step in ((checkpoint, STEPS), (run / f"checkpoint_{STEPS // 2}.pt", STEPS // 2)):
+        output = tmp_path / str(step)
+        export.export(path, output, format=format, dtype="f16")
+        (record,) = [record for record in records if record["step"] == step]
+        card = ModelCard.load(output / "README.md")
+        figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert figures == {name: round(record[name], 4) for name in ("val_loss", "val_bits_per_byte")}
+        assert f"| training loss | {record['loss']:.4f} nats per token |" in card.text
+        assert f"| tokens | {record['tokens']:,} |" in card.text
+        total, active = open_checkpoint(checkpoint).num_parameters()
+        rows = 64 * 128  # removed from the embedding
+        assert f"| parameters | {total - rows:,}, {active - rows:,} active per token |" in card.text
+        assert (output / "loss.png").stat().st_size > 10_000
+        assert str(tmp_path) not in card.content
+        assert str(run) not in card.content
+
+
+def test_a_checkpoint_alone_with_a_tokenizer_is_enough(run, checkpoint, tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / checkpoint.name).symlink_to(checkpoint)
+    tokenizer = str(run / "tokenizer.json")
+    export.export(tmp_path / "copy" / checkpoint.name, tmp_path / "model", tokenizer=tokenizer)
+    assert "training loss" not in (tmp_path / "model" / "README.md").read_text()
+    assert not (tmp_path / "model" / "loss.png").exists()
+    assert Acceleron.from_pretrained(tmp_path / "model").config.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "q8_0"], "--dtype q8_0 needs --format gguf"),
+        (["--format", "gguf", "--hybrid"], "--hybrid needs --format hf"),
+        (["--format", "onnx"], "--format: invalid choice: 'onnx': choose from hf, gguf"),
+        (["--push_to_hub", "nameless"], "--push_to_hub nameless: pass user/name"),
+        (["--tokenizer", "absent.json"], "absent.json"),
+    ],
+)
+def test_bad_flags_are_one_line_and_write_nothing(checkpoint, tmp_path, monkeypatch, capsys, arguments, message):
+    status = run_export(monkeypatch, "--checkpoint", checkpoint, "--output", tmp_path / "model", *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ")
+    assert message in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_directory_with_files_is_not_touched(checkpoint, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty: choose a new directory"):
+        export.export(checkpoint, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
+    other = tmp_path / "other.json"
+    train_tokenizer(["another text"], 300).save(str(other))
+    with pytest.raises(InputError, match=r"other\.json is not .*tokenizer\.json, which the model was trained with"):
+        export.export(checkpoint, tmp_path / "model", tokenizer=str(other))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_file_that_differs_from_the_checkpoint_is_an_error(checkpoint, tmp_path, monkeypatch):
+    """The export reads back what it wrote."""
+    write = export.write_model
+
+    def write_another(model, *arguments):
+        write(model, *arguments)
+        with torch.no_grad():
+            model.blocks[2].moe.w2_EDF[5] += 1e-4
+
+    monkeypatch.setattr(export, "write_model", write_another)
+    with pytest.raises(RuntimeError, match=r"blocks\.2\.moe\.w2_EDF differs after reading back"):
+        export.export(checkpoint, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_push_to_hub_checks_the_login_before_it_writes(checkpoint, tmp_path):
+    def push(output: Path, **variables) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "acceleron.export", "--checkpoint", checkpoint, "--output", output]
+        environment = hub_environment(hub.url, tmp_path / "home", **variables)
+        command += ["--push_to_hub", "someone/nano"]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+
+    with loopback_hub() as hub:
+        process = push(tmp_path / "bad", HF_TOKEN="hf_bad")
+        assert process.returncode == 2
+        assert "--push_to_hub someone/nano: the token is not valid" in process.stderr
+        assert not (tmp_path / "bad").exists()
+
+        process = push(tmp_path / "good", HF_TOKEN=WRITE_TOKEN)
+        assert process.returncode == 0, process.stderr
+        assert f"{hub.url}/someone/nano" in process.stdout
+        assert hub.repos["someone/nano"].keys() >= {path.name for path in (tmp_path / "good").iterdir()}
+        assert b'from_pretrained("someone/nano")' in hub.repos["someone/nano"]["README.md"]
