@@ -1,5 +1,5 @@
 # `make demo` trains a small model on this machine and samples from it. `make test` runs the fast checks, which take a
-# few minutes; `make test-all` runs the slow ones.
+# few minutes; `make test-all` runs the slow ones. `make engines` opens exported models in engines with large packages.
 PYTHON ?= python3
 # Any release since 2.11 works: `make setup TORCH=torch` installs the newest.
 TORCH ?= torch==2.13.0
@@ -10,7 +10,7 @@ OLD_TRITON := triton==3.6.0
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all lines
+.PHONY: setup demo test test-all engines lines
 
 setup: .venv/installed
 
@@ -52,6 +52,10 @@ test-all: setup
 	$(BIN)/python -m bench compile --check --tokens 1 --arch sm_90 gfx942
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
+
+# Needs 6 GB in .venv/engines. `make engines ENGINES="mlx peft"` runs two of them.
+engines: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/export/engines.py $(ENGINES)
 
 # Count the lines of Python per folder, excluding symlinks, and the words in the documentation.
 lines:
