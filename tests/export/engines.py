@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = ROOT / ".venv" / "engines"
 sys.path.insert(0, str(ROOT))  # for `import acceleron` in the environments of the engines
 PROMPTS = ["The model", "## ", "A run", "Training"]
 NEW_TOKENS, SEQ_LEN = 40, 64
@@ -188,7 +189,7 @@ def run_vllm(models: Path) -> Iterator[Result]:
     for name in ("moe", "hybrid", "dense"):
         reference = np.load(models / name / REFERENCE)
         size = reference["log_probs"].shape[-1]
-        llm = LLM(str(models / name), dtype="float32", max_logprobs=size)
+        llm = LLM(str(models / name), dtype="float32", max_logprobs=size, enforce_eager=True)
         prompts = [{"prompt_token_ids": ids} for ids in reference["ids"].tolist()]
         outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=size), use_tqdm=False)
         scores = [output.prompt_logprobs[1:] for output in outputs]  # none for the first token
@@ -225,7 +226,7 @@ SETTINGS = {  # of the child processes
 
 def install(name: str) -> Path:
     """Create the engine's environment, unless it exists with these packages. Return its Python."""
-    engine, directory = ENGINES[name], ROOT / ".venv" / "engines" / name
+    engine, directory = ENGINES[name], ENVIRONMENTS / name
     python, installed = directory / "bin" / "python", directory / "installed"
     if not installed.is_file() or installed.read_text() != engine.packages:
         print(f"{name}: installing {engine.packages}", flush=True)
@@ -262,8 +263,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         write_models(Path(directory))
         for name in names:
-            command = [install(name), __file__, name, "--models", directory]
-            if subprocess.run(command, env=os.environ | SETTINGS).returncode:
+            python, log = install(name), ENVIRONMENTS / name / "log"
+            command, environment = [python, __file__, name, "--models", directory], os.environ | SETTINGS
+            environment |= {"HF_HOME": directory, "VLLM_CACHE_ROOT": directory}
+            with log.open("w") as stderr:  # progress bars and warnings
+                status = subprocess.run(command, env=environment, stderr=stderr).returncode
+            if status:
+                print(f"{name}: FAILED: exit status {status}; details are in {log.relative_to(ROOT)}", flush=True)
                 failed.append(name)
     print(f"FAILED: {', '.join(failed)}" if failed else f"passed: {', '.join(names)}")
     return int(bool(failed))
