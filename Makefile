@@ -53,7 +53,7 @@ test-all: setup
 	$(BIN)/pip install --quiet --upgrade --no-deps --target ".venv/$(OLD_TRITON)" "$(OLD_TRITON)"
 	PYTHONPATH=".venv/$(OLD_TRITON)" $(BIN)/python -m bench compile --check --dtype bf16 fp16 fp32
 
-# Needs 6 GB in .venv/engines. `make engines ENGINES="mlx peft"` runs two of them.
+# Each engine gets a virtual environment in .venv/engines, 7 GB in all. `make engines ENGINES="mlx peft"` runs two of them.
 engines: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/export/engines.py $(ENGINES)
 

