@@ -1,5 +1,5 @@
 # `make demo` trains a small model on this machine and samples from it. `make test` runs the fast checks, which take a
-# few minutes; `make test-all` runs the slow ones.
+# few minutes; `make test-all` runs the slow ones. `make engines` opens exported models in engines with large packages.
 PYTHON ?= python3
 # Any release since 2.11 works: `make setup TORCH=torch` installs the newest.
 TORCH ?= torch==2.13.0
@@ -12,7 +12,7 @@ OLD_TRANSFORMERS := transformers==4.57.6
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all lines
+.PHONY: setup demo test test-all engines lines
 
 setup: .venv/installed
 
@@ -57,6 +57,10 @@ test-all: setup
 	$(BIN)/pip install --quiet --upgrade --target ".venv/$(OLD_TRANSFORMERS)" "$(OLD_TRANSFORMERS)"
 	PYTHONPATH=".venv/$(OLD_TRANSFORMERS)" $(BIN)/python -m pytest \
 		tests/export/test_transformers.py tests/export/test_other_models.py
+
+# Each engine gets a virtual environment in .venv/engines, 7 GB in all. `make engines ENGINES="mlx peft"` runs two of them.
+engines: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/export/engines.py $(ENGINES)
 
 # Count the lines of Python per folder, excluding symlinks, and the words in the documentation.
 lines:
