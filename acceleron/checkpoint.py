@@ -44,9 +44,10 @@ def list_checkpoints(directory: Path) -> dict[int, Path]:
 def find_checkpoint(name: str, directory: Path) -> Path:
     """Return `name` as a path. A bare file name that does not exist here is looked up in `directory`."""
     path, alternative = Path(name), directory / name
-    if path.exists() or path.name != name or not directory.is_dir():
+    # Unlike Path.exists, os.path.exists accepts a name that is too long for a file.
+    if os.path.exists(path) or path.name != name or not directory.is_dir():
         return path
-    if alternative.is_file():
+    if os.path.isfile(alternative):
         logger.info(f"note: {path} does not exist: using {alternative}")
     return alternative
 

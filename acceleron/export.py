@@ -13,36 +13,29 @@ from .data.tokenizer import num_ids
 from .errors import InputError, run_command
 from .files import new_directory
 from .flags import Parser, nonempty
-from .generation import load_model, open_tokenizer
-from .gguf_file import check_gguf_tokenizer, load_gguf_weights, write_gguf, write_modelfile
-from .hf_config import ARCHITECTURES, model_type
+from .generation import map_model, open_tokenizer
+from .gguf_file import TENSOR_TYPES, check_gguf_tokenizer, load_gguf, write_gguf, write_modelfile
+from .hf_config import to_hf_config
 from .hub import check_login, push
 from .model import Acceleron
-from .model_card import write_card
+from .model_card import gguf_usage, hf_usage, write_card
 from .pretrained import DTYPES, write_model
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 # The largest relative rounding error. q8_0 stores 32 values as multiples of the largest one / 127.
-TOLERANCES = {"fp32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 2**-6}
+ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 2**-6}
 
 logger = logging.getLogger("acceleron.export")  # __name__ is "__main__" in the command
-
-
-def trim_vocabulary(model: Acceleron, num_entries: int):
-    """Remove the rows of the embedding that have no token, because other engines would generate their ids."""
-    if num_entries < model.config.vocab_size:
-        logger.info(f"vocabulary: {num_entries:,} of {model.config.vocab_size:,} rows, those of the tokenizer")
-        model.embedding = nn.Parameter(model.embedding[:num_entries].clone(), requires_grad=False)
-        model.config = replace(model.config, vocab_size=num_entries)
 
 
 def export(
     checkpoint: str | Path, output: str | Path, *, format: str = "hf", dtype: str = "fp32", hybrid: bool = False,
     tokenizer: str | None = None, push_to_hub: str | None = None,
-) -> None:  # fmt: skip
-    """Write the model of a checkpoint to the new directory `output`, read it back, and compare the logits.
+):  # fmt: skip
+    """Write the model of a checkpoint to the new directory `output`, read it back, and compare weights and logits.
 
-    The arguments are those of the command. Raises InputError for bad input, before anything is written.
+    The arguments are those of the command. Raises InputError for bad input, and RunFailed for a full disk. Then nothing
+    is left in `output`, unless only the upload failed.
     """
     path, output = find_checkpoint(str(checkpoint), Path("checkpoints")), Path(output)
     if dtype == "q8_0" and format != "gguf":
@@ -50,54 +43,70 @@ def export(
     if hybrid and format != "hf":
         raise InputError("--hybrid needs --format hf")
     contents = load_checkpoint(path)
-    architecture = ARCHITECTURES[model_type(contents["config"])]
     opened = open_tokenizer(tokenizer, path.parent, contents["config"].vocab_size, None)
     if format == "gguf":
         check_gguf_tokenizer(opened)
+    (architecture,) = to_hf_config(contents["config"], None, None, hybrid)[
+        "architectures"
+    ]  # before anything is written
     if push_to_hub:
         check_login(push_to_hub)
     with new_directory(output) as partial:
-        model = load_model(contents, path, torch.device("cpu"), torch.float32)
+        model = map_model(contents, path)
         trim_vocabulary(model, num_ids(opened))
         name = push_to_hub or output.resolve().name
-        gguf_file = f"{name.rpartition('/')[2]}-{dtype}.gguf" if format == "gguf" else None
         logger.info(f"writing {architecture}, {dtype}, to {output}")
-        if gguf_file:
+        if format == "gguf":
+            gguf_file = f"{name.rpartition('/')[2]}-{TENSOR_TYPES[dtype]}.gguf"
             write_gguf(model, opened, partial / gguf_file, dtype, name)
             write_modelfile(partial / "Modelfile", gguf_file, model.config.max_seq_len)
+            copy = load_gguf(partial / gguf_file)
+            usage = gguf_usage(name, gguf_file)
         else:
             write_model(model, partial, opened, TORCH_DTYPES[dtype], hybrid)
-        verify(model, read_back(partial, gguf_file, model), dtype)
-        write_card(partial, name, model, contents, path.parent / "metrics.jsonl", gguf_file)
+            copy = Acceleron.from_pretrained(partial)
+            usage = hf_usage(name)
+        verify(model, copy, dtype)
+        write_card(partial, name, architecture, model, contents, path.parent / "metrics.jsonl", usage)
         size = sum(file.stat().st_size for file in partial.iterdir())
-    print(f"{output}: {gguf_file or architecture}, {size / 1e6:,.1f} MB")
+    print(f"{output}: {architecture}, {dtype}, {size / 1e6:,.1f} MB")
     if push_to_hub:
         print(push(output, push_to_hub))
 
 
-def read_back(directory: Path, gguf_file: str | None, model: Acceleron) -> Acceleron:
-    if not gguf_file:
-        return Acceleron.from_pretrained(directory)
-    copy = Acceleron(model.config).requires_grad_(False)
-    load_gguf_weights(directory / gguf_file, copy)
-    return copy
+def trim_vocabulary(model: Acceleron, num_entries: int):
+    """Remove the rows of the embedding that have no token. Other engines could otherwise generate their ids."""
+    if num_entries < model.config.vocab_size:
+        logger.info(f"vocabulary: {num_entries:,} of {model.config.vocab_size:,} rows, those of the tokenizer")
+        model.embedding = nn.Parameter(model.embedding[:num_entries].detach().clone())
+        model.config = replace(model.config, vocab_size=num_entries)
 
 
 @torch.no_grad()
 def verify(model: Acceleron, copy: Acceleron, dtype: str):
-    """Compare the weights and logits with those of the files. Raises RuntimeError if they differ by more than rounding.
+    """Compare the model with its copy from the files: all weights, and the logits of random tokens.
 
-    Logs the difference of the logits on random tokens.
+    Logs the difference. Replaces the model's weights with the copy's. Raises InputError if the dtype cannot represent a
+    weight, and RuntimeError, a bug, if the files are wrong.
     """
-    copied = dict(copy.named_parameters())
-    for name, weight in model.named_parameters():
-        if not (copied[name] - weight).norm() <= TOLERANCES[dtype] * weight.norm():
-            raise RuntimeError(f"{name} differs after reading back the exported file")
     shape = (2, min(64, model.config.max_seq_len))
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (m(ids).logits for m in (model, copy))
-    error = float((theirs - ours).norm() / ours.norm())
-    equal = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    before, after = model(ids).logits, copy(ids).logits
+    if not before.isfinite().all():
+        raise InputError("the model's logits are not finite: its training run diverged; use an earlier checkpoint")
+    copied = dict(copy.named_parameters())
+    for name, weight in model.named_parameters():
+        if dtype == "fp32" and not torch.equal(weight, copied[name]):
+            raise RuntimeError(f"{name} differs after reading back the exported file")
+        # In double precision, the norm does not overflow.
+        if not (copied[name] - weight).double().norm() <= ROUNDING[dtype] * weight.double().norm():
+            raise InputError(f"{name} has values that {dtype} cannot represent: export in fp32")
+    model.load_state_dict(copied, assign=True)
+    expected = model(ids).logits  # with our config; the copy's is that of the files
+    if not (after - expected).norm() <= 1e-5 * expected.norm():
+        raise RuntimeError("the logits differ after reading back the exported files")
+    error = float((after - before).norm() / before.norm())
+    equal = float((after.argmax(-1) == before.argmax(-1)).double().mean())
     logger.info(f"read back: the logits differ by {error:.2%} (RMS); {equal:.1%} of the most likely tokens are equal")
 
 

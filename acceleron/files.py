@@ -34,38 +34,38 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory to fill, and rename it to `path` at the end. An error leaves nothing.
+    """Yield a directory to fill. At the end, its files move to `path`, which must be new or empty.
 
-    Raises InputError if `path` is not empty, or if a killed process left its unfinished directory.
+    An error leaves nothing. Raises InputError if `path` is not empty or cannot be written, and RunFailed if the disk is
+    full.
     """
-    path = path.absolute()  # "." has no name
+    partial = path / PARTIAL
     try:
+        if partial.exists():
+            raise InputError(f"{partial} exists: another process is writing it, or was killed; then remove it")
         if path.is_dir() and any(path.iterdir()):
             raise InputError(f"{path} is not empty: choose a new directory")
-        partial = path.with_name(path.name + PARTIAL)
-        parents = [parent for parent in path.parents if not parent.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        created = [directory for directory in (path, *path.parents) if not directory.exists()]
+        partial.mkdir(parents=True)
     except OSError as error:
-        if isinstance(error, FileExistsError) and error.filename == str(partial):
-            raise InputError(f"{partial} is left from a process that was killed: remove it") from error
         raise file_error(f"{path}: cannot be written", error) from error
     try:
         yield partial
         for file in partial.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        sync_directory(partial)
-        partial.replace(path)  # also replaces an empty directory
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # last: it makes a model
+            file.replace(path / file.name)
+        partial.rmdir()
+        sync_directory(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # another process can have used them
-            for parent in parents:
-                parent.rmdir()
+            for directory in created:
+                directory.rmdir()
         if isinstance(error, OSError):
             raise file_error(f"{path}: cannot be written", error) from error
         raise
-    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path):

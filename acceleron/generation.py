@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .attention import KVCache, best_sdpa
-from .checkpoint import assign_weights, find_checkpoint, load_checkpoint
+from .checkpoint import assign_weights, load_checkpoint
 from .data.tokenizer import BYTE_TOKEN, END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
 from .errors import InputError
 from .model import Acceleron
-from .pretrained import find_pretrained
+from .pretrained import find_model
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Acceleron, Path]:
@@ -21,11 +21,10 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Acc
 
     Raises InputError if it does not exist or is damaged.
     """
-    path = find_checkpoint(name, Path("checkpoints"))
-    if path.is_file() or path.suffix == ".pt":
+    path = find_model(name)
+    if path.is_file():
         return load_model(load_checkpoint(path), path, device, dtype), path.parent
-    directory = find_pretrained(name)
-    return prepare_for_inference(Acceleron.from_pretrained(directory), dtype).to(device), directory
+    return prepare_for_inference(Acceleron.from_pretrained(path), dtype).to(device), path
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,19 @@ class Sampling:
 
 def load_model(contents: dict, path: str | Path, device: torch.device, dtype: torch.dtype) -> Acceleron:
     """Build the model of a loaded checkpoint for inference. Raises InputError if the weights do not fit the config."""
+    return prepare_for_inference(map_model(contents, path), dtype).to(device)
+
+
+def map_model(contents: dict, path: str | Path) -> Acceleron:
+    """Build the fp32 model of a loaded checkpoint on the CPU. Its weights stay memory-mapped from the file.
+
+    Raises InputError if they do not fit the config.
+    """
     with torch.device("meta"):
         model = Acceleron(contents["config"])
     assign_weights(model, contents, path)
     model.build_rope()
-    return prepare_for_inference(model, dtype).to(device)
+    return model
 
 
 def prepare_for_inference(model: Acceleron, dtype: torch.dtype) -> Acceleron:

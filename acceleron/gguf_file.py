@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def check_gguf_tokenizer(tokenizer: Tokenizer):
 
     That is a byte-level BPE with the GPT-2 split and without a normalizer, as `train_tokenizer` trains.
     """
+    import_gguf()
     found = list(_unsupported(json.loads(tokenizer.to_str())))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -53,7 +55,7 @@ def check_gguf_tokenizer(tokenizer: Tokenizer):
 
 def _unsupported(document: dict) -> Iterator[str]:
     """Yield what llama.cpp's GPT-2 tokenizer lacks in the contents of a tokenizer.json."""
-    model, split = document["model"], document["pre_tokenizer"] or {"type": "nothing"}
+    model, split = document["model"], document["pre_tokenizer"] or {"type": "no pre-tokenizer"}
     if model["type"] != "BPE":
         yield f"a {model['type']} model instead of BPE"
         return
@@ -63,7 +65,7 @@ def _unsupported(document: dict) -> Iterator[str]:
         split = split["pretokenizers"][0]
     if split["type"] != "ByteLevel":
         parts = "+".join(part["type"] for part in split.get("pretokenizers", [split]))
-        yield f"{parts} as pre-tokenizer instead of ByteLevel"
+        yield f"{parts} instead of a ByteLevel pre-tokenizer"
     elif split["add_prefix_space"]:
         yield "add_prefix_space true"
     elif not split["use_regex"]:
@@ -197,10 +199,12 @@ def _add_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int):
     writer.add_add_space_prefix(False)
 
 
-def load_gguf_weights(path: Path, model: Acceleron):
-    """Copy the weights of a GGUF file into the model. Raises InputError if one is missing or has another shape."""
+def load_gguf(path: Path) -> Acceleron:
+    """Load the model of a file from `write_gguf`. Raises InputError if a tensor is missing or has another shape."""
     gguf = import_gguf()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    model = Acceleron(_read_config(reader)).requires_grad_(False)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, shape, view in gguf_parts(model):
         if name not in tensors:
             raise InputError(f"{path}: has no tensor {name}")
@@ -209,6 +213,34 @@ def load_gguf_weights(path: Path, model: Acceleron):
             raise InputError(f"{path}: {name} is {found}, but the model's is {tuple(shape)}")
         weight = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
         view.copy_(torch.tensor(weight).reshape(view.shape))
+    return model
+
+
+def _read_config(reader) -> ModelConfig:
+    """Return the config that the keys of the file describe. Raises InputError for a factor that Acceleron lacks."""
+    arch = reader.fields["general.architecture"].contents()
+    keys = {name.removeprefix(f"{arch}."): field.contents() for name, field in reader.fields.items()}
+    fields = {
+        "vocab_size": keys["vocab_size"],
+        "d_model": keys["embedding_length"],
+        "num_layers": keys["block_count"],
+        "num_heads": keys["attention.head_count"],
+        "num_kv_heads": keys["attention.head_count_kv"],
+        "d_ff": keys["feed_forward_length"],
+        "max_seq_len": keys["context_length"],
+        "rope_theta": keys["rope.freq_base"],
+        "norm_eps": keys["attention.layer_norm_rms_epsilon"],
+    }
+    if arch == "llama":
+        return ModelConfig(dense=True, top_k=1, d_ff_shared=0, **fields)
+    shared = keys.get("expert_shared_feed_forward_length", 0)
+    fields |= {"num_experts": keys["expert_count"], "top_k": keys["expert_used_count"], "d_ff_shared": shared}
+    config = ModelConfig(**fields)
+    factors = {f"{name}_scale": 1.0 for name in ("embedding", "residual", "logit")}
+    for name, expected in (factors | {"attention.scale": config.head_dim**-0.5}).items():
+        if not math.isclose(keys[name], expected, rel_tol=1e-6):
+            raise InputError(f"{arch}.{name} is {keys[name]}, not {expected}")
+    return config
 
 
 def write_modelfile(path: Path, gguf_name: str, max_seq_len: int):

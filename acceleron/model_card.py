@@ -1,13 +1,15 @@
 """The model card of an export: README.md with training figures and the loss curve."""
 
+import json
 import logging
 import math
+import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import InputError
-from .hf_config import ARCHITECTURES, model_type
 from .model import Acceleron
 from .plot import draw_losses, read_metrics
 
@@ -33,25 +35,39 @@ HF_USAGE = """## Use
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained({literal})
+model = AutoModelForCausalLM.from_pretrained({literal})
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True, temperature=0.8)[0]))
 ```
 
-To train it further with Acceleron: `python train.py --init_from {name} --data_dir data`."""
+To train it further with Acceleron: `python train.py --init_from {quoted} --data_dir data`."""
 GGUF_USAGE = """## Use
 
 ```bash
-llama-cli -m {file} -no-cnv -p "Once upon a time" -n 100
+llama-completion -m {file} -no-cnv -p "Once upon a time" -n 100
 ollama create {model} -f Modelfile && ollama run {model} "Once upon a time"
 ```"""
 
 
-def write_card(directory: Path, name: str, model: Acceleron, contents: dict, metrics: Path, gguf_file: str | None):
+def hf_usage(name: str) -> str:
+    return HF_USAGE.format(literal=json.dumps(name, ensure_ascii=False), quoted=shlex.quote(name))
+
+
+def gguf_usage(name: str, file: str) -> str:
+    model = re.sub(r"[^a-z0-9_.-]+", "-", name.rpartition("/")[2].lower())
+    return GGUF_USAGE.format(file=shlex.quote(file), model=model)
+
+
+def write_card(
+    directory: Path, name: str, architecture: str, model: Acceleron, contents: dict, metrics: Path, usage: str
+):
     """Write README.md, and loss.png if `metrics`, the run's metrics.jsonl, and matplotlib are present.
 
-    `contents` is the checkpoint, and `gguf_file` the name of the GGUF file, if the directory has one.
+    Args:
+        architecture: the one in config.json, GraniteMoeSharedForCausalLM for example.
+        contents: the checkpoint.
+        usage: the section about using the model, from `hf_usage` or `gguf_usage`.
     """
     records, curve = [], ""
     try:
@@ -72,17 +88,14 @@ def write_card(directory: Path, name: str, model: Acceleron, contents: dict, met
         if metric in last
     ]  # fmt: skip
     card_data = ModelCardData(
-        library_name="gguf" if gguf_file else "transformers", pipeline_tag="text-generation",
+        library_name=None if any(directory.glob("*.gguf")) else "transformers", pipeline_tag="text-generation",
         tags=["acceleron"] + ([] if model.config.dense else ["moe"]), model_name=name,
         eval_results=results or None,
     )  # fmt: skip
-    model_id = name.rpartition("/")[2].lower()
-    usage = GGUF_USAGE.format(file=gguf_file, model=model_id) if gguf_file else HF_USAGE.format(name=name)
-    config = model.config
-    kind = "A dense language model" if config.dense else "A Mixture-of-Experts language model"
+    kind = "A dense language model" if model.config.dense else "A Mixture-of-Experts language model"
     ModelCard.from_template(
         card_data, template_str=TEMPLATE, name=name, kind=kind, usage=usage,
-        shape=table(shape_rows(model)), curve=curve, training=table(training_rows(contents, last)),
+        shape=table(shape_rows(model, architecture)), curve=curve, training=table(training_rows(contents, last)),
     ).save(directory / "README.md")  # fmt: skip
 
 
@@ -90,18 +103,18 @@ def table(rows: dict[str, str]) -> str:
     return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
 
 
-def shape_rows(model: Acceleron) -> dict[str, str]:
+def shape_rows(model: Acceleron, architecture: str) -> dict[str, str]:
     config = model.config
     total, active = model.num_parameters()
-    rows = {"architecture": ARCHITECTURES[model_type(config)].removesuffix("ForCausalLM")}
+    rows = {"architecture": architecture.removesuffix("ForCausalLM")}
     rows["parameters"] = f"{total:,}" if config.dense else f"{total:,}, {active:,} active per token"
     if config.dense:
         rows["feed-forward width"] = f"{config.d_ff_dense:,}"
     else:
         rows["experts"] = f"{config.num_experts} routed of width {config.d_ff}, {config.top_k} per token"
         rows["experts"] += f", and a shared one of width {config.d_ff_shared}" if config.d_ff_shared else ""
-    rows["layers, width"] = f"{config.num_layers}, {config.d_model}"
-    rows["attention heads"] = f"{config.num_heads}, {config.num_kv_heads} of keys and values"
+    rows["layers"], rows["width"] = f"{config.num_layers}", f"{config.d_model:,}"
+    rows["attention heads"] = f"{config.num_heads} for queries, {config.num_kv_heads} for keys and values"
     return rows | {"context": f"{config.max_seq_len:,} tokens", "vocabulary": f"{config.vocab_size:,}"}
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 
+from .checkpoint import find_checkpoint
 from .config import read_json
 from .data.tokenizer import END_OF_TEXT, PAD, num_ids
 from .errors import InputError, file_error, path_error
 from .files import new_directory
 from .hf_config import HFConfig, from_hf_config, to_hf_config
-from .hub import download_model, is_model_id
 from .model import Acceleron
 from .weight_names import HUGGING_FACE, named_parts
 
@@ -33,24 +34,49 @@ def save_pretrained(
     """Write a model directory. `Acceleron.save_pretrained` has the arguments."""
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but got {dtype}")
-    if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
+    if tokenizer is not None:
+        if not isinstance(tokenizer, Tokenizer):
+            kind = type(tokenizer).__name__
+            raise InputError(f"tokenizer: expected a tokenizers.Tokenizer, such as .backend_tokenizer, but got {kind}")
+        if tokenizer.token_to_id(END_OF_TEXT) is None:
+            raise InputError(f"the tokenizer has no {END_OF_TEXT}: pass the one that the model was trained with")
         entries, rows = num_ids(tokenizer), model.config.vocab_size
-        raise InputError(f"the tokenizer has {entries} entries, more than the model's vocabulary of {rows}")
+        if entries > rows:
+            raise InputError(f"the tokenizer has {entries} entries, more than the model's vocabulary of {rows}")
     with new_directory(Path(directory)) as partial:
         write_model(model, partial, tokenizer, dtype, hybrid)
 
 
 def write_model(model: Acceleron, directory: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, hybrid: bool):
-    """Write the files of a model directory. Raises InputError if no other architecture equals the model."""
+    """Write the files of a model directory. Raises InputError if no other architecture equals the model.
+
+    Embedding rows without a token are left out, because engines could generate their ids. Norms and routers are fp32:
+    they are small, and a rounded router selects other experts for some tokens.
+    """
     ids = [tokenizer.token_to_id(name) if tokenizer else None for name in (END_OF_TEXT, PAD)]
-    write_json(directory / "config.json", to_hf_config(model.config, *ids, hybrid))
-    tensors = {name: convert(part, dtype, name) for name, part in named_parts(model, HUGGING_FACE)}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    rows = num_ids(tokenizer) if tokenizer else model.config.vocab_size
+    write_json(directory / "config.json", to_hf_config(replace(model.config, vocab_size=rows), *ids, hybrid))
+    tensors = {}
+    for name, part in named_parts(model, HUGGING_FACE):
+        keep = part.dim() == 1 or name.endswith("router.layer.weight")
+        tensors[name] = convert(part[:rows] if name == EMBEDDING else part, torch.float32 if keep else dtype, name)
+    write_weights(tensors, directory / WEIGHTS)
     (directory / WEIGHTS).chmod((directory / "config.json").stat().st_mode)  # safetensors restricts it to the owner
     if tokenizer:
         write_tokenizer(tokenizer, directory, model.config.max_seq_len)
         values = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), (ids[0], *ids), strict=True))
         write_json(directory / "generation_config.json", values)
+
+
+def write_weights(tensors: dict[str, torch.Tensor], path: Path):
+    """Write a safetensors file. Raises OSError, for which safetensors raises an error of its own."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def convert(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -84,13 +110,30 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
     write_json(directory / "special_tokens_map.json", special)
 
 
-def find_pretrained(name: str | Path) -> Path:
-    """Return the model directory `name`, or download the Hub model of that name. Raises InputError."""
-    path = Path(name)
-    if not os.path.exists(path) and is_model_id(str(name)):  # unlike Path.exists, also takes a name that is too long
-        return download_model(str(name))
-    if not os.path.isdir(path):
-        raise path_error("model directory", path, "directory")
+def find_local(name: str | Path, what: str = "model") -> Path | None:
+    """Return the checkpoint or the model directory `name`, or None for the name of a Hub model, user/name.
+
+    Raises InputError for a missing path. The message starts with `what`.
+    """
+    path = find_checkpoint(str(name), Path("checkpoints"))
+    if os.path.exists(path):
+        if path.suffix in (".safetensors", ".json") and path.is_file():
+            raise path_error(what, path, "directory")
+        return path
+    from .hub import is_model_id  # importing huggingface_hub takes 0.3 s
+
+    if path.suffix == ".pt" or not is_model_id(str(name)):
+        raise path_error(what, path, "directory")
+    return None
+
+
+def find_model(name: str | Path, weights: bool = True) -> Path:
+    """Return the path of a checkpoint or a model directory. Downloads a Hub model, or only its JSON files."""
+    path = find_local(name)
+    if path is None:
+        from .hub import download_model
+
+        path = download_model(str(name), weights)
     return path
 
 
@@ -98,16 +141,19 @@ def read_config(directory: Path) -> HFConfig:
     """Read config.json. Raises InputError if it is missing, invalid, or of a model that Acceleron cannot represent."""
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(f"{directory} has no config.json: pass a directory that save_pretrained wrote")
+        raise path_error("model", path, "file")
+    values = read_json(path)
     try:
-        return from_hf_config(read_json(path))
+        return from_hf_config(values)
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix('config: ')}") from error
 
 
 def load_pretrained(name: str | Path, device: torch.device | str, compute_dtype: torch.dtype) -> Acceleron:
     """Load a model directory or a Hub model. `Acceleron.from_pretrained` has the arguments."""
-    directory = find_pretrained(name)
+    directory = find_model(name)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a model directory; if it is a checkpoint, use Acceleron.load")
     config, factors = read_config(directory)
     files = weight_files(directory)
     check_layers(files, config.num_layers)
@@ -151,8 +197,8 @@ def weight_files(directory: Path) -> list[Path]:
     for name in names:
         if not (directory / name).is_file():
             others = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
-            found = f"; {', '.join(sorted(others))[:200]} are not read" if others else ""
-            raise InputError(f"{directory} has no {name}{found}; get the safetensors files of the model")
+            found = f", only {', '.join(sorted(others))[:200]}" if others else ""
+            raise InputError(f"{directory} has no {name}{found}: get the model's safetensors files")
     return [directory / name for name in names]
 
 

@@ -274,7 +274,9 @@ def test_invalid_tokenizers(original, workdir, stderr_of, content):
 def test_missing_tokenizer(workdir, stderr_of):
     (workdir / "data" / "tokenizer.json").unlink()
     assert_error(stderr_of(train, *TRAIN), "--tokenizer")
-    assert_error(stderr_of(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "--tokenizer", "good.pt")
+    assert_error(
+        stderr_of(generate, "--checkpoint", "good.pt", "--prompt", "word1"), "no tokenizer.json in .", "--tokenizer"
+    )
 
 
 def truncated(content: bytes, trap):

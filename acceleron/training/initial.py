@@ -9,25 +9,11 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import assign_weights, load_checkpoint
 from ..data.tokenizer import find_tokenizer, load_tokenizer
-from ..errors import InputError, path_error
+from ..errors import InputError
 from ..model import Acceleron
+from ..pretrained import find_model, read_config
 
 logger = logging.getLogger(__name__)
-
-
-def find_local(name: str) -> Path | None:
-    """Return the model directory or checkpoint, or None for a Hub model. Raises InputError for a missing path."""
-    path = Path(name)
-    if path.suffix == ".pt":
-        if not path.is_file():
-            raise path_error("--init_from", path, "file")
-    elif not path.is_dir():
-        from ..hub import is_model_id  # importing huggingface_hub takes 0.3 s
-
-        if path.exists() or not is_model_id(name):
-            raise path_error("--init_from", path, "directory")
-        return None
-    return path
 
 
 class InitialModel:
@@ -41,16 +27,13 @@ class InitialModel:
     """
 
     def __init__(self, name: str):
-        self._name, self._path, self._contents = name, find_local(name), None
-        if self._path and self._path.is_file():
+        self._name, self._path, self._contents = name, find_model(name, weights=False), None
+        if self._path.is_file():
             self._contents = load_checkpoint(self._path)
             self.directory = self._path.parent
             self.config = replace(self._contents["config"], debug_force_load_balance=False)
         else:
-            from ..hub import download_model
-            from ..pretrained import read_config
-
-            self.directory = self._path or download_model(name, weights=False)
+            self.directory = self._path
             self.config = read_config(self.directory).config
 
     def copy_weights(self, model: Acceleron):
@@ -58,7 +41,7 @@ class InitialModel:
         if self._contents:
             assign_weights(model, self._contents, self._path, assign=False)
         else:
-            model.load_state_dict(Acceleron.from_pretrained(self._path or self._name).state_dict())
+            model.load_state_dict(Acceleron.from_pretrained(self._name).state_dict())
 
     def check_tokenizer(self, tokenizer: Tokenizer, path: Path):
         """Raise InputError if the data's tokenizer has a different vocabulary: the ids would have other meanings.

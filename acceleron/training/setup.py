@@ -20,8 +20,9 @@ from ..data.tokenizer import ByteCounter, find_tokenizer, load_tokenizer, num_id
 from ..device import cpu_has_bf16, missing_compiler, resolve_device, resolve_dtype
 from ..errors import InputError, did_you_mean, file_error, path_error
 from ..files import atomic_write
+from ..pretrained import find_local
 from .checkpointing import CheckpointManager
-from .initial import InitialModel, find_local
+from .initial import InitialModel
 from .metrics import Metrics
 from .options import TrainOptions
 from .trainer import Trainer
@@ -46,7 +47,7 @@ def check_paths(options: TrainOptions) -> TrainOptions:
     if options.config:
         ModelConfig.load(options.config)
     if options.init_from:
-        find_local(options.init_from)
+        find_local(options.init_from, "--init_from")
     if options.resume in (None, "auto"):
         return options
     path = find_checkpoint(options.resume, Path(options.save_dir))
@@ -145,7 +146,9 @@ def byte_counter(tokenizer: Tokenizer | None, vocab_size: int) -> ByteCounter | 
     return counter
 
 
-def model_config(options: TrainOptions, tokenizer: Tokenizer | None, initial: InitialModel | None) -> ModelConfig:
+def model_config(
+    options: TrainOptions, tokenizer: Tokenizer | None, initial: InitialModel | None = None
+) -> ModelConfig:
     """Return the config of --init_from, --config or --model_size, with the fields that other flags override.
 
     Raises InputError if it is invalid, or does not fit the tokenizer or --seq_len.

@@ -37,6 +37,8 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def small_tokenizer(size: int = 320):
-    """A byte-level BPE that merges some words."""
-    text = "the rain in spain stays mainly in the plain, they say. "
-    return train_tokenizer([text * 9, "def f(x): return x\n" * 9], size)
+    """A byte-level BPE with `size` entries. It merges some words."""
+    text = "the rain in spain stays mainly in the plain, they say. However, some of it falls on hills and coasts. "
+    tokenizer = train_tokenizer([text * 9, "def f(x): return x\n" * 9], size)
+    assert tokenizer.get_vocab_size() == size
+    return tokenizer

@@ -2,9 +2,11 @@
 
 import json
 import math
+import resource
 import shutil
 import struct
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_scaled_rope_is_refused(field, value):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no config.json"),
+        (None, "config.json does not exist"),
         (b"", r"config\.json: not a JSON file"),
         (b"[]", r"config\.json: not a JSON object"),
         (b"{", r"config\.json: not a JSON file"),
@@ -291,17 +293,19 @@ def test_bad_index(directory, weight_map, message):
 
 def test_other_formats_are_named(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    refused(directory, r"has no model\.safetensors; pytorch_model\.bin are not read")
+    refused(directory, r"has no model\.safetensors, only pytorch_model\.bin")
 
 
 @pytest.mark.parametrize("name", ["missing/directory/x", "x" * 5000, "nul\0", ""])
 def test_missing_directory(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    refused(name, "does not exist|has no config.json")
+    refused(name, "does not exist")
 
 
 def test_a_file_is_not_a_directory(directory):
-    refused(directory / "config.json", "config.json is a file")
+    refused(directory / "config.json", "config.json is a file, not a directory: pass its directory")
+    (directory / "other").touch()
+    refused(directory / "other", "other is not a model directory; if it is a checkpoint, use Acceleron.load")
 
 
 @pytest.fixture
@@ -322,7 +326,7 @@ def failed_save(directory, message, model=None, *args, **kwargs):
 def test_existing_files_are_kept(parent, monkeypatch):
     failed_save(parent, "is not empty: choose a new directory")
     failed_save(parent / "file", r"file: cannot be written")
-    failed_save(parent / "file" / "model", r"file/model: cannot be written \(.*not a directory\)")
+    failed_save(parent / "file" / "model", r"file/model: cannot be written \(Not a directory\)")
     failed_save(parent / "file" / "a" / "model", r"file/a/model: cannot be written \(.*ot a directory\)")
     failed_save(parent / ("x" * 300), r"x: cannot be written \(File name too long\)")
     monkeypatch.chdir(parent)
@@ -341,15 +345,15 @@ def test_unwritable_directory(parent, monkeypatch):
         failed_save(parent / "new" / "model", r"new/model: cannot be written \(Permission denied\)")
 
 
-def test_full_disk(parent, monkeypatch):
-    """Can succeed later, so it is not an InputError."""
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("acceleron.pretrained.save_file", fail)
-    with pytest.raises(RunFailed, match=r"model: cannot be written \(No space left on device\)"):
-        random_model().save_pretrained(parent / "new" / "model")
+def test_full_disk(parent):
+    """Can succeed later, so it is not an InputError. A limit of the file size stands for a small disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"model: cannot be written \(File too large\)"):
+            random_model().save_pretrained(parent / "new" / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_models_that_cannot_be_exported_leave_nothing(parent):
@@ -365,6 +369,7 @@ def test_models_that_cannot_be_exported_leave_nothing(parent):
     )
     failed_save(target, "--hybrid: the dense baseline has no experts", random_model(dense=True), hybrid=True)
     failed_save(target, "--hybrid: the model has no shared expert", random_model(d_ff_shared=0), hybrid=True)
+    failed_save(target, "tokenizer: expected a tokenizers.Tokenizer, .*but got str", None, "tokenizer.json")
     failed_save(target, "dtype: expected .*float16, but got torch.int8", dtype=torch.int8)
     for value in (math.nan, math.inf):
         model = random_model()
@@ -380,9 +385,27 @@ def test_an_empty_directory_is_used_and_leftovers_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     random_model().save_pretrained(tmp_path / "empty")
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["config.json", "model.safetensors"]
-    (tmp_path / "model.partial").mkdir()
-    failed_save(tmp_path / "model", r"model\.partial is left from a process that was killed: remove it")
-    assert (tmp_path / "model.partial").exists()
+    (tmp_path / "model" / ".partial").mkdir(parents=True)
+    failed_save(
+        tmp_path / "model", r"model/\.partial exists: another process is writing it, or was killed; then remove it"
+    )
+    assert (tmp_path / "model" / ".partial").exists()
+
+
+def test_an_existing_directory_stays_the_same_one(tmp_path, monkeypatch):
+    """It can be the current directory, a symbolic link or a mount point, and have permissions of its own."""
+    (tmp_path / "empty").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("empty")
+    before = (tmp_path / "empty").stat()
+    monkeypatch.chdir(tmp_path / "empty")
+    random_model().save_pretrained(".")
+    assert Path("config.json").is_file()
+    after = (tmp_path / "empty").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    for file in Path().iterdir():
+        file.unlink()
+    random_model().save_pretrained(tmp_path / "link")
+    assert Path("config.json").is_file()
 
 
 def test_files_have_the_usual_permissions(tmp_path):

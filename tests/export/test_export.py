@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import WRITE_TOKEN, hub_environment, loopback_hub
 from waiting import TIMEOUT
 
-from acceleron import Acceleron, export
+from acceleron import Acceleron, export, pretrained
 from acceleron.checkpoint import load_checkpoint
 from acceleron.data.prepare import prepare
 from acceleron.data.tokenizer import load_tokenizer, train_tokenizer
@@ -85,7 +85,7 @@ def test_a_trained_nano_gives_equal_text_at_each_stop(checkpoint, tokenizer, tmp
         assert auto.decode(ids) == text
 
     export.export(checkpoint, tmp_path / "gguf", format="gguf")
-    engine = Engine(tmp_path / "gguf" / "gguf-fp32.gguf", 2048)
+    engine = Engine(tmp_path / "gguf" / "gguf-F32.gguf", 2048)
     for prompt, text in zip(PROMPTS, expected, strict=True):
         assert engine.generate(tokenizer.encode(prompt).ids, NUM_TOKENS, VOCAB_SIZE, [])[1] == text
 
@@ -120,6 +120,7 @@ def test_the_model_card_has_the_figures_of_the_run(run, checkpoint, tmp_path, fo
         assert figures == {name: round(record[name], 4) for name in ("val_loss", "val_bits_per_byte")}
         assert f"| training loss | {record['loss']:.4f} nats per token |" in card.text
         assert f"| tokens | {record['tokens']:,} |" in card.text
+        assert "| architecture | GraniteMoeShared |" in card.text
         total, active = open_checkpoint(checkpoint).num_parameters()
         rows = 64 * 128  # removed from the embedding
         assert f"| parameters | {total - rows:,}, {active - rows:,} active per token |" in card.text
@@ -162,7 +163,6 @@ def test_a_directory_with_files_is_not_touched(checkpoint, tmp_path):
     with pytest.raises(InputError, match="is not empty: choose a new directory"):
         export.export(checkpoint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
@@ -186,6 +186,34 @@ def test_a_file_that_differs_from_the_checkpoint_is_an_error(checkpoint, tmp_pat
     with pytest.raises(RuntimeError, match=r"blocks\.2\.moe\.w2_EDF differs after reading back"):
         export.export(checkpoint, tmp_path / "model")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "key"), [("hf", "rms_norm_eps"), ("gguf", "rope")])
+def test_a_wrong_setting_in_the_files_is_an_error(checkpoint, tmp_path, monkeypatch, format, key):
+    """Equal weights are not enough."""
+    if format == "hf":
+        right = pretrained.to_hf_config
+        monkeypatch.setattr(pretrained, "to_hf_config", lambda *arguments: right(*arguments) | {key: 0.1})
+    else:
+        gguf = pytest.importorskip("gguf")
+        right = gguf.GGUFWriter.add_rope_freq_base
+        monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, value: right(writer, 100 * value))
+    with pytest.raises(RuntimeError, match="the logits differ after reading back"):
+        export.export(checkpoint, tmp_path / "model", format=format)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "dtype", "scale"), [("hf", "f16", 1e-6), ("gguf", "q8_0", 1e-8)])
+def test_weights_that_are_too_small_for_the_dtype_are_refused(run, checkpoint, tmp_path, format, dtype, scale):
+    contents = load_checkpoint(checkpoint)
+    contents["config"] = contents["config"].to_dict()
+    contents["model"]["blocks.1.moe.w2_EDF"] = contents["model"]["blocks.1.moe.w2_EDF"] * scale
+    torch.save(contents, tmp_path / "small.pt")
+    with pytest.raises(InputError, match=rf"w2_EDF has values that {dtype} cannot represent: export in fp32"):
+        export.export(
+            tmp_path / "small.pt", tmp_path / "model", format=format, dtype=dtype, tokenizer=str(run / "tokenizer.json")
+        )
+    assert not (tmp_path / "model").exists()
 
 
 def test_push_to_hub_checks_the_login_before_it_writes(checkpoint, tmp_path):

@@ -147,8 +147,7 @@ def test_hub_model_is_downloaded_without_weights_to_resume(data_dir, original, t
         downloads.append((repo, weights))
         return original / "export"
 
-    for module in ("hub", "pretrained"):
-        monkeypatch.setattr(f"acceleron.{module}.download_model", download_model)
+    monkeypatch.setattr("acceleron.hub.download_model", download_model)
     settings = options(data_dir, tmp_path / "run", max_steps=1, resume="auto", **initial("user/name"))
     train(settings)
     assert downloads == [("user/name", False), ("user/name", True)]
@@ -268,9 +267,9 @@ def untie(export):
 @pytest.mark.parametrize(
     ("damage", "culprit"),
     [
-        (remove_config, "has no config.json"),
+        (remove_config, "config.json does not exist"),
         (truncate, "model.safetensors: damaged or not a safetensors file"),
-        (keep_only_pickles, "has no model.safetensors; pytorch_model.bin"),
+        (keep_only_pickles, "has no model.safetensors, only pytorch_model.bin"),
         (untie, "config.json: tie_word_embeddings False is not supported"),
     ],
 )

@@ -38,7 +38,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+SLOW = {"compiled"}  # another case is also compiled
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in SETTINGS])
 def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, case):
     """Saves fall inside log intervals, and evaluation batches are smaller than training batches."""
     torch.set_num_threads(2 if case == "eager" else 1)
