@@ -61,7 +61,7 @@ def _cached_copy(repo: str, patterns: dict, error: Exception) -> Path:
     except LocalEntryNotFoundError:
         raise InputError(
             f"{repo}: no such directory, no network ({_one_line(error)}) and no cached copy of the Hub's model: "
-            f"check the name; {CHECK_NETWORK}"
+            f"check the name; {_network_fix(error)}"
         ) from error
     logger.warning("%s: no network (%s): using the cached copy %s", repo, _one_line(error), path)
     return path
@@ -120,11 +120,15 @@ def _reason(error: Exception) -> str:
     if status == 401:
         return "the token is not valid: set HF_TOKEN to a valid one, or unset it and run `hf auth login`"
     if isinstance(error, OfflineModeIsEnabled) or (isinstance(error, HTTPError) and status is None):
-        return f"the Hub cannot be reached ({_one_line(error)}): {CHECK_NETWORK}"
+        return f"the Hub cannot be reached ({_one_line(error)}): {_network_fix(error)}"
     if isinstance(error, (HTTPError, OSError, HFValidationError)):
         return _one_line(error)
     # For example, an HTML login page, or an ftp:// proxy
     return f"invalid response from the Hugging Face Hub ({type(error).__name__}: {_one_line(error)}): {CHECK_NETWORK}"
+
+
+def _network_fix(error: Exception) -> str:
+    return "unset HF_HUB_OFFLINE" if isinstance(error, OfflineModeIsEnabled) else CHECK_NETWORK
 
 
 def _one_line(error: Exception) -> str:
