@@ -46,9 +46,8 @@ def export(
     opened = open_tokenizer(tokenizer, path.parent, contents["config"].vocab_size, None)
     if format == "gguf":
         check_gguf_tokenizer(opened)
-    (architecture,) = to_hf_config(contents["config"], None, None, hybrid)[
-        "architectures"
-    ]  # before anything is written
+    # Raises InputError for a model that no architecture equals, before anything is written.
+    architecture = to_hf_config(contents["config"], None, None, hybrid)["architectures"][0]
     if push_to_hub:
         check_login(push_to_hub)
     with new_directory(output) as partial:

@@ -21,7 +21,7 @@ TEMPLATE = """---
 
 # {{ name }}
 
-{{ kind }}, pretrained from scratch with Acceleron. It continues text. It is not tuned to follow instructions.
+{{ kind }}, pretrained with Acceleron. It continues text, and is not tuned to follow instructions.
 
 {{ shape }}
 ## Training
