@@ -1,7 +1,7 @@
 """Open exported models in engines whose packages are too large for the test suite: `make engines`.
 
-Trains a small MoE and its dense baseline on README.md, and exports them with the log-probabilities and greedy tokens
-that our model computes in fp32. Each engine runs in a child process of this script, in its own virtual environment. The
+Trains a small MoE and its dense baseline on a page of Python's documentation, and exports them with the
+log-probabilities and greedy tokens that our model computes in fp32. Each engine runs in a child process of this script, in its own virtual environment. The
 exit status is 1 if an engine's results differ by more than rounding.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from pydoc_data.topics import topics  # text on every machine
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / ".venv" / "engines"
 sys.path.insert(0, str(ROOT))  # for `import acceleron` in the environments of the engines
-PROMPTS = ["The model", "## ", "A run", "Training"]
+PROMPTS = ["The target", "If the ", "An assignment", "Note"]
 NEW_TOKENS, SEQ_LEN = 40, 64
 LIMIT, BITS_LIMIT = 1e-4, 1e-3  # for the largest difference of logits or log-probabilities, and for bits per byte
 REFERENCE, TEXT = "reference.npz", "text.jsonl"  # in each model's directory; beside the directories
@@ -42,10 +43,10 @@ def write_models(directory: Path):
 
     from acceleron.data.tokenizer import encode, num_ids, train_tokenizer
 
-    text = (ROOT / "README.md").read_text()
+    text = topics["assignment"]
     tokenizer = train_tokenizer([text], 512)
     ids = torch.tensor(encode(tokenizer, [text])[0])
-    paragraphs = (ROOT / "CONTRIBUTING.md").read_text().split("\n\n")
+    paragraphs = topics["try"].split("\n\n")
     (directory / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
     for dense in (False, True):
         print(f"training the {'dense baseline' if dense else 'MoE'}", flush=True)
