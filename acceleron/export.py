@@ -22,8 +22,8 @@ from .model_card import gguf_usage, hf_usage, write_card
 from .pretrained import DTYPES, write_model
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-# The largest relative rounding error. q8_0 stores 32 values as multiples of the largest one / 127.
-ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 2**-6}
+# Limits for the relative rounding error. q8_0 stores 32 values as multiples of the largest one / 127.
+ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 2**-5}
 
 logger = logging.getLogger("acceleron.export")  # __name__ is "__main__" in the command
 
@@ -83,7 +83,7 @@ def trim_vocabulary(model: Acceleron, num_entries: int):
 
 @torch.no_grad()
 def verify(model: Acceleron, copy: Acceleron, dtype: str):
-    """Compare the model with its copy from the files: all weights, and the logits of random tokens.
+    """Compare the model with its copy from the files: all weights, and the logits for random tokens.
 
     Logs the difference. Replaces the model's weights with the copy's. Raises InputError if the dtype cannot represent a
     weight, and RuntimeError, a bug, if the files are wrong.

@@ -42,24 +42,31 @@ def new_directory(path: Path) -> Iterator[Path]:
     partial = path / PARTIAL
     try:
         if partial.exists():
-            raise InputError(f"{partial} exists: another process is writing it, or was killed; then remove it")
+            raise InputError(f"{partial} exists: another export is writing it, or was killed; then remove it")
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a broken link: choose a new directory")
         if path.is_dir() and any(path.iterdir()):
             raise InputError(f"{path} is not empty: choose a new directory")
         created = [directory for directory in (path, *path.parents) if not directory.exists()]
         partial.mkdir(parents=True)
     except OSError as error:
         raise file_error(f"{path}: cannot be written", error) from error
+    moved = []
     try:
         yield partial
         for file in partial.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # last: it makes a model
+            moved.append(path / file.name)
             file.replace(path / file.name)
         partial.rmdir()
         sync_directory(path)
+        sync_directory(path.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        for file in moved:
+            file.unlink(missing_ok=True)
         with suppress(OSError):  # another process can have used them
             for directory in created:
                 directory.rmdir()

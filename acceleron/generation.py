@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import KVCache, best_sdpa
 from .checkpoint import assign_weights, load_checkpoint
-from .data.tokenizer import BYTE_TOKEN, END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids
+from .data.tokenizer import BYTE_TOKEN, END_OF_TEXT, encode, find_tokenizer, load_tokenizer, num_ids, vocabulary
 from .errors import InputError
 from .model import Acceleron
 from .pretrained import find_model
@@ -83,7 +83,7 @@ def open_tokenizer(explicit: str | None, directory: Path, vocab_size: int, scrip
         raise InputError(f"no tokenizer.json in {directory}: pass one with --tokenizer")
     tokenizer = load_tokenizer(path)
     own = directory / "tokenizer.json"
-    if own.is_file() and own.read_bytes() != path.read_bytes():
+    if own.is_file() and own != path and vocabulary(load_tokenizer(own)) != vocabulary(tokenizer):
         raise InputError(f"--tokenizer {path} is not {own}, which the model was trained with: omit the flag")
     if num_ids(tokenizer) > vocab_size:
         raise InputError(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 
-from .checkpoint import find_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints
 from .config import read_json
 from .data.tokenizer import END_OF_TEXT, PAD, num_ids
 from .errors import InputError, file_error, path_error
@@ -96,7 +96,9 @@ def write_json(path: Path, values: dict):
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int):
     """Write the files that AutoTokenizer loads. Its encoding adds no special tokens, as in training."""
     copy = Tokenizer.from_str(tokenizer.to_str())
-    if copy.encode("a").ids != copy.encode("a", add_special_tokens=False).ids:
+    copy.no_truncation()
+    copy.no_padding()
+    if copy.num_special_tokens_to_add(False):
         copy.post_processor = processors.Sequence([])
     copy.save(str(directory / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -117,8 +119,12 @@ def find_local(name: str | Path, what: str = "model") -> Path | None:
     """
     path = find_checkpoint(str(name), Path("checkpoints"))
     if os.path.exists(path):
-        if path.suffix in (".safetensors", ".json") and path.is_file():
+        if path.suffix == ".safetensors" or path.name == "config.json":
             raise path_error(what, path, "directory")
+        if path.suffix == ".gguf":
+            raise InputError(
+                f"{what} {path}: GGUF files cannot be opened: pass the checkpoint, or an export to safetensors"
+            )
         return path
     from .hub import is_model_id  # importing huggingface_hub takes 0.3 s
 
@@ -141,6 +147,8 @@ def read_config(directory: Path) -> HFConfig:
     """Read config.json. Raises InputError if it is missing, invalid, or of a model that Acceleron cannot represent."""
     path = directory / "config.json"
     if not path.is_file():
+        if checkpoints := [*list_checkpoints(directory).values()]:
+            raise InputError(f"{directory} has checkpoints but no config.json: pass one, such as {checkpoints[-1]}")
         raise path_error("model", path, "file")
     values = read_json(path)
     try:
@@ -153,7 +161,7 @@ def load_pretrained(name: str | Path, device: torch.device | str, compute_dtype:
     """Load a model directory or a Hub model. `Acceleron.from_pretrained` has the arguments."""
     directory = find_model(name)
     if not directory.is_dir():
-        raise InputError(f"{directory} is not a model directory; if it is a checkpoint, use Acceleron.load")
+        raise InputError(f"{directory} is not a model directory; for a checkpoint, use Acceleron.load")
     config, factors = read_config(directory)
     files = weight_files(directory)
     check_layers(files, config.num_layers)
@@ -214,7 +222,7 @@ def open_weights(path: Path) -> safe_open:
 
 
 def check_layers(files: list[Path], num_layers: int):
-    """Raise InputError if a damaged config.json has many more layers than the files. Building them would take 8 s."""
+    """Raise InputError if a damaged config.json has many more layers than the files. Building them would be slow."""
     total = 0
     for path in files:
         with open_weights(path) as file:

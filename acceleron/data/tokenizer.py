@@ -79,6 +79,11 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def vocabulary(tokenizer: Tokenizer) -> tuple:
+    """Ids and merges, to compare tokenizers. Equal ones can be different files: an export writes the file again."""
+    return tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"].get("merges")
+
+
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Encode the texts on all cores, without special tokens. Raises InputError if the tokenizer cannot encode them."""
     return [encoding.ids for encoding in _encode_batch(tokenizer.encode_batch_fast, texts)]

@@ -1,6 +1,5 @@
 """The model of --init_from: a model directory, a Hub model or a checkpoint."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..checkpoint import assign_weights, load_checkpoint
-from ..data.tokenizer import find_tokenizer, load_tokenizer
+from ..data.tokenizer import find_tokenizer, load_tokenizer, vocabulary
 from ..errors import InputError
 from ..model import Acceleron
 from ..pretrained import find_model, read_config
@@ -51,13 +50,8 @@ class InitialModel:
         own = find_tokenizer(None, self.directory)
         if own is None:
             logger.info(f"note: {self.directory} has no tokenizer.json, so {path} cannot be compared with it")
-        elif own != path and _vocabulary(load_tokenizer(own)) != _vocabulary(tokenizer):
+        elif own != path and vocabulary(load_tokenizer(own)) != vocabulary(tokenizer):
             raise InputError(
                 f"{path} and the tokenizer of --init_from, {own}, have different vocabularies: prepare the data with "
                 f"`python -m acceleron.data prepare --tokenizer {own}`"
             )
-
-
-def _vocabulary(tokenizer: Tokenizer) -> tuple:
-    """Ids and merges. Equal tokenizers can be different files, because an export writes the file again."""
-    return tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"].get("merges")

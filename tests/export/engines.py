@@ -1,8 +1,8 @@
 """Open exported models in engines whose packages are too large for the test suite: `make engines`.
 
 Trains a small MoE and its dense baseline on a page of Python's documentation, and exports them with the
-log-probabilities and greedy tokens that our model computes in fp32. Each engine runs in a child process of this script, in its own virtual environment. The
-exit status is 1 if an engine's results differ by more than rounding.
+log-probabilities and greedy tokens that our model computes in fp32. Each engine runs in a child process of this script,
+in its own virtual environment. The exit status is 1 if an engine's results differ by more than rounding.
 """
 
 # Every function imports what it needs, because each engine exists only in its own environment.

@@ -305,7 +305,7 @@ def test_missing_directory(tmp_path, monkeypatch, name):
 def test_a_file_is_not_a_directory(directory):
     refused(directory / "config.json", "config.json is a file, not a directory: pass its directory")
     (directory / "other").touch()
-    refused(directory / "other", "other is not a model directory; if it is a checkpoint, use Acceleron.load")
+    refused(directory / "other", "other is not a model directory; for a checkpoint, use Acceleron.load")
 
 
 @pytest.fixture
@@ -387,9 +387,31 @@ def test_an_empty_directory_is_used_and_leftovers_are_named(tmp_path):
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["config.json", "model.safetensors"]
     (tmp_path / "model" / ".partial").mkdir(parents=True)
     failed_save(
-        tmp_path / "model", r"model/\.partial exists: another process is writing it, or was killed; then remove it"
+        tmp_path / "model", r"model/\.partial exists: another export is writing it, or was killed; then remove it"
     )
     assert (tmp_path / "model" / ".partial").exists()
+
+
+def test_an_interruption_while_files_move_leaves_nothing(parent, monkeypatch):
+    """All other files have moved when config.json does."""
+    replace = Path.replace
+
+    def interrupted(path, target):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        random_model().save_pretrained(parent / "new" / "model", small_tokenizer())
+
+
+def test_a_run_directory_and_a_gguf_file_are_named(directory):
+    (directory / "config.json").unlink()
+    (directory / "checkpoint_5.pt").touch()
+    refused(directory, "model has checkpoints but no config.json: pass one, such as .*checkpoint_5.pt")
+    (directory / "model.gguf").touch()
+    refused(directory / "model.gguf", "model.gguf: GGUF files cannot be opened")
 
 
 def test_an_existing_directory_stays_the_same_one(tmp_path, monkeypatch):

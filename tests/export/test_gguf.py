@@ -342,18 +342,16 @@ def test_models_without_an_architecture_are_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("block_count", 4, "has no tensor blk.3.attn_norm.weight"),
-        ("feed_forward_length", 64, r"blk.0.ffn_gate_exps.weight is \(4, 48, 32\), but the model's is \(4, 64, 32\)"),
         ("attention.scale", 1.0, r"granitemoe.attention.scale is 1.0, not 0.353"),
         ("residual_scale", 0.5, r"granitemoe.residual_scale is 0.5, not 1.0"),
     ],
 )
-def test_reading_refuses_what_does_not_fit(key, value, message, tokenizer, tmp_path):
+def test_reading_refuses_other_factors(key, value, message, tokenizer, tmp_path):
     write_gguf(random_model(MOE), tokenizer, tmp_path / "model.gguf", "fp32", "test")
     reader = gguf.GGUFReader(tmp_path / "model.gguf", "r+")
     set_field(key, value)(reader)
     reader.data.flush()
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         load_gguf(tmp_path / "model.gguf")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from small_models import SHAPES, random_ids, random_model, relative_error, small_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from acceleron import Acceleron
@@ -84,6 +84,27 @@ def test_generation_stops_at_the_end_of_text(exported):
     other.generation_config.eos_token_id = stop  # as if it were the id of the end-of-text token
     text = other.generate(prompt, max_new_tokens=30, do_sample=False)[0, 5:].tolist()
     assert text == tokens[: tokens.index(stop) + 1]
+
+
+def test_truncation_padding_and_added_tokens_of_the_tokenizer_are_not_exported(tmp_path):
+    """The model was trained without them."""
+    tokenizer, text = small_tokenizer(), "the rain in spain stays mainly in the plain"
+    expected = tokenizer.encode(text).ids
+    tokenizer.post_processor = processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", 1)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    random_model().save_pretrained(tmp_path / "model", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids == expected
+    assert Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(text).ids == expected
+
+
+def test_a_word_level_tokenizer_without_unknown_token_is_exported(tmp_path):
+    vocab = {"<|endoftext|>": 0, "the": 1, "rain": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    random_model().save_pretrained(tmp_path / "model", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("the rain").input_ids == [1, 2]
+    assert Acceleron.from_pretrained(tmp_path / "model").config.vocab_size == 3
 
 
 def test_losses_are_equal(exported):
