@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in the interpreter, which must be enabled befo
 
 import os
 import signal
+import sys
 
 # One thread, here and in subprocesses: tiny models gain nothing from two, and pytest-xdist's workers share the cores.
 # Tests that use two threads let them sleep while they wait. OpenMP reads both variables only once.
@@ -32,9 +33,12 @@ log_to_stderr()  # as commands do
 
 
 @pytest.fixture(autouse=True)
-def restore_threads():
+def restore_process():
+    """Dynamo limits the number of graphs per function, which all compiled tests of a process share."""
     yield
     torch.set_num_threads(1)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

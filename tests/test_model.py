@@ -291,8 +291,9 @@ print(json.dumps(result))
 
 @pytest.mark.parametrize(
     ("shape", "kinds"),
-    [pytest.param({}, 1, id="top-2"), pytest.param(OTHER_SHAPE, 2, marks=pytest.mark.slow, id="other shape")],
+    [pytest.param({}, 1, id="top-2"), pytest.param(OTHER_SHAPE, 2, id="other shape")],
 )
+@pytest.mark.slow
 def test_compile_makes_one_graph_per_kind_of_block(shape, kinds):
     script = COMPILE_SCRIPT.format(tests=str(Path(__file__).parent), shape=shape)
     process = subprocess.run(

@@ -40,7 +40,7 @@ def bench(*arguments: str, without_tma: str = "") -> subprocess.CompletedProcess
         pytest.param("sm_90", "tiny", "1", "rows,up", marks=pytest.mark.slow),
         pytest.param("sm_80", "tiny", "17", "", marks=pytest.mark.slow),
         pytest.param("sm_100", "tiny", "256", "", marks=pytest.mark.slow),
-        ("sm_90", "odd", "17", ""),
+        pytest.param("sm_90", "odd", "17", "", marks=pytest.mark.slow),
         pytest.param("sm_90", "top-k", "65536", "", marks=pytest.mark.slow),
         pytest.param("gfx942", "tiny", "256", "", marks=pytest.mark.slow),
     ],

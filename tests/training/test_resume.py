@@ -74,6 +74,7 @@ def test_steps_do_not_depend_on_global_random_generators(data_dir, tmp_path, mon
     assert_bitwise_equal(final_state(tmp_path / "reseeded", 4), final_state(tmp_path / "expected", 4))
 
 
+@pytest.mark.slow
 def test_evaluation_changes_only_the_log(data_dir, tmp_path):
     """The model is compiled with static shapes: a batch with a different shape is compiled separately."""
     settings = dict(batch_size=8, max_steps=4, save_interval=4, log_interval=1) | SETTINGS["compiled"]
