@@ -68,6 +68,7 @@ def test_wheel_imports(source, tmp_path):
     assert (site / "acceleron" / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_editable_install_imports(source, tmp_path):
     """Uses a new environment that can also import this environment's packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)

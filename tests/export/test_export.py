@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from loopback_hub import WRITE_TOKEN, hub_environment, loopback_hub
+from loopback_hub import hub_environment, loopback_hub
 from waiting import TIMEOUT
 
 from acceleron import Acceleron, export, pretrained
@@ -216,23 +216,28 @@ def test_weights_that_are_too_small_for_the_dtype_are_refused(run, checkpoint, t
     assert not (tmp_path / "model").exists()
 
 
+PUSH = """
+import os, sys
+from acceleron.errors import run_command
+from acceleron.export import main
+for token in ("hf_bad", "hf_write"):
+    os.environ["HF_TOKEN"] = token
+    sys.argv[1:] = ["--checkpoint", {checkpoint!r}, "--output", {output!r} + token, "--push_to_hub", "someone/nano"]
+    print(run_command(main), flush=True)
+"""
+
+
 def test_push_to_hub_checks_the_login_before_it_writes(checkpoint, tmp_path):
-    def push(output: Path, **variables) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "acceleron.export", "--checkpoint", checkpoint, "--output", output]
-        environment = hub_environment(hub.url, tmp_path / "home", **variables)
-        command += ["--push_to_hub", "someone/nano"]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-
+    code = PUSH.format(checkpoint=str(checkpoint), output=str(tmp_path / "model_"))
     with loopback_hub() as hub:
-        process = push(tmp_path / "bad", HF_TOKEN="hf_bad")
-        assert process.returncode == 2
-        assert "--push_to_hub someone/nano: the token is not valid" in process.stderr
-        assert not (tmp_path / "bad").exists()
-
-        process = push(tmp_path / "good", HF_TOKEN=WRITE_TOKEN)
-        assert process.returncode == 0, process.stderr
-        assert f"{hub.url}/someone/nano" in process.stdout
-        assert hub.repos["someone/nano"].keys() >= {path.name for path in (tmp_path / "good").iterdir()}
+        environment = hub_environment(hub.url, tmp_path / "home")
+        process = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT,
+            check=True,
+        )  # fmt: skip
+        first, *_, url, last = process.stdout.splitlines()
+        assert (first, last, url) == ("2", "0", f"{hub.url}/someone/nano")
+        assert process.stderr.startswith("error: --push_to_hub someone/nano: the token is not valid")
+        assert not (tmp_path / "model_hf_bad").exists()
+        assert hub.repos["someone/nano"].keys() >= {path.name for path in (tmp_path / "model_hf_write").iterdir()}
         assert b'from_pretrained("someone/nano")' in hub.repos["someone/nano"]["README.md"]

@@ -142,7 +142,7 @@ def test_moe_options_work_under_autocast(backend):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_model_under_autocast_equals_a_bf16_compute_model(dense, compiled, backend):
     config = ModelConfig(64, 32, 2, 2, 1, num_experts=4, d_ff=16, d_ff_shared=16, max_seq_len=16, dense=dense)
     ids, results = torch.arange(24, device=DEVICE).view(2, 12), []

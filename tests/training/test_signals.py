@@ -171,7 +171,7 @@ def compile_with(compiler: str):
     config.cpp.cxx = (None, compiler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_during_the_first_compilation_exits_without_saving(data_dir, tmp_path, compiler, number):
     compiler.with_name("pause").touch()
     run = settings(data_dir, tmp_path / "run", no_compile=False)
