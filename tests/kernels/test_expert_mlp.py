@@ -81,7 +81,9 @@ if DEVICE == "cuda":
         CASES[f"{size}, full size"] = (8192, config.d_model, config.d_ff, config.num_experts, None)
     RUNS = [(case, dtype) for case in CASES for dtype in DTYPES]
 else:  # the interpreter is slow: run fp16, which has the same path as bf16, and some fp32; test_moe_layer.py has more
-    RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium")]
+    SLOW = ("K = 8, many experts", "K = 16, 256 experts")
+    RUNS = [(case, torch.float16) for case in CASES if case not in ("nano", "small", "medium", *SLOW)]
+    RUNS += [pytest.param(case, torch.float16, marks=pytest.mark.slow) for case in SLOW]
     RUNS += [(case, torch.float32) for case in ("one token", "empty experts", "hot experts", "odd widths")]
     RUNS += [("K = 8, odd widths", torch.float32)]
 

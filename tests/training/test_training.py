@@ -59,9 +59,10 @@ def test_other_shape_learns(data_dir, tmp_path):
 def test_checkpoint_loads_with_weights_only_and_uncompiled_names(small_nano, data_dir, tmp_path):
     """Compiled training keeps the parameter names of the uncompiled model.
 
-    The shapes equal those of test_resume.py's compiled runs, so torch's compile cache is used.
+    The settings equal those of a compiled run in test_resume.py, so torch's compile cache is used.
     """
-    train(options(data_dir, tmp_path, batch_size=8, max_steps=1, no_compile=False, no_gradient_checkpointing=True))
+    settings = dict(batch_size=8, no_compile=False, deterministic=True, dtype="bf16")
+    train(options(data_dir, tmp_path, max_steps=1, **settings))
     contents = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
     model = Acceleron(ModelConfig(**contents["config"]))
     model.load_state_dict(contents["model"])
