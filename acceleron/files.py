@@ -62,7 +62,8 @@ def new_directory(path: Path) -> Iterator[Path]:
             file.replace(path / file.name)
         partial.rmdir()
         sync_directory(path)
-        sync_directory(path.parent)
+        if path in created:
+            sync_directory(path.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for file in moved:

@@ -69,7 +69,7 @@ def write_model(model: Acceleron, directory: Path, tokenizer: Tokenizer | None, 
 
 
 def write_weights(tensors: dict[str, torch.Tensor], path: Path):
-    """Write a safetensors file. Raises OSError, for which safetensors raises an error of its own."""
+    """Write a safetensors file. Raises OSError where safetensors would raise SafetensorError."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

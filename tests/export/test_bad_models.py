@@ -415,7 +415,7 @@ def test_a_run_directory_and_a_gguf_file_are_named(directory):
 
 
 def test_an_existing_directory_stays_the_same_one(tmp_path, monkeypatch):
-    """It can be the current directory, a symbolic link or a mount point, and have permissions of its own."""
+    """It can be the current directory, a symbolic link or a mount point, and have special permissions."""
     (tmp_path / "empty").mkdir(mode=0o750)
     (tmp_path / "link").symlink_to("empty")
     before = (tmp_path / "empty").stat()

@@ -109,7 +109,7 @@ def test_rows_without_a_token_are_removed(checkpoint, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_the_model_card_has_the_figures_of_the_run(run, checkpoint, tmp_path, format):
-    """An earlier checkpoint has the figures of its own step."""
+    """The figures are those of the exported step, not of the run's last step."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for path, step in ((checkpoint, STEPS), (run / f"checkpoint_{STEPS // 2}.pt", STEPS // 2)):
         output = tmp_path / str(step)
