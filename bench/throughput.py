@@ -81,23 +81,20 @@ def serve(connection, options: TrainOptions):
     devices.reset_peak_memory(device)
     connection.send(check)
     connection.recv()
-    answer, start = {}, time.perf_counter()
+    answer, elapsed = {}, stopwatch(device)
 
     def build(*args, **kwargs) -> Acceleron:
         with device:  # initializing large models is fast on a GPU
             return Acceleron(*args, **kwargs)
 
-    def refill(trainer: Trainer):
-        """Run an untimed step, which refills the allocator's cache."""
-        if device.type == "cuda":
-            step(trainer, trainer.optimizer.param_groups[0]["lr"])
-            synchronize(device)
-
     def pause(trainer: Trainer) -> int:
-        """Send the round's seconds, answer requests, and return the number of steps in the next round."""
-        nonlocal answer, start
-        synchronize(device)
-        answer |= {"seconds": time.perf_counter() - start}
+        """Send the round's seconds, answer requests, and return the number of steps in the next round.
+
+        On a GPU, an untimed step precedes the round. It refills the allocator's cache, and the next step's launches
+        overlap it, as in training.
+        """
+        nonlocal answer, elapsed
+        answer |= {"seconds": elapsed()}
         while True:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # free the memory for the next contender
@@ -109,11 +106,13 @@ def serve(connection, options: TrainOptions):
             if message == "metrics":
                 answer = metrics(trainer)
                 continue
-            refill(trainer)
+            if device.type == "cuda":
+                step(trainer, trainer.optimizer.param_groups[0]["lr"])
             if isinstance(message, int):
                 break
+            synchronize(device)
             answer = profile_step(lambda: step(trainer, 0.0), device)
-        answer, start = {}, time.perf_counter()
+        answer, elapsed = {}, stopwatch(device)
         return message
 
     def paused_step(trainer: Trainer, lr: float):
@@ -134,6 +133,25 @@ def serve(connection, options: TrainOptions):
         redirect_stderr(nowhere),
     ):
         train(options)
+
+
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """Start a clock and return a function that waits for the device and returns the seconds since.
+
+    On a GPU, the clock starts when the device reaches this point.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        return lambda: time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+
+    def elapsed() -> float:
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return elapsed
 
 
 def metrics(trainer: Trainer) -> dict:
