@@ -1,9 +1,9 @@
 """bench/gpu.sh: benchmark one GPU in a few minutes, most important measurements first.
 
-bench/gpu.sh --stage first --output DIR            230 s: kernel checks, tiny's throughput and profile, attention
-bench/gpu.sh --stage full --output DIR             320 s: throughput and profiles of all sizes
+bench/gpu.sh --stage first --output DIR            235 s: kernel checks, tiny's throughput and profile, attention
+bench/gpu.sh --stage full --output DIR             330 s: throughput and profiles of all sizes
 bench/gpu.sh --stage rest --output DIR             260 s: resume, peers, memory, other modes
-bench/gpu.sh --stage tune --output DIR             200 s: tuned GEMM configurations, and throughput with them
+bench/gpu.sh --stage tune --output DIR             215 s: tuned GEMM configurations, and throughput with them
 bench/gpu.sh --stage first --output DIR --smoke    the same parts on a CPU: small shapes, interpreted kernels
 
 A stage is a list of parts. Each part runs in its own process group with a time limit: the remaining time minus the
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 8 << 20
-SECONDS = {"first": 230.0, "full": 320.0, "rest": 260.0, "tune": 200.0}
+SECONDS = {"first": 235.0, "full": 330.0, "rest": 260.0, "tune": 215.0}
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 
@@ -54,7 +54,7 @@ GPU = {
     "attention": "--tokens 16384 --rounds 5 --limit 40",
     "ops": "--op expert_mlp --rounds 5 --limit 15",
     "train": "--mode compiled --rounds 2 --seconds 1 --limit 100",
-    "long": "--mode compiled --rounds 3 --seconds 4 --limit 100",
+    "long": "--mode compiled --rounds 2 --seconds 4 --limit 100",
     "tune": "--seconds 100 --limit 40",
     "memory": "",
     "resume": "tests/training/test_cuda_training.py",
@@ -81,7 +81,8 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
     def bench(command: str, *flags: str) -> list[str]:
         return ["-m", "bench", *command.format(**arguments).split(), *flags, "--output", str(output)]
 
-    report = Part("report", 10, ["-m", "bench", "report", str(output)])
+    # 15 to 17 s, mostly imports.
+    report = Part("report", 18, ["-m", "bench", "report", str(output)])
     compiled = ["-m", "bench", "compile", "--arch", "sm_90"]
     if stage == "first":
         return [
@@ -89,7 +90,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
             Part("ceilings", 15, bench("ceilings")),
             # 7 s on two cores per size.
             Part("compile", 25, [*compiled, "--model_size", *arguments["two"].split()]),
-            # 36 checks at 65,536 tokens, each with fp32 and bf16 references of 50 to 500 ms.
+            # 34 checks at 65,536 tokens, each with fp32 and bf16 references of 50 to 500 ms.
             Part("kernels", 45, bench("ops --check_only --provider triton --model_size {two} {checks}"), interpreted),
             # Per contender: the check, two compilations of 5 to 10 s, a profile of 2 s, 2 rounds of 1 s.
             Part("throughput and profile", 90, bench("throughput --model_size {one} {train} --profile")),
@@ -107,7 +108,7 @@ def parts(stage: str, smoke: bool, output: Path) -> list[Part]:
         ]
     if stage == "full":
         return [
-            # 60 s until all processes have compiled and checked their models, then 35 (tiny), 40, 55 and 75 s (large).
+            # 80 s until all processes have compiled and checked their models, then 40 (tiny), 40, 60 and 65 s (large).
             Part("throughput", 290, bench("throughput --model_size {all} {long} --profile")),
             report,
         ]
@@ -264,7 +265,7 @@ def main():
         allow_abbrev=False,
     )
     parser.add_argument("--stage", choices=SECONDS)
-    parser.add_argument("--seconds", type=float, help="time for all parts; default 200 to 320")
+    parser.add_argument("--seconds", type=float, help="time for all parts; default 215 to 330")
     parser.add_argument("--output", metavar="DIR")
     parser.add_argument("--smoke", action="store_true", help="run on a CPU with small shapes and 10 times the time")
     arguments = parser.parse_args()
