@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, short_repr
+from .distributed import sharded_like
 from .errors import InputError, path_error
 from .files import atomic_write
 
@@ -209,7 +210,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict, path: st
         if not all(is_cpu_tensor(entry[name], shapes[name], torch.float32) for name in shapes):
             raise damaged
         # Copy the tensors, because they are memory-mapped from the file.
-        copied[index] = {name: value.clone() for name, value in entry.items()}
+        parts = {name: sharded_like(value, parameters[index]) for name, value in entry.items() if name != "step"}
+        copied[index] = {name: parts.get(name, value).clone() for name, value in entry.items()}
     optimizer.load_state_dict({"state": copied, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -229,10 +231,12 @@ def load_weights(model: torch.nn.Module, contents: dict, path: str | Path):
 def assign_weights(model: torch.nn.Module, contents: dict, path: str | Path, assign: bool = True):
     """Assign or copy the checkpoint's tensors to the model. Raises InputError if they do not fit its config."""
     damaged = InputError(f"{path}: damaged: its weights do not fit its config")
-    expected = {name: weight.shape for name, weight in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    expected = {name: weight.shape for name, weight in parameters.items()}
     weights = contents["model"]
     if weights.keys() != expected.keys():
         raise damaged
     if not all(is_cpu_tensor(weights[name], shape, torch.float32) for name, shape in expected.items()):
         raise damaged
-    model.load_state_dict(weights, assign=assign)
+    parts = {name: sharded_like(weight, parameters[name]) for name, weight in weights.items()}
+    model.load_state_dict(parts, assign=assign)

@@ -28,13 +28,19 @@ TRANSIENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 class InputError(ValueError):
     """Bad input. The message names the file, flag or value, and the fix."""
 
+    status = BAD_INPUT
+
 
 class RunFailed(RuntimeError):
     """The run cannot continue. The message says why, what is saved, and what to do."""
 
+    status = FAILED
+
 
 class RunStopped(Exception):
     """A signal stopped the run. The message says what is saved and how to continue."""
+
+    status = STOPPED
 
 
 def file_error(what: str, error: OSError) -> InputError | RunFailed:
@@ -119,12 +125,10 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     """Run the command. Return its exit status and the final line for stderr."""
     try:
         main()
-    except InputError as error:
-        return BAD_INPUT, f"error: {error}"
-    except RunFailed as error:
-        return FAILED, f"error: {error}"
+    except (InputError, RunFailed) as error:
+        return error.status, f"error: {error}"
     except RunStopped as stopped:
-        return STOPPED, str(stopped)
+        return stopped.status, str(stopped)
     except BrokenPipeError:
         return PIPE_CLOSED, ""
     except OSError as error:
@@ -132,7 +136,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
             raise
         what = "the output" if error.filename is None else error.filename
         failure = file_error(f"{what}: cannot be read or written", error)
-        return (FAILED if isinstance(failure, RunFailed) else BAD_INPUT), f"error: {failure}"
+        return failure.status, f"error: {failure}"
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             return BAD_INPUT, f"error: {OUT_OF_MEMORY}"

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
@@ -87,6 +89,8 @@ class Acceleron(nn.Module):
     `torch.autocast`. The router, the norms' statistics and the losses are always fp32.
 
     `gradient_checkpointing` (default False) recomputes each block in the backward pass, except its routing.
+    `data_parallel_group` (default None) has the ranks that process the other parts of a batch: the balance loss uses
+    their tokens per expert too, and the mean over the ranks of each loss and gradient is that of the whole batch.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
@@ -94,6 +98,7 @@ class Acceleron(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
+        self.data_parallel_group: ProcessGroup | None = None
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         num_dense = config.num_layers if config.dense else config.num_dense_layers
         self.blocks = nn.ModuleList(Block(config, layer < num_dense) for layer in range(config.num_layers))
@@ -202,15 +207,30 @@ class Acceleron(nn.Module):
             raise ValueError(f"labels: expected int64, but got {labels.dtype}; call .long()")
         x, layers = self.hidden_states(input_ids)
         z_loss, balance_loss, tokens_per_expert_LE = *x.new_zeros(2, dtype=torch.float32), None
+        targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         if not self.config.dense:
             z_loss_L, probabilities_LE, tokens_per_expert_LE = (torch.stack(x) for x in zip(*layers, strict=True))
+        tokens_per_expert_LE, num_tokens = self._count_globally(tokens_per_expert_LE, targets)
+        if not self.config.dense:
             z_loss, balance_loss = z_loss_L.sum(), compute_balance_loss(probabilities_LE, tokens_per_expert_LE).sum()
-        if labels is None:
+        if targets is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, tokens_per_expert_LE)
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
-        cross_entropy = ops.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets.flatten())
+        cross_entropy = ops.linear_cross_entropy(x.flatten(0, 1), self.embedding, targets, num_tokens=num_tokens)
         loss = cross_entropy + self.config.z_loss_coef * z_loss + self.config.balance_loss_coef * balance_loss
         return ModelOutput(loss, None, cross_entropy, z_loss, balance_loss, tokens_per_expert_LE)
+
+    def _count_globally(self, tokens_per_expert_LE: Tensor | None, targets: Tensor | None):
+        """Return the tokens per expert of all ranks, and the mean number of targets per rank (None: this rank's)."""
+        if self.data_parallel_group is None:
+            return tokens_per_expert_LE, None
+        num_targets = (
+            self.embedding.new_zeros(1, dtype=torch.int64) if targets is None else (targets != -100).sum()[None]
+        )
+        parts = [num_targets] if tokens_per_expert_LE is None else [num_targets, tokens_per_expert_LE.flatten()]
+        counts = torch.cat(parts)
+        dist.all_reduce(counts, group=self.data_parallel_group)
+        num_tokens = counts[0] / self.data_parallel_group.size()
+        return None if tokens_per_expert_LE is None else counts[1:].view_as(tokens_per_expert_LE), num_tokens
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[MoEStats]]:
         """Return the final norm's output (B, S, D) and the router statistics of each MoE layer.
@@ -246,13 +266,14 @@ class Acceleron(nn.Module):
     def accumulate_gradients(self):
         """Context manager for the micro-batches of a step, forward and backward.
 
-        On Triton kernels, it saves a cast of the routed experts' weights and two passes over their gradients per
-        micro-batch. Run each micro-batch's backward pass once, before the next forward pass. Inside the context, do not
-        change the weights, call zero_grad or set .grad. Gradient hooks of the experts' weights do not run. Layers with
-        frozen or 16-bit expert weights are unaffected.
+        On Triton kernels without data parallelism, it saves a cast of the routed experts' weights and two passes over
+        their gradients per micro-batch. Run each micro-batch's backward pass once, before the next forward pass. Inside
+        the context, do not change the weights, call zero_grad or set .grad. Gradient hooks of the experts' weights do
+        not run. Layers with frozen or 16-bit expert weights are unaffected.
         """
         moes = []
-        if ops.uses_triton(self.embedding.device, self.compute_dtype, "moe"):
+        # FSDP2 reduces gradients after the backward pass, so they cannot be added to .grad in it.
+        if self.data_parallel_group is None and ops.uses_triton(self.embedding.device, self.compute_dtype, "moe"):
             layers = [block.moe for block in self.blocks if hasattr(block, "moe")]
             moes = [moe for moe in layers if moe.can_add_gradients()]
         try:
@@ -261,7 +282,7 @@ class Acceleron(nn.Module):
             yield
         finally:
             for moe in moes:
-                moe.buffers = None
+                moe.expert_buffers = None
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) in the compute dtype of hidden states (..., D)."""

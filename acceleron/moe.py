@@ -68,7 +68,7 @@ class MoE(nn.Module):
         self.shared = SwiGLU(D, config.d_ff_shared) if config.d_ff_shared else None
         self.top_k = config.top_k
         self.force_load_balance = config.debug_force_load_balance
-        self.buffers: ExpertBuffers | None = None
+        self.expert_buffers: ExpertBuffers | None = None
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
@@ -86,7 +86,7 @@ class MoE(nn.Module):
         shared = (self.shared.w13, self.shared.w2) if self.shared else (None, None)
         y_TD, *stats = ops.moe(
             x_TD, self.router, self.w13_E2FD, self.w2_EDF, *shared, residual_TD,
-            top_k=self.top_k, force_load_balance=self.force_load_balance and self.training, buffers=self.buffers,
+            top_k=self.top_k, force_load_balance=self.force_load_balance and self.training, buffers=self.expert_buffers,
         )  # fmt: skip
         return y_TD.view_as(x), MoEStats(*stats)
 
@@ -97,12 +97,12 @@ class MoE(nn.Module):
     def allocate_buffers(self, dtype: torch.dtype):
         """Cast the routed experts' weights to `dtype` once for several micro-batches, and set their .grad.
 
-        While `buffers` is set, backward passes on Triton kernels add to .grad directly.
+        While `expert_buffers` is set, backward passes on Triton kernels add to .grad directly.
         """
         weights = self.w13_E2FD, self.w2_EDF
         for weight in weights:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
-        self.buffers = ExpertBuffers(*(w.detach().to(dtype) for w in weights), *(w.grad for w in weights))
+        self.expert_buffers = ExpertBuffers(*(w.detach().to(dtype) for w in weights), *(w.grad for w in weights))
 
     def decode_token(self, x: Tensor) -> Tensor:
         """A faster `forward` for a single token, x (1, 1, D), on a CPU and without gradients."""

@@ -182,8 +182,14 @@ class Loader:
         self.chunks = Chunks(shards, seq_len, vocab_size, validation=validation, bad_data=bad_data, seed=seed)
         self.batch_size, self.end = batch_size, sys.maxsize
         if validation:
-            self.batch_size = min(batch_size, len(self.chunks))
-            self.end = min(len(self.chunks) // self.batch_size, VALIDATION_BATCHES) * self.batch_size
+            if len(self.chunks) < world_size:
+                raise InputError(
+                    f"the validation split has {len(self.chunks)} sequences of {seq_len} tokens, fewer than "
+                    f"{world_size} ranks: use fewer ranks, a smaller --seq_len or more data"
+                )
+            self.batch_size = min(batch_size, len(self.chunks) // world_size)
+            step = self.batch_size * world_size
+            self.end = min(len(self.chunks) // step, VALIDATION_BATCHES) * step
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.rank, self.world_size = rank, world_size
         self.skipped_rows = 0
@@ -264,14 +270,15 @@ class Loader:
             thread.join(max(0, deadline - time.monotonic()))
 
     def held_out(self) -> "Loader":
-        """Return a Loader over the held-out split in a fixed order, for one rank and with one reader.
+        """Return a Loader over this rank's part of the held-out split in a fixed order, with one reader.
 
-        It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch.
+        It yields at most VALIDATION_BATCHES full batches, or one smaller batch if the split is smaller than a batch of
+        all ranks. Raises InputError if a rank would get no sequence.
         """
         chunks = self.chunks
         return Loader(
             chunks.shards, seq_len=chunks.seq_len, batch_size=self.batch_size, vocab_size=chunks.vocab_size, seed=0,
-            bad_data=chunks.bad_data, validation=True,
+            bad_data=chunks.bad_data, rank=self.rank, world_size=self.world_size, validation=True,
         )  # fmt: skip
 
     @property

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import assign_weights, load_checkpoint
 from ..data.tokenizer import find_tokenizer, load_tokenizer, vocabulary
+from ..distributed import sharded_like
 from ..errors import InputError
 from ..model import Acceleron
 from ..pretrained import find_model, read_config
@@ -40,7 +41,8 @@ class InitialModel:
         if self._contents:
             assign_weights(model, self._contents, self._path, assign=False)
         else:
-            model.load_state_dict(Acceleron.from_pretrained(self._name).state_dict())
+            weights, parameters = Acceleron.from_pretrained(self._name).state_dict(), dict(model.named_parameters())
+            model.load_state_dict({name: sharded_like(weight, parameters[name]) for name, weight in weights.items()})
 
     def check_tokenizer(self, tokenizer: Tokenizer, path: Path):
         """Raise InputError if the data's tokenizer has a different vocabulary: the ids would have other meanings.

@@ -4,12 +4,13 @@ import logging
 import math
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..device import peak_flops, peak_memory, synchronize, total_memory
+from ..distributed import Ranks, join_ranks
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, is_out_of_memory
 from ..lock import DirectoryLock
 from ..self_check import require_correct_kernels
@@ -17,9 +18,11 @@ from .checkpointing import CheckpointManager
 from .metrics import Metrics, format_line
 from .optimizer import learning_rate
 from .options import TrainOptions
-from .setup import build_trainer, check_paths, open_outputs
+from .setup import build_trainer, check_paths, check_same_options, open_outputs
 from .signals import StopSignals
 from .trainer import Trainer
+
+ON_ANOTHER_RANK = "signal on another rank"
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +38,43 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     RunFailed if the run cannot continue, and RunStopped after a stop signal. Progress is saved first, unless the run
     has diverged. A signal before the first step, or a second SIGINT, ends the process.
     """
-    with StopSignals() as stop:
+    with StopSignals() as stop, join_ranks(options.device, options.timeout) as ranks:
+        stop.quiet, stop.on_request = not ranks.is_first, ranks.announce_stop
+        _train(options, scripts_dir, ranks, stop)
+
+
+def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: StopSignals):
+    check_same_options(options, ranks)
+    with ranks.agreed():
         options = check_paths(options)
-        if options.memory_test:
-            memory_test(build_trainer(options, scripts_dir)[0])
+    if options.memory_test:
+        memory_test(build_trainer(options, scripts_dir, ranks)[0])
+        return
+    with ExitStack() as stack:
+        with ranks.agreed():
+            if ranks.is_first:
+                lock = stack.enter_context(DirectoryLock(Path(options.save_dir)))
+                stop.before_exit = lock.release
+        trainer, tokenizer_path = build_trainer(options, scripts_dir, ranks)
+        stack.enter_context(closing(trainer.loader))
+        if options.resume == "auto" and trainer.is_complete:
+            logger.info(f"{trainer.resumed_from} is at step {trainer.step}: training is complete")
             return
-        with DirectoryLock(Path(options.save_dir)) as lock:
-            stop.before_exit = lock.release
-            trainer, tokenizer_path = build_trainer(options, scripts_dir)
-            if options.resume == "auto" and trainer.is_complete:
-                logger.info(f"{trainer.resumed_from} is at step {trainer.step}: training is complete")
-                return
+        with ranks.agreed():
             if options.kernels == "auto":
                 shape = (options.batch_size, options.seq_len, options.grad_accum > 1)
                 require_correct_kernels(trainer.model, *shape)
             metrics, checkpoints = open_outputs(trainer, tokenizer_path)
-            with closing(trainer.loader), closing(metrics), closing(checkpoints):
-                saved = train_and_save(trainer, checkpoints, metrics, stop)
-            if not trainer.is_complete:
-                where = f"{stop.requested}: stopped at step {trainer.step}"
-                raise RunStopped(f"{where}; {saved}; continue with --resume auto")
+        if metrics:
+            stack.enter_context(closing(metrics))
+        stack.enter_context(closing(checkpoints))
+        saved = train_and_save(trainer, checkpoints, metrics, stop)
+        if not trainer.is_complete:
+            signals = [name for name in ranks.gather(stop.requested) if name != ON_ANOTHER_RANK]
+            raise RunStopped(f"{signals[0]}: stopped at step {trainer.step}; {saved}; continue with --resume auto")
 
 
-def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics, stop: StopSignals):
+def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics | None, stop: StopSignals):
     """Train up to the last step or a stop request. On return, the last steps may not have been saved.
 
     Raises Diverged after max_bad_steps skipped steps in a row, or if the last validation loss is not finite.
@@ -68,7 +85,7 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
     flops_per_token = trainer.model.flops_per_token(options.seq_len)
     # disable=None shows the bar only in a terminal. The log lines also show the ETA.
     progress = dict(total=options.max_steps, initial=trainer.step, unit="step")
-    bar = tqdm(**progress, dynamic_ncols=True, disable=None if sys.stderr else True)
+    bar = tqdm(**progress, dynamic_ncols=True, disable=None if sys.stderr and metrics else True)
     with bar, trainer.context():
         while True:
             # After a resume, the previous process trained the last step, and a signal may have ended its evaluation.
@@ -87,9 +104,10 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
                 validation = trainer.validate(stop.is_requested) if evaluate else {}
                 if validation is not None:  # else a signal ended the evaluation, and the resumed run repeats it
                     record |= validation
-                    metrics.write(record)
-                    with suppress(OSError, ValueError, AttributeError):  # stdout is closed, full or None
-                        tqdm.write(format_line(record, options), file=sys.stdout)
+                    if metrics:
+                        metrics.write(record)
+                        with suppress(OSError, ValueError, AttributeError):  # stdout is closed, full or None
+                            tqdm.write(format_line(record, options, trainer.tokens_per_step), file=sys.stdout)
                     trainer.reset_statistics()
                     if last and record["val_loss"] is None:
                         raise divergence(trainer, checkpoints, "because the last validation loss is not finite")
@@ -100,14 +118,17 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
                 checkpoints.save(trainer.state_dict(), trainer.detector.good_step)
                 trainer.statistics.save_wait += time.perf_counter() - start
 
-            if last or not trainer.fetch(stop.is_requested):
+            if last:
+                return
+            if not trainer.fetch(stop.is_requested):
+                stop.requested = stop.requested or ON_ANOTHER_RANK
                 return
             trainer.train_step(learning_rate(step, options))
             stop.has_progress = True
             bar.update()
 
 
-def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics, stop: StopSignals) -> str:
+def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics | None, stop: StopSignals) -> str:
     """Run the training loop, save the last step, and return where it is saved.
 
     After an error in the loop, saves all completed steps and raises the error with a description of what is saved. The
@@ -124,11 +145,13 @@ def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Me
     except Exception as error:
         if not trainer.consistent or isinstance(error, Diverged):
             raise
+        if trainer.ranks.size > 1 and not isinstance(error, (InputError, RunFailed)):
+            raise  # the other ranks do not have this error, so the state cannot be gathered
         if stop.is_requested():
             # A signal to the process group also kills the compiler, so the compilation fails.
             logger.info(f"note: {type(error).__name__}: {str(error).strip()[:200]}".splitlines()[0])
             return finish()
-        if trainer.step == checkpoints.saved_step:
+        if checkpoints.is_saved(trainer.step):
             raise
         try:
             saved = finish()
@@ -175,5 +198,6 @@ def memory_test(trainer: Trainer):
         for _ in range(2):
             trainer.train_step(learning_rate(trainer.step, trainer.options))
     synchronize(trainer.device)
-    peak, total = peak_memory(trainer.device), total_memory(trainer.device)
-    print(f"peak memory {peak / 2**30:.2f} GiB of the device's {total / 2**30:.2f} GiB ({peak / total:.0%})")
+    peak, total = max(trainer.ranks.gather(peak_memory(trainer.device))), total_memory(trainer.device)
+    if trainer.ranks.is_first:
+        print(f"peak memory {peak / 2**30:.2f} GiB of the device's {total / 2**30:.2f} GiB ({peak / total:.0%})")

@@ -154,7 +154,7 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def format_line(record: dict, options: TrainOptions) -> str:
+def format_line(record: dict, options: TrainOptions, tokens_per_step: int) -> str:
     """Format the record as a log line for the terminal."""
 
     def number(name: str, form: str) -> str:
@@ -183,6 +183,6 @@ def format_line(record: dict, options: TrainOptions) -> str:
         parts.append(f"val_loss {number('val_loss', '.4f')}{bits}")
     speed = record["tokens_per_second"] * (1 - record["save_wait"])
     if speed > 0:  # a resumed run can write its first line before its first step
-        seconds = (options.max_steps - record["step"]) * options.tokens_per_step / speed
+        seconds = (options.max_steps - record["step"]) * tokens_per_step / speed
         parts.append(f"ETA {tqdm.format_interval(seconds)}")
     return " | ".join(parts)

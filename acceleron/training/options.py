@@ -1,5 +1,6 @@
 """The flags of train.py."""
 
+import os
 from dataclasses import dataclass, field, fields
 
 from ..config import PRESETS, SHAPE_FIELDS
@@ -35,7 +36,7 @@ class TrainOptions:
         None, "dense layers before the MoE layers (default: that of the size or --config)", minimum=0
     )
     dense: bool = option(False, "train the dense baseline instead of the MoE")
-    batch_size: int = option(8, "sequences per micro-batch", minimum=1)
+    batch_size: int = option(8, "sequences per micro-batch and rank", minimum=1)
     grad_accum: int = option(1, "micro-batches per optimizer step", minimum=1)
     seq_len: int = option(2048, "tokens per sequence; must divide the shards' row length", minimum=2)
     lr: float = option(6e-4, "peak learning rate", minimum=0)
@@ -65,6 +66,14 @@ class TrainOptions:
     )
     vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
+    data_parallel: str = option(
+        "auto", "with several ranks: how weights and optimizer state are divided; auto goes by size and nodes",
+        ("auto", "ddp", "zero2", "fsdp", "hsdp"),
+    )  # fmt: skip
+    gather_dtype: str = option(
+        "fp32", "with several ranks: dtype of gathered weights; bf16 halves the traffic and rounds", ("fp32", "bf16")
+    )
+    timeout: int = option(600, "with several ranks: seconds to wait for a rank before the job fails", minimum=1)
     dtype: str = option(
         "auto", "dtype of GEMMs and activations; auto is bf16 where supported natively", ("auto", "bf16", "fp32")
     )
@@ -113,10 +122,6 @@ class TrainOptions:
     def num_warmup_steps(self) -> int:
         return min(1000, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.grad_accum * self.seq_len
-
 
 def parse_options(arguments: list[str] | None = None) -> TrainOptions:
     """Parse a command line into TrainOptions. Raises InputError for an unknown flag or a bad value."""
@@ -131,4 +136,9 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
             shown = about if f.default is None or "default" in about else f"{about} (default: {f.default})"
             group = model if f.name in ("model_size", "config", "init_from") else parser
             group.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
-    return TrainOptions(**vars(parser.parse_args(arguments)))
+    try:
+        return TrainOptions(**vars(parser.parse_args(arguments)))
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)):  # torchrun passes all ranks the same flags, and rank 0 reports the error
+            raise SystemExit(error.status) from error
+        raise

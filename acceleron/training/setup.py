@@ -18,9 +18,11 @@ from ..data import Shards
 from ..data.shards import METADATA
 from ..data.tokenizer import ByteCounter, find_tokenizer, load_tokenizer, num_ids
 from ..device import cpu_has_bf16, missing_compiler, resolve_device, resolve_dtype
+from ..distributed import Ranks
 from ..errors import InputError, did_you_mean, file_error, path_error
 from ..files import atomic_write
 from ..pretrained import find_local
+from ..sharding import PLANS
 from .checkpointing import CheckpointManager
 from .initial import InitialModel
 from .metrics import Metrics
@@ -29,7 +31,7 @@ from .trainer import Trainer
 
 # A resumed run can change these options without a warning. The model's config must be equal, however it is given.
 FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
-FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test"}
+FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test", "timeout", "batch_size"}
 FREE_OPTIONS |= {"model_size", "config", "init_from", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
 
 logger = logging.getLogger(__name__)
@@ -58,39 +60,56 @@ def check_paths(options: TrainOptions) -> TrainOptions:
     raise path_error("--resume", path, "file")
 
 
-def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trainer, Path | None]:
+def check_same_options(options: TrainOptions, ranks: Ranks):
+    """Raise InputError if a rank was started with other flags than rank 0."""
+    first, *others = map(asdict, ranks.gather(options))
+    for rank, other in enumerate(others, start=1):
+        for name in first:
+            if other[name] != first[name]:
+                values = f"{first[name]} on rank 0, but {other[name]} on rank {rank}"
+                raise InputError(f"--{name} is {values}: start all nodes with the same flags")
+
+
+def build_trainer(
+    options: TrainOptions, scripts_dir: Path | None, ranks: Ranks | None = None
+) -> tuple[Trainer, Path | None]:
     """Build or resume a run and read its first batch. Returns the trainer and the path of the tokenizer, if any.
 
     Writes nothing. Raises InputError for bad input.
     """
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    try:
-        backend = ops.set_backend(options.kernels, device)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    resumed_from, checkpoint = select_checkpoint(options)
-    # With --bad_data skip, shards that become unreadable still count as part of the data.
-    known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
-    shards = Shards(options.data_dir, known)
-    initial = InitialModel(options.init_from) if options.init_from else None
-    directories = (Path(options.data_dir), initial and initial.directory, scripts_dir)
-    tokenizer_path = find_tokenizer(options.tokenizer, *directories)
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
-    checked = tokenizer_path is None or shards.check_tokenizer(tokenizer_path)
-    if initial and tokenizer:
-        initial.check_tokenizer(tokenizer, tokenizer_path)
-    config = model_config(options, tokenizer, initial)
-    trainer = Trainer(options, config, shards, device, dtype, byte_counter(tokenizer, config.vocab_size))
-    if checkpoint:
-        trainer.load_state_dict(checkpoint, resumed_from)
-        warn_about_changes(options, trainer.environment, checkpoint)
-        if trainer.step >= options.max_steps and options.resume != "auto":
-            raise InputError(
-                f"--resume {options.resume} is at step {trainer.step}: pass --max_steps above {trainer.step}"
-            )
-    elif initial:
-        initial.copy_weights(trainer.model)
+    ranks = ranks or Ranks()
+    with ranks.agreed():
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device)
+        try:
+            backend = ops.set_backend(options.kernels, device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    resumed_from, checkpoint = _selected_by_first(options, ranks)
+    with ranks.agreed():
+        # With --bad_data skip, shards that become unreadable still count as part of the data.
+        known = checkpoint["data"].get("shards") if checkpoint and options.bad_data == "skip" else None
+        shards = Shards(options.data_dir, known)
+        initial = InitialModel(options.init_from) if options.init_from else None
+        directories = (Path(options.data_dir), initial and initial.directory, scripts_dir)
+        tokenizer_path = find_tokenizer(options.tokenizer, *directories)
+        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+        checked = tokenizer_path is None or shards.check_tokenizer(tokenizer_path)
+        if initial and tokenizer:
+            initial.check_tokenizer(tokenizer, tokenizer_path)
+        config = model_config(options, tokenizer, initial)
+    trainer = Trainer(options, config, shards, device, dtype, byte_counter(tokenizer, config.vocab_size), ranks)
+    with ranks.agreed():
+        if checkpoint:
+            trainer.load_state_dict(checkpoint, resumed_from)
+            warn_about_changes(trainer, checkpoint)
+            if trainer.step >= options.max_steps and options.resume != "auto":
+                raise InputError(
+                    f"--resume {options.resume} is at step {trainer.step}: pass --max_steps above {trainer.step}"
+                )
+        elif initial:
+            initial.copy_weights(trainer.model)
+        trainer.loader.held_out()  # raises if there are more ranks than held-out sequences
     _announce(trainer, backend)
     if not checked:
         logger.info(f"note: {options.data_dir} has no {METADATA}, so {tokenizer_path} cannot be checked")
@@ -102,6 +121,19 @@ def build_trainer(options: TrainOptions, scripts_dir: Path | None) -> tuple[Trai
         logger.info("compiling the blocks; the first step takes a while")
     trainer.fetch()
     return trainer, tokenizer_path
+
+
+def _selected_by_first(options: TrainOptions, ranks: Ranks) -> tuple[Path | None, dict | None]:
+    """Return the checkpoint that rank 0 selects. The other ranks load it too."""
+    path = checkpoint = None
+    with ranks.agreed():
+        if ranks.is_first:
+            path, checkpoint = select_checkpoint(options)
+    name = ranks.from_first(lambda: path and str(path))
+    with ranks.agreed():
+        if name and not ranks.is_first:
+            path, checkpoint = Path(name), load_checkpoint(name)
+    return path, checkpoint
 
 
 def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
@@ -125,13 +157,18 @@ def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
     return path, checkpoint
 
 
-def warn_about_changes(options: TrainOptions, environment: dict, checkpoint: dict):
+def warn_about_changes(trainer: Trainer, checkpoint: dict):
     """Warn about settings and versions that differ from the checkpoint's."""
-    saved = checkpoint["options"]
+    saved, options = checkpoint["options"], trainer.options
     for name, value in asdict(options).items():
         if name not in FREE_OPTIONS and name in saved and saved[name] != value:
             logger.warning(f"--{name} is {value}, but was {short_repr(saved[name])} before")
-    for name, value in environment.items():
+    ranks, batch_size = checkpoint["environment"].get("ranks", 1), saved.get("batch_size")
+    if (ranks, batch_size) != (trainer.ranks.size, options.batch_size):
+        now = f"{trainer.ranks.size} x {options.batch_size}"
+        if trainer.ranks.size * options.batch_size != ranks * batch_size:
+            logger.warning(f"the ranks process {now} sequences at a time, but {ranks} x {batch_size} before")
+    for name, value in trainer.environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:
             logger.warning(f"{name} is {value}, but was {short_repr(before)} before: results will not be bitwise equal")
@@ -185,12 +222,17 @@ def _announce(trainer: Trainer, backend: str):
     kind = "dense baseline" if config.dense else kind
     logger.info(f"{name}: {kind}; {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active")
     logger.info(f"device {device}, {str(dtype).removeprefix('torch.')}; kernels: {backend}")
+    if trainer.plan:
+        about = f"{trainer.plan.name} ({trainer.plan.why}): {PLANS[trainer.plan.name]}"
+        logger.info(f"{trainer.ranks.size} ranks, {trainer.ranks.per_node} per node; data parallelism: {about}")
+        micro_batch = f"{trainer.ranks.size} ranks x {options.batch_size} sequences of {options.seq_len} tokens"
+        logger.info(f"global batch: {options.grad_accum} x {micro_batch}")
     logger.info(f"attention: {attention_name(device, dtype, config.head_dim)}")
     if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
         logger.warning("this CPU has no native bf16: GEMMs are many times slower than with --dtype fp32")
     rows, epoch = int(shards.num_rows.sum()), len(trainer.loader.chunks) * options.seq_len
     logger.info(f"data: {len(shards.paths)} shards, {rows:,} rows of {shards.row_length}")
-    logger.info(f"{epoch:,} tokens per epoch, {options.tokens_per_step:,} per step")
+    logger.info(f"{epoch:,} tokens per epoch, {trainer.tokens_per_step:,} per step")
     if trainer.resumed_from:
         instead = f", not from the weights of {options.init_from}" if options.init_from else ""
         logger.info(f"continuing from {trainer.resumed_from}, step {trainer.step}{instead}")
@@ -198,9 +240,14 @@ def _announce(trainer: Trainer, backend: str):
         logger.info(f"starting from the weights of {options.init_from}, with a new optimizer")
 
 
-def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics, CheckpointManager]:
-    """Open the output files. Raises InputError if save_dir is not writable, or RunFailed if the disk is full."""
+def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics | None, CheckpointManager]:
+    """Open the output files. Only rank 0 has metrics.
+
+    Raises InputError if save_dir is not writable, or RunFailed if the disk is full.
+    """
     options, save_dir = trainer.options, Path(trainer.options.save_dir)
+    if not trainer.ranks.is_first:
+        return None, CheckpointManager(save_dir, options.save_interval, step=trainer.step, ranks=trainer.ranks)
     # The previous process stopped before it logged its last steps. Log them, and save the state again.
     unfinished = trainer.statistics.steps > 0
     try:
@@ -215,7 +262,7 @@ def open_outputs(trainer: Trainer, tokenizer_path: Path | None) -> tuple[Metrics
         before_save = partial(metrics.flush, to_disk=True)  # a checkpoint must not be newer than the log
         checkpoints = CheckpointManager(
             save_dir, options.save_interval, options.keep_last, before_save=before_save, step=trainer.step,
-            saved=not unfinished, resumed_from=trainer.resumed_from,
+            saved=not unfinished, resumed_from=trainer.resumed_from, ranks=trainer.ranks,
         )  # fmt: skip
     except OSError as error:
         raise file_error(f"--save_dir {save_dir}: cannot be written", error) from error

@@ -23,12 +23,15 @@ class StopSignals:
     A separate thread handles the signals, because the main thread can spend minutes in C++ (compiling, for example),
     where Python's own handlers do not run. The context manager does nothing outside the main thread, because
     Python can install handlers only there.
+
+    `on_request` is called in that thread with the number of the first signal. `quiet` suppresses messages.
     """
 
     def __init__(self):
         self.requested: str | None = None
-        self.has_progress = False
+        self.has_progress = self.quiet = False
         self.before_exit: Callable[[], None] = lambda: None
+        self.on_request: Callable[[int], None] = lambda number: None
         self._interrupts = 0
         self._cleanup = ExitStack()
 
@@ -66,8 +69,11 @@ class StopSignals:
         if self.requested is None:
             self.requested = number.name
             self._print(f"{number.name}: saving and stopping after this step")
+            self.on_request(number)
 
     def _print(self, line: str):
+        if self.quiet:
+            return
         with suppress(OSError):
             os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
 

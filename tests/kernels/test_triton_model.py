@@ -127,11 +127,11 @@ def test_accumulated_gradients_match_the_sum_of_separate_ones(compiled, dtype):
         backward(expected, ids)
     backward(model, first)
     with model.accumulate_gradients():
-        total, buffers = model.blocks[0].moe.w13_E2FD.grad, model.blocks[0].moe.buffers
+        total, buffers = model.blocks[0].moe.w13_E2FD.grad, model.blocks[0].moe.expert_buffers
         assert buffers.w2_EDF.dtype == dtype
         backward(model, second)
     assert model.blocks[0].moe.w13_E2FD.grad is total  # added in place
-    assert model.blocks[0].moe.buffers is None
+    assert model.blocks[0].moe.expert_buffers is None
     frozen = model.blocks[1].moe.w2_EDF
     for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert (weight.grad is None) == (weight is frozen), name

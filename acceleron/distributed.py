@@ -1,0 +1,230 @@
+"""The ranks of a run: one process per GPU, started by torchrun, on torch.distributed.
+
+A process that torchrun did not start, or started alone, is rank 0 of 1. Then nothing here communicates.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import InputError, RunFailed, RunStopped
+
+# A rank that has not reported an error this many seconds after the others is listed as not responding.
+GRACE = 3.0
+logger = logging.getLogger(__name__)
+
+
+class LostRank(RunFailed):
+    """Another rank ended or does not respond. No collective can succeed, so nothing is saved."""
+
+
+class Vote:
+    """`value` is this rank's value in the `with` block of `Ranks.agreed`, and the largest of all ranks after it."""
+
+    value = 0
+
+
+class Ranks:
+    """This process among the ranks of a run, and decisions that all ranks make together.
+
+    The decisions use gloo on the host, so they never wait for a GPU. All ranks call the methods in the same order,
+    except `announce_stop`, `stop_announced` and `report`.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None):
+        self.rank, self.size, self.per_node = rank, size, per_node
+        self._store, self._decisions = store, 0
+        self._control = dist.new_group(backend="gloo", group_desc="control") if size > 1 else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the only one that logs, locks and writes."""
+        return self.rank == 0
+
+    def max(self, value: int) -> int:
+        """Return the largest value of all ranks."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(int(value))
+        dist.all_reduce(values, dist.ReduceOp.MAX, self._control)
+        return int(values)
+
+    def gather(self, value) -> list:
+        """Return the values of all ranks, which are pickled."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, self._control)
+        return values
+
+    @contextmanager
+    def agreed(self) -> Iterator[Vote]:
+        """Context manager that raises an InputError or RunFailed of one rank on all ranks, and counts their votes.
+
+        The block must not contain collectives.
+        """
+        vote, error = Vote(), None
+        if self.size == 1:
+            yield vote
+            return
+        try:
+            yield vote
+        except LostRank:
+            raise
+        except (InputError, RunFailed) as failure:
+            error = failure
+        vote.value = self.max(1 << 30 if error else int(vote.value))
+        if vote.value < 1 << 30:
+            return
+        errors = self.gather((isinstance(error, InputError), str(error)) if error else None)
+        rank, (is_input_error, text) = next((rank, found) for rank, found in enumerate(errors) if found)
+        where = "" if errors.count(errors[rank]) == self.size else f"rank {rank}: "
+        raise (InputError if is_input_error else RunFailed)(where + text) from error
+
+    def from_first(self, work: Callable[[], str | bool | None]) -> str | bool | None:
+        """Call `work` on rank 0 and return its result on all ranks. An InputError or RunFailed is raised on all.
+
+        The other ranks wait without a timeout, because rank 0 can wait for a disk.
+        """
+        if self.size == 1:
+            return work()
+        self._decisions += 1
+        key = f"decision {self._decisions}"
+        if not self.is_first:
+            self._store.wait([key], timedelta(days=10))
+            kind, result = json.loads(self._store.get(key))
+            if kind == "result":
+                return result
+            raise (InputError if kind == "InputError" else RunFailed)(result)
+        try:
+            result = work()
+        except (InputError, RunFailed) as error:
+            kind = "InputError" if isinstance(error, InputError) else "RunFailed"
+            self._store.set(key, json.dumps([kind, str(error)]))
+            raise
+        self._store.set(key, json.dumps(["result", result]))
+        return result
+
+    def announce_stop(self, number: int):
+        """Tell ranks that wait for data that this rank received a signal."""
+        if self._stop_store is not None:
+            with suppress(RuntimeError):
+                self._stop_store.set("stop", str(number))
+
+    def stop_announced(self) -> bool:
+        """Return whether a rank announced a stop. Asks the store over the network."""
+        return self._store is not None and self._store.check(["stop"])
+
+    def report(self) -> bool:
+        """Return whether this rank reports an error that ends the run: true for one rank."""
+        if self._store is None:
+            return True
+        with suppress(RuntimeError):
+            return self._store.add("reports", 1) == 1
+        return True
+
+    def missing(self) -> list[int]:
+        """Return the ranks that do not call this method within GRACE seconds. Raises RuntimeError without a store."""
+        self._store.set(f"responds {self.rank}", "")
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + GRACE
+        while others and time.monotonic() < deadline:
+            others = [rank for rank in others if not self._store.check([f"responds {rank}"])]
+            time.sleep(0.05)
+        return others
+
+
+@contextmanager
+def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
+    """Context manager that joins the other ranks of a torchrun job, on its rank's GPU. Only rank 0 logs.
+
+    device: as --device. timeout: seconds after which a collective fails. Raises InputError if torchrun started more
+    processes than the node has GPUs, and LostRank, with the ranks that do not respond, if a collective fails.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Ranks()
+        return
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
+    rank, per_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: torchrun assigns a GPU to each rank: use auto, cuda or cpu")
+    if on_gpu:
+        gpus = torch.cuda.device_count()
+        if per_node > gpus:
+            raise InputError(f"{per_node} processes on a node with {gpus} GPUs: pass --nproc_per_node={gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = timedelta(seconds=timeout)
+    store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    # A restarted rank must not find the addresses of the previous attempt.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    package = logging.getLogger(__package__)
+    level = package.level
+    if rank:
+        package.setLevel(logging.ERROR)
+    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store))
+    try:
+        with _reported_once(ranks):
+            yield ranks
+        dist.destroy_process_group()
+    finally:
+        package.setLevel(level)
+
+
+@contextmanager
+def _reported_once(ranks: Ranks) -> Iterator[None]:
+    """Context manager that turns a collective's error into LostRank. Only one rank raises an error that all have."""
+    try:
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_collective_error(error):
+                raise
+            raise LostRank(describe_loss(ranks)) from error
+    except (InputError, RunFailed, RunStopped) as error:
+        if not isinstance(error, LostRank):
+            dist.destroy_process_group()
+        if ranks.report():
+            raise
+        raise SystemExit(error.status) from error
+
+
+def is_collective_error(error: RuntimeError) -> bool:
+    """Return whether the error means that another rank ended or timed out. gloo's errors have no type."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def describe_loss(ranks: Ranks) -> str:
+    who = "another rank"
+    with suppress(RuntimeError):  # if the node with the store is gone
+        missing = ranks.missing()
+        if missing:
+            who = f"rank {missing[0]}" if len(missing) == 1 else f"one of the ranks {', '.join(map(str, missing))}"
+    return f"{who} ended or does not respond: stopped without saving; continue with --resume auto"
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, on all ranks. A collective."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def sharded_like(value: Tensor, example: Tensor) -> Tensor:
+    """Return this rank's part of a full tensor, on the example's device, if the example is a DTensor."""
+    if not hasattr(example, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+    return distribute_tensor(value.to(example.device), example.device_mesh, example.placements, src_data_rank=None)
