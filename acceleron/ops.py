@@ -174,7 +174,10 @@ def moe(
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32 for any input dtype (bf16 logits would tie), or in fp64 for an fp64 weight."""
+    """logits_TE = x @ weight.T in fp32 for any input dtype (bf16 logits would tie), or in fp64 for an fp64 weight.
+
+    Backward also computes in that dtype. The gradients have the dtypes of x and the weight.
+    """
     contract.check_router_logits(x_TD, weight_ED)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "router_logits"):

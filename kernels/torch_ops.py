@@ -114,7 +114,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Return logits_TE = x @ weight.T in fp32, or in fp64 for an fp64 weight."""
+    """Return logits_TE = x @ weight.T in fp32, also for a 16-bit weight, or in fp64 for an fp64 weight."""
     dtype = wide(weight_ED.dtype)
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 

@@ -322,11 +322,37 @@ def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
         torch.testing.assert_close(grad.float(), wide, rtol=2**-10, atol=1e-3)
 
 
-def test_router_computes_in_fp32_for_16_bit_operands(backend):
-    x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
-    logits = ops.router_logits(x, weight)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_router_computes_in_fp32_with_a_16_bit_weight(weight_dtype, dtype, backend):
+    """The logits and an fp32 gradient have errors of fp32. A 16-bit gradient is rounded once."""
+    x, weight = randn(64, D, dtype=dtype), randn(E, D, seed=1, dtype=weight_dtype)
+    leaves, grad = [x.requires_grad_(), weight.requires_grad_()], randn(64, E, seed=2)
+    logits = ops.router_logits(*leaves)
+    dx, dweight = torch.autograd.grad(logits, leaves, grad)
+    assert (logits.dtype, dx.dtype, dweight.dtype) == (torch.float32, dtype, weight_dtype)
+    assert error(logits, x.double() @ weight.double().t()) < 4 * EPS
+    true_dx, true_dweight = grad.double() @ weight.double(), grad.double().t() @ x.double()
+    # The interpreter truncates to bf16 where a GPU rounds.
+    rounded = {torch.float32: 4 * EPS, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+    assert error(dx, true_dx) < rounded[dtype]
+    assert error(dweight, true_dweight) < rounded[weight_dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_moe_with_a_16_bit_router_equals_its_fp32_copy(router_dtype, dtype, backend):
+    x, narrow = randn(T, D, dtype=dtype), randn(E, D, seed=4, dtype=router_dtype)
+    w13, w2 = randn(E, 2 * WIDTH, D, seed=2) / 8, randn(E, D, WIDTH, seed=3) / 8
+    results = []
+    for router in (narrow, narrow.float()):
+        leaves = [x.detach().requires_grad_(), router.requires_grad_()]
+        y, z_loss, *statistics = ops.moe(leaves[0], leaves[1], w13, w2)
+        dx, drouter = torch.autograd.grad(y.float().square().sum() + z_loss, leaves)
+        assert drouter.dtype == router.dtype
+        results.append((y, z_loss, *statistics, dx, drouter.to(router_dtype)))
+    assert_equal(*results)
+    assert results[0][-1].any()
 
 
 def test_sequences_of_one_token_have_no_loss(backend):
