@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig
-from .kernels.contract import ExpertBuffers
+from .kernels.contract import ExpertBuffers, wide
 from .kernels.torch_ops import expert_mlp_token
 
 
@@ -106,6 +106,7 @@ class MoE(nn.Module):
 
     def decode_token(self, x: Tensor) -> Tensor:
         """A faster `forward` for a single token, x (1, 1, D), on a CPU and without gradients."""
-        logits_E = F.linear(x.to(self.router.dtype), self.router).flatten()
+        dtype = wide(self.router.dtype)
+        logits_E = F.linear(x.to(dtype), self.router.to(dtype)).flatten()
         y = expert_mlp_token(x, logits_E, self.w13_E2FD, self.w2_EDF, self.top_k)
         return y + self.shared(x) if self.shared else y

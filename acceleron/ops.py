@@ -174,7 +174,10 @@ def moe(
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """logits_TE = x @ weight.T in fp32 for any input dtype (bf16 logits would tie), or in fp64 for an fp64 weight."""
+    """logits_TE = x @ weight.T in fp32 for any input dtype (bf16 logits would tie), or in fp64 for an fp64 weight.
+
+    Backward also computes in that dtype. The gradients have the dtypes of x and the weight.
+    """
     contract.check_router_logits(x_TD, weight_ED)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "router_logits"):
@@ -288,17 +291,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         return torch_ops.rms_norm(x, weight, eps, residual)
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100, num_tokens: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of the logits x @ weight.T against the labels; the full logits are never materialized.
 
     weight_VD is cast to x's dtype; its gradient is summed in fp32 and returned in the weight's own dtype. labels_T is
     int64; `ignore_index` excludes a token; its row of x can hold any values. Other labels outside 0..V-1 are not
     detected. Returns an fp32 scalar (fp64 for fp64 inputs): NaN if all tokens are ignored, as in torch. The forward
     pass also computes the gradients, one chunk of logits at a time (Liger-Kernel, Hsu et al. 2024).
+
+    num_tokens, a positive fp32 or fp64 scalar on x's device, divides the summed loss instead of the number of tokens
+    that are not ignored; it gets no gradient. With the number of tokens of all ranks divided by the number of ranks,
+    the mean of the ranks' losses is the mean over all tokens, and the loss of a rank without tokens is 0.
     """
     x_TD = _autocast(x_TD)
-    contract.check_linear_cross_entropy(x_TD, weight_VD, labels_T)
+    contract.check_linear_cross_entropy(x_TD, weight_VD, labels_T, num_tokens)
     with no_autocast(x_TD.device):
         if uses_triton(x_TD.device, x_TD.dtype, "linear_cross_entropy"):
-            return triton_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index)
-        return torch_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index)
+            return triton_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index, num_tokens)
+        return torch_ops.linear_cross_entropy(x_TD, weight_VD, labels_T, ignore_index, num_tokens)

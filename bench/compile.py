@@ -184,6 +184,8 @@ def run_ops(config: ModelConfig, tokens: int, dtype: torch.dtype):
     x, weight, residual = inputs["rms_norm"]
     inputs["rms_norm"] = x, weight, config.norm_eps, residual
     more = [("rms_norm", (x, weight, config.norm_eps)), ("swiglu", (randn(tokens, 2 * config.d_ff_dense),))]
+    x, router, *rest = inputs["moe"]
+    more.append(("moe", (x, router.to(dtype), *rest)))  # FSDP can gather the router in 16 bits, too
     for name, values in [*inputs.items(), *more]:
         op = getattr(ops, name)
         with torch.no_grad():

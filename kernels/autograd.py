@@ -23,10 +23,11 @@ def split_mean(count: Tensor) -> tuple[Tensor, Tensor]:
     """Return a mantissa in [0.5, 1) and a power of two with 1 / count = power / mantissa. Both are 0 if count is 0.
 
     Used for a mean that computes its gradients in the forward pass. Forward divides by the mantissa only, which avoids
-    underflow in fp16. Backward multiplies by the power, which is exact. count: a floating-point scalar.
+    underflow in fp16. Backward multiplies by the power, which is exact. count: a floating-point scalar. It is below 1
+    if data parallelism has fewer tokens than ranks.
     """
     mantissa = torch.frexp(count).mantissa
-    return mantissa, mantissa / count.clamp(min=1)
+    return mantissa, mantissa / count.masked_fill(count == 0, 1)
 
 
 def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:

@@ -205,8 +205,10 @@ def check_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None):
         check("rms_norm: residual", residual, x.shape, x.dtype, x)
 
 
-def check_linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor):
+def check_linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, num_tokens: Tensor | None):
     check("linear_cross_entropy: x_TD", x_TD, (None, None))
     T, D = x_TD.shape
     check("linear_cross_entropy: weight_VD", weight_VD, (None, D), like=x_TD)
     check("linear_cross_entropy: labels_T", labels_T, (T,), torch.int64, x_TD)
+    if num_tokens is not None:  # 16 bits cannot hold most token counts
+        check("linear_cross_entropy: num_tokens", num_tokens, (), (torch.float32, torch.float64), x_TD)

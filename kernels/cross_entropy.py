@@ -84,13 +84,19 @@ def _cross_entropy_kernel(
 
 @torch.library.custom_op("acceleron_triton::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    ignore_index: int,
+    num_tokens: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the mean loss, the unscaled gradients of x and the weight (empty unless needed), and their scale."""
     T, V = x_TD.shape[0], weight_VD.shape[0]
     weight = weight_VD.to(x_TD.dtype)
     keep_T1 = (labels_T != ignore_index)[:, None]
-    count = keep_T1.sum(dtype=torch.float32)
+    count = keep_T1.sum(dtype=torch.float32) if num_tokens is None else num_tokens.float()
     mantissa, power = split_mean(count)
     losses_T = x_TD.new_empty(T, dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
@@ -122,7 +128,7 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
+def _(x_TD, weight_VD, labels_T, ignore_index, num_tokens, need_x, need_weight):
     loss = x_TD.new_empty((), dtype=torch.float32)
     grad_x = x_TD.new_empty(x_TD.shape if need_x else 0)
     return loss, grad_x, weight_VD.new_empty(weight_VD.shape if need_weight else 0), torch.empty_like(loss)
@@ -132,9 +138,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Backward only scales the gradients computed in the forward pass, because the loss is a scalar."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight):
+    def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, num_tokens, need_x, need_weight):
         loss, grad_x, grad_weight, power = _linear_cross_entropy(
-            x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight
+            x_TD, weight_VD, labels_T, ignore_index, num_tokens, need_x, need_weight
         )
         ctx.save_for_backward(grad_x if need_x else None, grad_weight if need_weight else None, power)
         return loss
@@ -144,14 +150,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         *grads, power = ctx.saved_tensors
         grads = (None if grad is None else scale_gradient(grad, grad_loss * power) for grad in grads)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100, num_tokens: Tensor | None = None
+) -> Tensor:
     """`ops.linear_cross_entropy` on contiguous tensors.
 
     Logits are computed LOGITS_PER_CHUNK at a time, and their gradients only if x or the weight needs a gradient.
     """
     check_launch("linear_cross_entropy", x_TD=x_TD, weight_VD=weight_VD, labels_T=labels_T)
     need_x, need_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, weight_VD))
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, need_x, need_weight)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, num_tokens, need_x, need_weight)

@@ -99,5 +99,10 @@ def moe(
     return MoEOutput(y_TD if residual_TD is None else y_TD + residual_TD, *stats)
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
-    return F.cross_entropy(x_TD @ weight_VD.t(), labels_T, ignore_index=ignore_index)
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100, num_tokens: Tensor | None = None
+) -> Tensor:
+    logits_TV = x_TD @ weight_VD.t()
+    if num_tokens is None:
+        return F.cross_entropy(logits_TV, labels_T, ignore_index=ignore_index)
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=ignore_index, reduction="sum") / num_tokens

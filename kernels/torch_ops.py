@@ -114,7 +114,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Return logits_TE = x @ weight.T in fp32, or in fp64 for an fp64 weight."""
+    """Return logits_TE = x @ weight.T in fp32, also for a 16-bit weight, or in fp64 for an fp64 weight."""
     dtype = wide(weight_ED.dtype)
     return _RouterLogits.apply(x_TD.to(dtype), weight_ED.to(dtype))
 
@@ -347,12 +347,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients chunk by chunk in the forward pass. Backward only scales them, as the loss is a scalar."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, ignore_index):
+    def forward(ctx, x_TD, weight_VD, labels_T, ignore_index, num_tokens):
         T, V = x_TD.shape[0], weight_VD.shape[0]
         need_x, need_weight = ctx.needs_input_grad[:2]
         weight, sum_dtype = weight_VD.to(x_TD.dtype), wide(x_TD.dtype)
         keep_T = labels_T != ignore_index
-        target_T, count = labels_T.where(keep_T, 0), keep_T.sum(dtype=sum_dtype)
+        target_T = labels_T.where(keep_T, 0)
+        count = keep_T.sum(dtype=sum_dtype) if num_tokens is None else num_tokens.to(sum_dtype)
         mantissa, power = split_mean(count)
         # The rows of ignored tokens are multiplied by 0.
         scale_T = torch.where(keep_T, 1 / mantissa, 0)
@@ -403,9 +404,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         *grads, power = ctx.saved_tensors
         grads = (None if grad is None else scale_gradient(grad, grad_loss * power) for grad in grads)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int = -100, num_tokens: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy. Logits are computed LOGITS_PER_CHUNK at a time, or 4x that in 16 bits."""
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, ignore_index, num_tokens)

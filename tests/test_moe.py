@@ -94,6 +94,18 @@ def test_decoding_a_token_equals_forward(fields):
         torch.testing.assert_close(moe.decode_token(x), moe(x)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decoding_a_token_with_a_16_bit_router_selects_the_experts_of_forward(router_dtype):
+    """Holds even near a tie: all values of x are 1 in 16 bits, and each row of the router has 8 of each sign."""
+    moe = unit_scale_moe(CONFIG).float()
+    signs = torch.tensor([1.0, -1.0]).repeat(8)[torch.rand(5, 16).argsort()]
+    moe.router = torch.nn.Parameter(signs.to(router_dtype))
+    tokens = 1 + 1e-4 * torch.randn(20, 1, 1, 16)
+    with torch.no_grad():
+        decoded = torch.cat([moe.decode_token(x) for x in tokens])
+        torch.testing.assert_close(decoded, moe(tokens[:, 0])[0])
+
+
 @pytest.mark.parametrize(("counts", "expected"), [([16, 16, 0, 0], 1.4), ([0, 0, 16, 16], 0.6), ([8, 8, 8, 8], 1.0)])
 def test_balance_loss_of_known_probabilities(counts, expected):
     """Half the assignments go to each of two experts, or a quarter to each of four. The second layer is uniform."""

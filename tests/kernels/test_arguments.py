@@ -20,7 +20,8 @@ VALID = {
     "dispatch_plan": dict(topk_ids_TK=torch.zeros(T, 2, dtype=torch.int32, device=DEVICE), num_experts=E),
     "expert_mlp": dict(x_TD=X, topk_scores_TK=randn(T, 2), plan=make_plan(T, E), w13_E2FD=W13, w2_EDF=W2),
     "grouped_gemm": dict(x_ND=randn(2 * T, D), w_EFD=W13, plan=make_plan(T, E)),
-    "linear_cross_entropy": dict(x_TD=X, weight_VD=randn(V, D), labels_T=torch.arange(T, device=DEVICE)),
+    "linear_cross_entropy": dict(x_TD=X, weight_VD=randn(V, D), labels_T=torch.arange(T, device=DEVICE))
+    | dict(num_tokens=torch.tensor(4.5, device=DEVICE)),
     "moe": dict(x_TD=X, router_ED=randn(E, D), w13_E2FD=W13, w2_EDF=W2)
     | dict(shared_w13_2WD=randn(2 * W, D), shared_w2_DW=randn(D, W), residual_TD=X, top_k=2),
     "rms_norm": dict(x=X, weight=randn(D), residual=X, eps=1e-6),
@@ -78,6 +79,9 @@ def test_valid_arguments_are_accepted(op, backend):
         ("linear_cross_entropy", "labels_T", lambda labels: labels[1:], "shape"),
         ("linear_cross_entropy", "labels_T", lambda labels: labels[:, None], "shape"),
         ("linear_cross_entropy", "labels_T", lambda labels: labels.int(), "int64, but got int32"),
+        ("linear_cross_entropy", "num_tokens", lambda count: count[None], r"shape \(\), but got \(1,\)"),
+        ("linear_cross_entropy", "num_tokens", lambda count: count.half(), "float32 or float64, but got float16"),
+        ("linear_cross_entropy", "num_tokens", lambda count: count.long(), "float32 or float64, but got int64"),
         ("moe", "router_ED", lambda router: router[1:], "shape"),
         ("moe", "top_k", lambda _: 6, "1 to 5 experts per token, but got 6"),
         ("moe", "top_k", lambda _: 0, "1 to 5 experts per token, but got 0"),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, error, randn
+from compare import DEVICE, DTYPES, EPS, FACTOR, FLOOR, assert_equal, error, randn
 
 from acceleron import Acceleron, ModelConfig, ops
 from acceleron.generation import Sampling, generate
-from acceleron.kernels import torch_ops
+from acceleron.kernels import formulas, torch_ops
 from acceleron.moe import MoE
 
 T, D, E, WIDTH = 12, 32, 4, 16
@@ -202,15 +202,85 @@ def test_loss_of_zero_tokens_is_nan_with_zero_gradients(backend):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0])
-def test_fp16_gradients_under_a_loss_scale(scale, backend):
+RANKS, RANK_TOKENS = 3, 11
+# The tokens of each rank that are not ignored. With one token on three ranks, num_tokens is below 1.
+KEPT = {"uneven": (8, 3, 11), "one rank without tokens": (10, 0, 1), "one token": (0, 1, 0)}
+
+
+def rank_inputs(kept, dtype):
+    """Return each rank's x and labels, a weight in fp32, and num_tokens: all kept tokens divided by the ranks."""
+    x, weight = randn(RANKS, RANK_TOKENS, 16, dtype=dtype), randn(20, 16, seed=1)
+    labels = torch.arange(RANKS * RANK_TOKENS, device=DEVICE).remainder(20).view(RANKS, RANK_TOKENS)
+    order = torch.arange(RANK_TOKENS, device=DEVICE).flip(0)
+    labels = labels.where(order < torch.tensor(kept, device=DEVICE)[:, None], -100)
+    return x, weight, labels, torch.tensor(sum(kept) / RANKS, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_mean_over_ranks_is_the_mean_over_all_tokens(kept, dtype, backend):
+    x, weight, labels, num_tokens = rank_inputs(kept, dtype)
+
+    def run(function, x, weight, labels):
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = function(*leaves, labels)
+        return [result.detach().double() for result in (loss, *torch.autograd.grad(loss, leaves))]
+
+    def op(x, weight, labels):
+        return ops.linear_cross_entropy(x, weight, labels, num_tokens=num_tokens)
+
+    everything = x.flatten(0, 1), weight, labels.flatten()
+    truth = run(formulas.linear_cross_entropy, everything[0].double(), weight.to(dtype).double(), everything[2])
+    plain = run(lambda x, w, labels: F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), labels), *everything)
+    ranks = [run(op, x[rank], weight, labels[rank]) for rank in range(RANKS)]
+    losses, dx, dweight = (torch.stack(results) for results in zip(*ranks, strict=True))
+    # Data parallelism averages the losses and the gradients.
+    means = losses.mean(), dx.flatten(0, 1) / RANKS, dweight.mean(dim=0)
+    for name, ours, plain_value, true in zip(("loss", "x", "weight"), means, plain, truth, strict=True):
+        assert error(ours, true) <= FACTOR[dtype] * error(plain_value, true) + FLOOR, name
+    for rank in range(RANKS):
+        assert bool(losses[rank]) == bool(dx[rank].any()) == bool(dweight[rank].any()) == bool(kept[rank])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_num_tokens_gets_no_gradient(dtype, backend):
+    x, weight, labels, num_tokens = rank_inputs((8, 3, 11), torch.float32)
+    leaf, count = x[0].requires_grad_(), num_tokens.to(dtype).requires_grad_()
+    loss = ops.linear_cross_entropy(leaf, weight, labels[0], num_tokens=count)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert leaf.grad.any()
+    assert count.grad is None
+
+
+def test_num_tokens_in_a_compiled_graph(backend):
+    """Another count does not compile again."""
+
+    def loss_and_grads(function, num_tokens):
+        leaves = [x[0].detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = function(*leaves, labels[0], num_tokens=num_tokens)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    x, weight, labels, num_tokens = rank_inputs((8, 3, 11), torch.float32)
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    results = [loss_and_grads(compiled, num_tokens)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        results.append(loss_and_grads(compiled, 2 * num_tokens))
+    assert_equal(results, [loss_and_grads(ops.linear_cross_entropy, count) for count in (num_tokens, 2 * num_tokens)])
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+# None: the number of tokens. 3e6 tokens on other ranks: a probability divided by them underflows without the scale.
+@pytest.mark.parametrize(("scale", "num_tokens"), [(1.0, None), (65536.0, None), (65536.0, 3e6)])
+def test_fp16_gradients_under_a_loss_scale(scale, num_tokens, backend):
     """GradScaler's initial scale exceeds fp16's maximum. A probability divided by the token count can underflow."""
     T, V = (8192, 2048) if backend == "reference" or DEVICE == "cuda" else (96, 64)  # the interpreter is slow
     x, weight, labels = randn(T, 16), randn(V, 16, seed=1), torch.arange(T, device=DEVICE) % V
     leaves = [x.half().requires_grad_(), weight.requires_grad_()]
-    ours = torch.autograd.grad(ops.linear_cross_entropy(*leaves, labels) * scale, leaves)
+    count = None if num_tokens is None else torch.tensor(num_tokens, device=DEVICE)
+    ours = torch.autograd.grad(ops.linear_cross_entropy(*leaves, labels, num_tokens=count) * scale, leaves)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    truth = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].t(), labels) * scale, wide)
+    truth = torch.autograd.grad(formulas.linear_cross_entropy(*wide, labels, num_tokens=count) * scale, wide)
     for gradient, expected in zip(ours, truth, strict=True):
         assert error(gradient, expected) < 1e-3
 
@@ -252,11 +322,37 @@ def test_16_bit_weights_are_cast_to_the_dtype_of_fp32_activations(backend):
         torch.testing.assert_close(grad.float(), wide, rtol=2**-10, atol=1e-3)
 
 
-def test_router_computes_in_fp32_for_16_bit_operands(backend):
-    x, weight = randn(64, D, dtype=torch.bfloat16), randn(E, D, seed=1, dtype=torch.bfloat16)
-    logits = ops.router_logits(x, weight)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_router_computes_in_fp32_with_a_16_bit_weight(weight_dtype, dtype, backend):
+    """The logits and an fp32 gradient have errors of fp32. A 16-bit gradient is rounded once."""
+    x, weight = randn(64, D, dtype=dtype), randn(E, D, seed=1, dtype=weight_dtype)
+    leaves, grad = [x.requires_grad_(), weight.requires_grad_()], randn(64, E, seed=2)
+    logits = ops.router_logits(*leaves)
+    dx, dweight = torch.autograd.grad(logits, leaves, grad)
+    assert (logits.dtype, dx.dtype, dweight.dtype) == (torch.float32, dtype, weight_dtype)
+    assert error(logits, x.double() @ weight.double().t()) < 4 * EPS
+    true_dx, true_dweight = grad.double() @ weight.double(), grad.double().t() @ x.double()
+    # The interpreter truncates to bf16 where a GPU rounds.
+    rounded = {torch.float32: 4 * EPS, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+    assert error(dx, true_dx) < rounded[dtype]
+    assert error(dweight, true_dweight) < rounded[weight_dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_moe_with_a_16_bit_router_equals_its_fp32_copy(router_dtype, dtype, backend):
+    x, narrow = randn(T, D, dtype=dtype), randn(E, D, seed=4, dtype=router_dtype)
+    w13, w2 = randn(E, 2 * WIDTH, D, seed=2) / 8, randn(E, D, WIDTH, seed=3) / 8
+    results = []
+    for router in (narrow, narrow.float()):
+        leaves = [x.detach().requires_grad_(), router.requires_grad_()]
+        y, z_loss, *statistics = ops.moe(leaves[0], leaves[1], w13, w2)
+        dx, drouter = torch.autograd.grad(y.float().square().sum() + z_loss, leaves)
+        assert drouter.dtype == router.dtype
+        results.append((y, z_loss, *statistics, dx, drouter.to(router_dtype)))
+    assert_equal(*results)
+    assert results[0][-1].any()
 
 
 def test_sequences_of_one_token_have_no_loss(backend):

@@ -149,7 +149,7 @@ def test_full_logits_are_never_materialized():
     """Their gradients are not materialized either. The largest tensor has the size of the weight."""
     x, weight, labels = inputs(33, 150, 30)
     with LargestTensor() as largest:
-        module._linear_cross_entropy._init_fn(x, weight, labels, IGNORED, True, True)
+        module._linear_cross_entropy._init_fn(x, weight, labels, IGNORED, None, True, True)
     assert largest.numel == weight.numel() < 33 * 150
 
 
@@ -159,10 +159,12 @@ def test_results_are_deterministic():
     assert_equal(run(linear_cross_entropy, *arguments), run(linear_cross_entropy, *arguments))
 
 
+@pytest.mark.parametrize("num_tokens", [None, 4.5])
 @pytest.mark.parametrize("needs", [(True, True), (False, False)], ids=["training", "evaluation"])
-def test_custom_op_passes_opcheck(needs):
+def test_custom_op_passes_opcheck(needs, num_tokens):
     op = torch.ops.acceleron_triton.linear_cross_entropy
-    opcheck(op, (*inputs(9, 50, 16, torch.float16, torch.float32), IGNORED, *needs))
+    num_tokens = None if num_tokens is None else torch.tensor(num_tokens, device=DEVICE)
+    opcheck(op, (*inputs(9, 50, 16, torch.float16, torch.float32), IGNORED, num_tokens, *needs))
 
 
 def test_compiles_without_graph_breaks():

@@ -216,19 +216,24 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("num_tokens", [None, 7.25])
 @pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
-def test_linear_cross_entropy_and_gradients(dtype):
+def test_linear_cross_entropy_and_gradients(dtype, num_tokens):
     T, V, D = 45, 50, 16
     x, weight = randn(T, D, dtype=dtype).requires_grad_(), randn(V, D, seed=1, dtype=dtype).requires_grad_()
     labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
     labels[[0, 8, 44]] = -100
 
     def plain(x, weight):
-        return F.cross_entropy(F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32)), labels)
+        logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="sum") / (num_tokens or T - 3)
+
+    def op(x, weight):
+        return ops.linear_cross_entropy(x, weight, labels, num_tokens=num_tokens and torch.tensor(num_tokens))
 
     leaves, grad = (x, weight), torch.tensor(3.0)
     truths = run(plain, [t.detach().double().requires_grad_() for t in leaves], grad)
-    results = run(lambda *xw: ops.linear_cross_entropy(*xw, labels), leaves, grad)
+    results = run(op, leaves, grad)
     floor = 4 * torch.finfo(dtype).eps
     assert_accurate(("loss", "x", "weight"), results, run(plain, leaves, grad), truths, FACTOR, floor)
     assert results[1][[0, 8, 44]].abs().max() == 0
