@@ -1,5 +1,6 @@
 """Data parallelism on FSDP2: how weights, gradients and optimizer state are divided among the ranks."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ def shard_model(model: nn.Module, blocks: nn.ModuleList, plan: Plan, gather_dtyp
     if gather_dtype != torch.float32:  # inputs are not cast: cos and sin stay in fp32
         precision = MixedPrecisionPolicy(gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shared = dict(mesh=plan.mesh, mp_policy=precision, shard_placement_fn=placement)
+    # Nothing changes a block's output in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, reshard_after_forward=plan.name == "fsdp", **shared)
     fully_shard(model, reshard_after_forward=False, **shared)

@@ -125,7 +125,8 @@ def pause_at_step(step: int, gate: str):
     Acceleron.forward = paused
 
 
-def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None):
+def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None, environment: dict[str, str]):
+    os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -138,10 +139,13 @@ def _child(settings: TrainOptions, output: str, hook: Callable[[], None] | None)
 class Child:
     """A child process that runs train() like train.py does. `output` is the path of its output file."""
 
-    def __init__(self, settings: TrainOptions, output: Path, hook: Callable[[], None] | None = None):
+    def __init__(
+        self, settings: TrainOptions, output: Path, hook: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
+    ):  # fmt: skip
         self.output = output
         output.touch()
-        self.process = CONTEXT.Process(target=_child, args=(settings, str(output), hook))
+        self.process = CONTEXT.Process(target=_child, args=(settings, str(output), hook, environment or {}))
         self.process.start()
 
     def wait_for(self, text: str):
