@@ -331,10 +331,10 @@ def test_router_computes_in_fp32_with_a_16_bit_weight(weight_dtype, dtype, backe
     logits = ops.router_logits(*leaves)
     dx, dweight = torch.autograd.grad(logits, leaves, grad)
     assert (logits.dtype, dx.dtype, dweight.dtype) == (torch.float32, dtype, weight_dtype)
-    assert error(logits, x.double() @ weight.double().t()) < 4 * EPS
+    assert error(logits, x.double() @ weight.double().t()) < 8 * EPS
     true_dx, true_dweight = grad.double() @ weight.double(), grad.double().t() @ x.double()
     # The interpreter truncates to bf16 where a GPU rounds.
-    rounded = {torch.float32: 4 * EPS, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+    rounded = {torch.float32: 8 * EPS, torch.float16: 2**-11, torch.bfloat16: 2**-8}
     assert error(dx, true_dx) < rounded[dtype]
     assert error(dweight, true_dweight) < rounded[weight_dtype]
 
@@ -351,7 +351,7 @@ def test_moe_with_a_16_bit_router_equals_its_fp32_copy(router_dtype, dtype, back
         dx, drouter = torch.autograd.grad(y.float().square().sum() + z_loss, leaves)
         assert drouter.dtype == router.dtype
         results.append((y, z_loss, *statistics, dx, drouter.to(router_dtype)))
-    assert_equal(*results)
+    torch.testing.assert_close(*results)
     assert results[0][-1].any()
 
 
