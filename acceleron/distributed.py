@@ -42,6 +42,8 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.per_node = rank, size, per_node
         self._store, self._decisions = store, 0
+        # With its own connection, the thread that handles signals does not wait for the main thread.
+        self._stop_store = None if store is None else store.clone()
         self._control = dist.new_group(backend="gloo", group_desc="control") if size > 1 else None
 
     @property
