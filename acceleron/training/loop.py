@@ -100,7 +100,7 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
             if log and trainer.statistics.steps > 0:
                 record = trainer.read_statistics()
                 record["lr"] = learning_rate(step - 1, options)
-                record["mfu"] = record["tokens_per_second"] * flops_per_token / peak
+                record["mfu"] = record["tokens_per_second"] * flops_per_token / (peak * trainer.ranks.size)
                 validation = trainer.validate(stop.is_requested) if evaluate else {}
                 if validation is not None:  # else a signal ended the evaluation, and the resumed run repeats it
                     record |= validation
