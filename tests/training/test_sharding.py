@@ -92,10 +92,12 @@ STEPS = [
 ]
 
 
-def check_steps(data_dir, size: int, per_node: int, plans: list[str], compiled: bool = False):
-    cases = [step | dict(data_parallel=plan) for plan in plans for step in STEPS]
-    results = on_ranks(size, first_steps, data_dir, cases, compiled, per_node=per_node)[0]
-    expected = first_steps(Ranks(), data_dir, STEPS) * len(plans)
+def step_cases(plans: list[str], steps: list[dict]) -> list[dict]:
+    return [step | dict(data_parallel=plan) for plan in plans for step in steps]
+
+
+def check_steps(data_dir, size: int, per_node: int, cases: list[dict], results: list[dict], steps: list[dict]):
+    expected = first_steps(Ranks(), data_dir, steps) * (len(cases) // len(steps))
     for case, found, truth in zip(cases, results, expected, strict=True):
         plan = case["data_parallel"]
         assert found["mesh"] == {"ddp": (size, 1), "hsdp": (size // per_node, per_node)}.get(plan, (size,))
@@ -121,13 +123,9 @@ def check_steps(data_dir, size: int, per_node: int, plans: list[str], compiled: 
     ],
 )
 def test_a_step_equals_that_of_one_process(data_dir, size, per_node, plans):
-    check_steps(data_dir, size, per_node, plans)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "per_node", "plans"), [(2, 2, ["ddp", "zero2", "fsdp"]), (4, 2, ["hsdp"])])
-def test_a_compiled_step_equals_that_of_one_process(data_dir, size, per_node, plans):
-    check_steps(data_dir, size, per_node, plans, compiled=True)
+    cases = step_cases(plans, STEPS)
+    results = on_ranks(size, first_steps, data_dir, cases, per_node=per_node)[0]
+    check_steps(data_dir, size, per_node, cases, results, STEPS)
 
 
 def poison(trainer: Trainer, part: str):
@@ -228,19 +226,21 @@ def communicated(ranks: Ranks, data_dir, directory, cases: list[dict], compiled:
 MICRO_BATCHES = 2
 
 
-def check_collectives(data_dir, tmp_path, size: int, plans: list[str], compiled: bool = False):
-    cases = [dict(data_parallel=plan, grad_accum=MICRO_BATCHES) for plan in plans]
+def collective_cases(plans: list[str]) -> list[dict]:
+    return [dict(data_parallel=plan, grad_accum=MICRO_BATCHES) for plan in plans]
+
+
+def check_collectives(plans: list[str], results: list[list[tuple]]):
     counts = ("all_reduce", "long int", LAYERS * EXPERTS + 1)  # tokens per expert, and the number of targets
-    for found in on_ranks(size, communicated, data_dir, tmp_path, cases, compiled, per_node=2):
-        for plan, listed in zip(plans, found, strict=True):
-            assert listed.count(counts) == MICRO_BATCHES, plan
-            assert listed.count(("all_reduce", "double", 3)) == 1, plan  # the losses
-            names = Counter(name for name, *_ in listed)
-            gathers, scatters, reductions = COLLECTIVES[plan]
-            assert names["all_gather"] == gathers, plan
-            assert names["reduce_scatter"] == scatters, plan
-            norm = plan != "ddp"  # reduces the norms of the shards
-            assert names["all_reduce"] == reductions + MICRO_BATCHES + 1 + norm, plan
+    for plan, found in zip(plans, results, strict=True):
+        assert found.count(counts) == MICRO_BATCHES, plan
+        assert found.count(("all_reduce", "double", 3)) == 1, plan  # the losses
+        names = Counter(name for name, *_ in found)
+        gathers, scatters, reductions = COLLECTIVES[plan]
+        assert names["all_gather"] == gathers, plan
+        assert names["reduce_scatter"] == scatters, plan
+        norm = plan != "ddp"  # reduces the norms of the shards
+        assert names["all_reduce"] == reductions + MICRO_BATCHES + 1 + norm, plan
 
 
 # Per step: all-gathers and reduce-scatters of a block's or the root's weights, and all-reduces of their gradients. FSDP
@@ -256,12 +256,23 @@ COLLECTIVES = {
 
 @pytest.mark.parametrize(("size", "plans"), [(2, ["ddp", "zero2", "fsdp"]), (4, ["hsdp"])])
 def test_collectives(data_dir, tmp_path, size, plans):
-    check_collectives(data_dir, tmp_path, size, plans)
+    for found in on_ranks(size, communicated, data_dir, tmp_path, collective_cases(plans), per_node=2):
+        check_collectives(plans, found)
+
+
+def compiled(ranks: Ranks, data_dir, directory, cases: list[dict], plans: list[str]) -> tuple[list, list]:
+    steps = first_steps(ranks, data_dir, cases, compiled=True)
+    return steps, communicated(ranks, data_dir, directory, collective_cases(plans), compiled=True)
 
 
 @pytest.mark.slow
-def test_collectives_of_compiled_blocks(data_dir, tmp_path):
-    check_collectives(data_dir, tmp_path, 2, ["ddp", "zero2", "fsdp"], compiled=True)
+@pytest.mark.parametrize(("size", "plans", "steps"), [(2, ["fsdp", "zero2", "ddp"], STEPS), (4, ["hsdp"], STEPS[1:])])
+def test_compiled_blocks(data_dir, tmp_path, size, plans, steps):
+    cases = step_cases(plans, steps)
+    results = on_ranks(size, compiled, data_dir, tmp_path, cases, plans, per_node=2)
+    check_steps(data_dir, size, 2, cases, results[0][0], steps)
+    for _, found in results:
+        check_collectives(plans, found)
 
 
 def test_gather_dtype_halves_the_traffic(data_dir, tmp_path):
