@@ -1,5 +1,6 @@
 """Data parallelism on FSDP2: how weights, gradients and optimizer state are divided among the ranks."""
 
+import logging
 import warnings
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .errors import InputError
 # `auto` replicates models with fewer parameters: their gradients are small, and a plain all-reduce has the fewest
 # launches. Above this share of a device's memory, fp32 weights are not kept gathered between forward and backward.
 REPLICATED_PARAMETERS, GATHERED_SHARE = 500e6, 0.25
+logger = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
@@ -37,8 +39,12 @@ PLANS = {
 def choose_plan(name: str, ranks: Ranks, device: torch.device, num_parameters: int) -> Plan:
     """Return the plan `name`, or for "auto" the one that fits the model's size and the number of nodes.
 
-    Raises InputError for hsdp on a single node.
+    Raises InputError for hsdp on a single node, and for nodes with different numbers of ranks.
     """
+    per_node = set(ranks.gather(ranks.per_node))
+    if len(per_node) > 1:
+        numbers = " or ".join(map(str, sorted(per_node)))
+        raise InputError(f"the nodes have {numbers} ranks: start all nodes with the same --nproc_per_node")
     nodes, why = ranks.size // ranks.per_node, "as requested"
     if name == "auto":
         name, why = _automatic(nodes, num_parameters, total_memory(device))
@@ -62,7 +68,7 @@ def _automatic(nodes: int, num_parameters: int, memory: int) -> tuple[str, str]:
 def shard_model(model: nn.Module, blocks: nn.ModuleList, plan: Plan, gather_dtype: torch.dtype):
     """Shard the parameters of a model and its blocks in place: they become DTensors with the same names.
 
-    gather_dtype: of gathered weights and their gradients. Gradients are reduced in fp32.
+    gather_dtype: of gathered weights and their gradients. Gradients are reduced in fp32. ddp ignores it.
     """
     shards = plan.mesh.size(plan.mesh.ndim - 1)
 
@@ -71,7 +77,9 @@ def shard_model(model: nn.Module, blocks: nn.ModuleList, plan: Plan, gather_dtyp
         return Shard(next((d for d in range(parameter.dim()) if parameter.shape[d] % shards == 0), 0))
 
     precision = MixedPrecisionPolicy()
-    if gather_dtype != torch.float32:  # inputs are not cast: cos and sin stay in fp32
+    if gather_dtype != torch.float32 and plan.name == "ddp":
+        logger.warning("--gather_dtype is ignored: ddp gathers no weights")
+    elif gather_dtype != torch.float32:  # inputs are not cast: cos and sin stay in fp32
         precision = MixedPrecisionPolicy(gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shared = dict(mesh=plan.mesh, mp_policy=precision, shard_placement_fn=placement)
     # Nothing changes a block's output in place.
