@@ -126,10 +126,13 @@ def build_trainer(
 def _selected_by_first(options: TrainOptions, ranks: Ranks) -> tuple[Path | None, dict | None]:
     """Return the checkpoint that rank 0 selects. The other ranks load it too."""
     path = checkpoint = None
-    with ranks.agreed():
-        if ranks.is_first:
-            path, checkpoint = select_checkpoint(options)
-    name = ranks.from_first(lambda: path and str(path))
+
+    def select() -> str | None:
+        nonlocal path, checkpoint
+        path, checkpoint = select_checkpoint(options)
+        return path and str(path)
+
+    name = ranks.from_first(select)
     with ranks.agreed():
         if name and not ranks.is_first:
             path, checkpoint = Path(name), load_checkpoint(name)
