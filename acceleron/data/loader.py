@@ -287,7 +287,10 @@ class Loader:
         return self.position / len(self.chunks)
 
     def describe_rows(self, position: int, all_ranks: bool = False) -> str:
-        """Describe the files and rows of this or all ranks' batch at `position`. Lists skipped rows, not substitutes."""
+        """Describe the files and rows of this rank's batch at `position`, or of all ranks'.
+
+        Lists skipped rows, not substitutes.
+        """
         first, count = position + self.rank * self.batch_size, self.batch_size
         if all_ranks:
             first, count = position, self.batch_size * self.world_size

@@ -52,11 +52,11 @@ def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: 
         return
     with ExitStack() as stack:
 
-        def lock():
+        def lock_outputs():
             lock = stack.enter_context(DirectoryLock(Path(options.save_dir)))
             stop.before_exit = lock.release
 
-        ranks.from_first(lock)
+        ranks.from_first(lock_outputs)
         trainer, tokenizer_path = build_trainer(options, scripts_dir, ranks)
         stack.enter_context(closing(trainer.loader))
         if options.resume == "auto" and trainer.is_complete:
