@@ -120,7 +120,11 @@ def build_trainer(
     elif not options.no_compile:
         trainer.model.compile_blocks()
         logger.info("compiling the blocks; the first step takes a while")
-    trainer.fetch()
+    try:
+        trainer.fetch()
+    except Exception:
+        trainer.loader.close()  # no reader thread may run while the interpreter exits
+        raise
     return trainer, tokenizer_path
 
 
