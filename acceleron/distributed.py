@@ -160,12 +160,13 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
             raise InputError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
     rank, per_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}: torchrun assigns a GPU to each rank: use auto, cuda or cpu")
+    try:
+        _check_device(device, per_node, torch.cuda.device_count() if on_gpu else per_node)
+    except InputError as error:
+        if int(os.environ["LOCAL_RANK"]):  # the node's first process reports it
+            raise SystemExit(error.status) from error
+        raise
     if on_gpu:
-        gpus = torch.cuda.device_count()
-        if per_node > gpus:
-            raise InputError(f"{per_node} processes on a node with {gpus} GPUs: pass --nproc_per_node={gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     limit = timedelta(seconds=timeout)
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -184,6 +185,13 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
     finally:
         package.setLevel(level)
+
+
+def _check_device(device: str, per_node: int, gpus: int):
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: torchrun assigns a GPU to each rank: use auto, cuda or cpu")
+    if per_node > gpus:
+        raise InputError(f"{per_node} processes on a node with {gpus} GPUs: pass --nproc_per_node={gpus}")
 
 
 @contextmanager

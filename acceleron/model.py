@@ -206,12 +206,14 @@ class Acceleron(nn.Module):
         if labels is not None and labels.dtype != torch.int64:
             raise ValueError(f"labels: expected int64, but got {labels.dtype}; call .long()")
         x, layers = self.hidden_states(input_ids)
-        z_loss, balance_loss, tokens_per_expert_LE = *x.new_zeros(2, dtype=torch.float32), None
+        tokens_per_expert_LE = None
         targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         if not self.config.dense:
             z_loss_L, probabilities_LE, tokens_per_expert_LE = (torch.stack(x) for x in zip(*layers, strict=True))
         tokens_per_expert_LE, num_tokens = self._count_globally(tokens_per_expert_LE, targets)
-        if not self.config.dense:
+        if self.config.dense:
+            z_loss, balance_loss = x.new_zeros(2, dtype=torch.float32)
+        else:
             z_loss, balance_loss = z_loss_L.sum(), compute_balance_loss(probabilities_LE, tokens_per_expert_LE).sum()
         if targets is None:
             return ModelOutput(None, self.head(x), None, z_loss, balance_loss, tokens_per_expert_LE)

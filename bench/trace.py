@@ -209,5 +209,5 @@ def trace_step(config: ModelConfig, batch_size: int = 1, grad_accum: int = 1, se
                 recorder.track([[*trainer.model.parameters()], [*trainer.optimizer.state.values()]])
                 with recorder:
                     trainer.train_step(1e-3)
-    model_flops = options.tokens_per_step * trainer.model.flops_per_token(seq_len)
-    return Step(recorder.launches, recorder.peak_bytes, options.tokens_per_step, model_flops)
+    model_flops = trainer.tokens_per_step * trainer.model.flops_per_token(seq_len)
+    return Step(recorder.launches, recorder.peak_bytes, trainer.tokens_per_step, model_flops)

@@ -77,7 +77,7 @@ def use_checkpoint(run: Trainer, path: Path):
     contents = load_checkpoint(path)
     load_model(contents, path, torch.device("cpu"), torch.float32)
     run.load_state_dict(contents, path)
-    warn_about_changes(run.options, {"torch": "2"}, contents)
+    warn_about_changes(run, contents)
     assert 0 <= run.step < 2**62
     run.train_step(1e-3)
 

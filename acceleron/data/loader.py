@@ -286,9 +286,15 @@ class Loader:
         """Number of epochs consumed so far, including fractions."""
         return self.position / len(self.chunks)
 
-    def describe_rows(self, position: int) -> str:
-        """Describe the files and rows of this rank's batch at `position`. Lists skipped rows, not substitutes."""
-        indices = self.chunks.stream(position + self.rank * self.batch_size, self.batch_size)
+    def describe_rows(self, position: int, all_ranks: bool = False) -> str:
+        """Describe the files and rows of this rank's batch at `position`, or of all ranks'.
+
+        Lists skipped rows, not substitutes.
+        """
+        first, count = position + self.rank * self.batch_size, self.batch_size
+        if all_ranks:
+            first, count = position, self.batch_size * self.world_size
+        indices = self.chunks.stream(first, count)
         shards, rows, _ = self.chunks.locate(indices)
         locations = sorted(set(zip(shards.tolist(), rows.tolist(), strict=True)))
         parts = []

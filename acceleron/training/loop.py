@@ -51,10 +51,12 @@ def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: 
         memory_test(build_trainer(options, scripts_dir, ranks)[0])
         return
     with ExitStack() as stack:
-        with ranks.agreed():
-            if ranks.is_first:
-                lock = stack.enter_context(DirectoryLock(Path(options.save_dir)))
-                stop.before_exit = lock.release
+
+        def lock_outputs():
+            lock = stack.enter_context(DirectoryLock(Path(options.save_dir)))
+            stop.before_exit = lock.release
+
+        ranks.from_first(lock_outputs)
         trainer, tokenizer_path = build_trainer(options, scripts_dir, ranks)
         stack.enter_context(closing(trainer.loader))
         if options.resume == "auto" and trainer.is_complete:
@@ -175,8 +177,9 @@ def report_anomalies(trainer: Trainer, checkpoints: CheckpointManager):
         if math.isfinite(anomaly.loss + anomaly.grad_norm):
             kind += f", above {anomaly.threshold:.4f}"
         losses = f"loss {anomaly.loss:.4f}, gradient norm {anomaly.grad_norm:.3g}"
-        starts = range(anomaly.position, anomaly.position + options.grad_accum * loader.batch_size, loader.batch_size)
-        rows = "; ".join(loader.describe_rows(start) for start in starts)
+        size = trainer.ranks.size * loader.batch_size
+        starts = range(anomaly.position, anomaly.position + options.grad_accum * size, size)
+        rows = "; ".join(loader.describe_rows(start, all_ranks=True) for start in starts)
         logger.warning(f"step {anomaly.step}: {losses}: {kind}; batch from {rows}")
     streak = trainer.detector.longest_streak
     if streak >= options.max_bad_steps:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -31,7 +32,7 @@ from .trainer import Trainer
 
 # A resumed run can change these options without a warning. The model's config must be equal, however it is given.
 FREE_OPTIONS = {"resume", "save_dir", "data_dir", "tokenizer", "log_interval", "eval_interval", "save_interval"}
-FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test", "timeout", "batch_size"}
+FREE_OPTIONS |= {"keep_last", "num_workers", "device", "max_bad_steps", "memory_test", "timeout"}
 FREE_OPTIONS |= {"model_size", "config", "init_from", "vocab_size", "dense", "debug_force_load_balance", *SHAPE_FIELDS}
 
 logger = logging.getLogger(__name__)
@@ -119,17 +120,24 @@ def build_trainer(
     elif not options.no_compile:
         trainer.model.compile_blocks()
         logger.info("compiling the blocks; the first step takes a while")
-    trainer.fetch()
+    try:
+        trainer.fetch()
+    except Exception:
+        trainer.loader.close()  # no reader thread may run while the interpreter exits
+        raise
     return trainer, tokenizer_path
 
 
 def _selected_by_first(options: TrainOptions, ranks: Ranks) -> tuple[Path | None, dict | None]:
     """Return the checkpoint that rank 0 selects. The other ranks load it too."""
     path = checkpoint = None
-    with ranks.agreed():
-        if ranks.is_first:
-            path, checkpoint = select_checkpoint(options)
-    name = ranks.from_first(lambda: path and str(path))
+
+    def select() -> str | None:
+        nonlocal path, checkpoint
+        path, checkpoint = select_checkpoint(options)
+        return path and str(path)
+
+    name = ranks.from_first(select)
     with ranks.agreed():
         if name and not ranks.is_first:
             path, checkpoint = Path(name), load_checkpoint(name)
@@ -159,15 +167,18 @@ def select_checkpoint(options: TrainOptions) -> tuple[Path | None, dict | None]:
 
 def warn_about_changes(trainer: Trainer, checkpoint: dict):
     """Warn about settings and versions that differ from the checkpoint's."""
-    saved, options = checkpoint["options"], trainer.options
+    saved, options, size = checkpoint["options"], trainer.options, trainer.ranks.size
+    ranks = checkpoint["environment"].get("ranks", 1)
+    free = FREE_OPTIONS if ranks == size else FREE_OPTIONS | {"batch_size"}
     for name, value in asdict(options).items():
-        if name not in FREE_OPTIONS and name in saved and saved[name] != value:
+        if name not in free and name in saved and saved[name] != value:
             logger.warning(f"--{name} is {value}, but was {short_repr(saved[name])} before")
-    ranks, batch_size = checkpoint["environment"].get("ranks", 1), saved.get("batch_size")
-    if (ranks, batch_size) != (trainer.ranks.size, options.batch_size):
-        now = f"{trainer.ranks.size} x {options.batch_size}"
-        if trainer.ranks.size * options.batch_size != ranks * batch_size:
-            logger.warning(f"the ranks process {now} sequences at a time, but {ranks} x {batch_size} before")
+    before = ranks, saved.get("batch_size")
+    if ranks != size and all(type(value) is int for value in before) and math.prod(before) != size * options.batch_size:
+        fix, rest = divmod(math.prod(before), size)
+        advice = "" if rest or not fix else f": pass --batch_size {fix} to continue the same trajectory"
+        was = "{} x {}".format(*before)
+        logger.warning(f"the global batch is {size} x {options.batch_size} sequences, but was {was} before{advice}")
     for name, value in trainer.environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:

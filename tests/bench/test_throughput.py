@@ -104,7 +104,8 @@ def test_modes_set_the_options_of_train(options, monkeypatch, tmp_path):
         moe, dense = throughput.contenders("nano", mode, str(tmp_path), flags(), ExitStack())
         assert dataclasses.replace(moe.options, dense=True, save_dir=dense.options.save_dir) == dense.options
         made[mode] = moe.options
-    assert made["predecessor"].tokens_per_step == 32 * 4 * 512
+        if mode == "predecessor":
+            assert moe.tokens_per_step == 32 * 4 * 512
     assert not made["predecessor"].no_gradient_checkpointing
     assert made["balanced"].debug_force_load_balance
     assert made["deterministic"].deterministic

@@ -8,12 +8,12 @@ import pytest
 from runs import MEASURED, assert_bitwise_equal, final_state, options, records
 
 from acceleron.checkpoint import list_checkpoints
-from acceleron.data import Loader
 from acceleron.errors import RunStopped
 from acceleron.training import train
 from acceleron.training.loop import training_loop
 from acceleron.training.setup import build_trainer, open_outputs
 from acceleron.training.signals import StopSignals
+from acceleron.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nano")
 
@@ -61,9 +61,9 @@ def test_stopped_evaluation_of_the_last_step_is_repeated(data_dir, tmp_path, mon
     """The second process trains no step. It writes the log line and saves the step again."""
     run = options(data_dir, tmp_path / "run", max_steps=3, save_interval=100, eval_interval=100)
     train(replace(run, save_dir=str(tmp_path / "expected")))
-    evaluations, held_out = [], Loader.held_out
+    evaluations, validate = [], Trainer.validate
     with monkeypatch.context() as patch:
-        patch.setattr(Loader, "held_out", lambda loader: evaluations.append(loader) or held_out(loader))
+        patch.setattr(Trainer, "validate", lambda *args: evaluations.append(args) or validate(*args))
         patch.setattr(StopSignals, "is_requested", lambda stop: bool(evaluations))
         with pytest.raises(RunStopped, match=r"stopped at step 3; everything is saved in .*checkpoint_3\.pt"):
             train(run)

@@ -1,5 +1,4 @@
-from ranks import Job, on_ranks
-from runs import options, records, shrink_nano
+from ranks import on_ranks
 
 from acceleron.distributed import Ranks
 
@@ -10,10 +9,3 @@ def work(ranks: Ranks):
 
 def test_ranks():
     assert on_ranks(3, work) == [(2, [0, 1, 2], "x")] * 3
-
-
-def test_job(data_dir, tmp_path):
-    job = Job(options(data_dir, tmp_path / "run", batch_size=2), 2, tmp_path / "out", shrink_nano)
-    assert job.statuses() == [0, 0], job.output()
-    assert len(records(tmp_path / "run")) == 12
-    assert job.children[1].output.read_text() == ""
