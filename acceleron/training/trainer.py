@@ -191,17 +191,21 @@ class Trainer:
         """Evaluate the model on the held-out batches. Return None if `should_stop` returned true before the end."""
         with closing(self.loader.held_out()) as loader:
 
+            complete = True
+
             def batches() -> Iterator[Tensor]:
+                nonlocal complete
                 while loader.position < loader.end:
                     with self.ranks.agreed() as stopped:
                         batch = self._next_batch(loader, should_stop)
                         stopped.value = batch is None
                     if stopped.value:
+                        complete = False
                         return
                     yield batch
 
             record = evaluate(self.model, batches(), self.text_bytes)
-            return record if loader.position == loader.end else None
+            return record if complete else None
 
     def read_statistics(self) -> dict:
         """Return the fields of metrics.jsonl since the last reset, for all ranks. Synchronizes with the device.
