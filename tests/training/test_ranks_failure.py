@@ -84,14 +84,13 @@ PHASES = {  # rank that pauses, hook that pauses it in a phase, and the steps at
     ("phase", "signalled"),
     [
         ("training", [0, 1]),  # as torchrun does
-        ("training", [0]),
         ("data stall", [0]),
-        ("background save", [1]),
+        pytest.param("training", [0], marks=pytest.mark.slow),
         pytest.param("training", [1], marks=pytest.mark.slow),
         pytest.param("evaluation", [1], marks=pytest.mark.slow),
         pytest.param("data stall", [1], marks=pytest.mark.slow),
         pytest.param("data stall in an evaluation", [0], marks=pytest.mark.slow),
-        pytest.param("background save", [0, 1], marks=pytest.mark.slow),
+        pytest.param("background save", [1], marks=pytest.mark.slow),
     ],
 )
 def test_signal_to_any_rank_saves_once_and_loses_nothing(data_dir, tmp_path, uninterrupted, phase, signalled):
@@ -114,6 +113,7 @@ def test_signal_to_any_rank_saves_once_and_loses_nothing(data_dir, tmp_path, uni
     resume(run, tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", [[0, 1], [1]])
 def test_signal_before_the_first_step_ends_at_once(data_dir, tmp_path, signalled):
     job = start(settings(data_dir, tmp_path / "run"), tmp_path, 1, partial(pause_at_step, 1, str(tmp_path / "gate")))
@@ -127,6 +127,7 @@ def test_signal_before_the_first_step_ends_at_once(data_dir, tmp_path, signalled
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_signal_during_the_last_save_changes_nothing(data_dir, tmp_path, uninterrupted):
     job = start(settings(data_dir, tmp_path / "run"), tmp_path, 0, partial(pause_first_write, str(tmp_path / "gate")))
     job.children[1].signal(signal.SIGTERM)
@@ -185,6 +186,7 @@ def fill_disk():
     checkpointing.save_checkpoint = save
 
 
+@pytest.mark.slow
 def test_signal_to_a_rank_ends_the_attempts_to_save(data_dir, tmp_path):
     job = start(settings(data_dir, tmp_path / "run"), tmp_path, 0, fill_disk)
     job.children[1].signal(signal.SIGTERM)
@@ -193,7 +195,7 @@ def test_signal_to_a_rank_ends_the_attempts_to_save(data_dir, tmp_path):
     assert job.output().count("error") == 1
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_ends_the_job_without_saving(data_dir, tmp_path, uninterrupted, killed):
     """The default timeout of 10 minutes plays no role."""
     run = settings(data_dir, tmp_path / "run", save_interval=3)
@@ -222,6 +224,7 @@ def test_killed_rank_is_named_among_many(data_dir, tmp_path):
     assert job.output().count("error") == 1
 
 
+@pytest.mark.slow
 def test_rank_killed_during_the_last_save(data_dir, tmp_path, uninterrupted):
     run = settings(data_dir, tmp_path / "run", save_interval=10)
     job = start(run, tmp_path, 0, partial(pause_in_last_write, str(tmp_path / "gate")))
@@ -246,7 +249,8 @@ def pause_in_last_write(gate: str):
     checkpointing.save_checkpoint = save_or_pause
 
 
-@pytest.mark.parametrize("stalls", ["process", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stalls", ["process", "data"])
 def test_stalled_rank_ends_the_job_after_the_timeout(data_dir, tmp_path, stalls):
     run = settings(data_dir, tmp_path / "run", timeout=3)
     gate = str(tmp_path / "gate")
@@ -279,6 +283,7 @@ def fail_at_step(step: int, error: Exception):
     Acceleron.forward = failing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "shown"),
     [
