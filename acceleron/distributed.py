@@ -3,7 +3,6 @@
 A process that torchrun did not start, or started alone, is rank 0 of 1. Then nothing here communicates.
 """
 
-import json
 import logging
 import os
 import time
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import InputError, RunFailed, RunStopped
+from .errors import BAD_INPUT, InputError, RunFailed, RunStopped, is_out_of_memory
 
 # A rank that has not reported an error this many seconds after the others is listed as not responding.
 GRACE = 3.0
@@ -36,15 +35,19 @@ class Ranks:
     """This process among the ranks of a run, and decisions that all ranks make together.
 
     The decisions use gloo on the host, so they never wait for a GPU. All ranks call the methods in the same order,
-    except `announce_stop`, `stop_announced` and `report`.
+    except `announce_stop`, `stop_announced` and `report`, which any thread can call at any time.
+
+    store: a connection of its own, because an operation waits until the others of its connection have ended.
+    on_loss: called when a collective fails, before the missing ranks are identified, which takes up to GRACE seconds.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.per_node = rank, size, per_node
-        self._store, self._decisions = store, 0
-        # With its own connection, the thread that handles signals does not wait for the main thread.
-        self._stop_store = None if store is None else store.clone()
-        self._control = dist.new_group(backend="gloo", group_desc="control") if size > 1 else None
+        self.on_loss: Callable[[], None] = lambda: None
+        self._store = store
+        if size > 1:
+            self._control = dist.new_group(backend="gloo", group_desc="control")
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=10), group_desc="patient")
 
     @property
     def is_first(self) -> bool:
@@ -98,35 +101,33 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        self._decisions += 1
-        key = f"decision {self._decisions}"
-        if not self.is_first:
-            self._store.wait([key], timedelta(days=10))
-            kind, result = json.loads(self._store.get(key))
-            if kind == "result":
-                return result
-            raise (InputError if kind == "InputError" else RunFailed)(result)
-        try:
-            result = work()
-        except (InputError, RunFailed) as error:
-            kind = "InputError" if isinstance(error, InputError) else "RunFailed"
-            self._store.set(key, json.dumps([kind, str(error)]))
-            raise
-        self._store.set(key, json.dumps(["result", result]))
-        return result
+        outcome, error = [None], None
+        if self.is_first:
+            try:
+                outcome = [("result", work())]
+            except (InputError, RunFailed) as failure:
+                error = failure
+                outcome = [("InputError" if isinstance(error, InputError) else "RunFailed", str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        if error:
+            raise error
+        kind, result = outcome[0]
+        if kind == "result":
+            return result
+        raise (InputError if kind == "InputError" else RunFailed)(result)
 
-    def announce_stop(self, number: int):
-        """Tell ranks that wait for data that this rank received a signal."""
-        if self._stop_store is not None:
+    def announce_stop(self):
+        """Tell ranks that wait for data or for the disk that this rank received a signal."""
+        if self._store is not None:
             with suppress(RuntimeError):
-                self._stop_store.set("stop", str(number))
+                self._store.set("stop", "")
 
     def stop_announced(self) -> bool:
         """Return whether a rank announced a stop. Asks the store over the network."""
         return self._store is not None and self._store.check(["stop"])
 
     def report(self) -> bool:
-        """Return whether this rank reports an error that ends the run: true for one rank."""
+        """Return whether this rank prints why the run ends: true for one rank."""
         if self._store is None:
             return True
         with suppress(RuntimeError):
@@ -134,7 +135,11 @@ class Ranks:
         return True
 
     def missing(self) -> list[int]:
-        """Return the ranks that do not call this method within GRACE seconds. Raises RuntimeError without a store."""
+        """Return the ranks that do not call this method within GRACE seconds. Raises RuntimeError without a store.
+
+        A collective must have failed. Ends the collectives in which other ranks wait, so that they call this too.
+        """
+        self._close_connections()
         self._store.set(f"responds {self.rank}", "")
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + GRACE
@@ -142,6 +147,15 @@ class Ranks:
             others = [rank for rank in others if not self._store.check([f"responds {rank}"])]
             time.sleep(0.05)
         return others
+
+    def _close_connections(self):
+        # A lost rank's neighbors notice it, but the others wait for the neighbors. gloo closes a group's connections
+        # when an operation times out, and has no other call for this.
+        for group in (dist.group.WORLD, self._control, self._patient):
+            for rank in range(self.size):
+                if rank != self.rank:
+                    with suppress(RuntimeError):
+                        dist.irecv(torch.zeros(1), src=rank, group=group).wait(timedelta(milliseconds=1))
 
 
 @contextmanager
@@ -178,7 +192,7 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
     level = package.level
     if rank:
         package.setLevel(logging.ERROR)
-    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store))
+    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()))
     try:
         with _reported_once(ranks):
             yield ranks
@@ -196,13 +210,19 @@ def _check_device(device: str, per_node: int, gpus: int):
 
 @contextmanager
 def _reported_once(ranks: Ranks) -> Iterator[None]:
-    """Context manager that turns a collective's error into LostRank. Only one rank raises an error that all have."""
+    """Context manager that turns a collective's error into LostRank.
+
+    Only one rank raises an error that all have. The others exit with its status.
+    """
     try:
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error) and not ranks.report():
+                raise SystemExit(BAD_INPUT) from error
             if not is_collective_error(error):
                 raise
+            ranks.on_loss()
             raise LostRank(describe_loss(ranks)) from error
     except (InputError, RunFailed, RunStopped) as error:
         if not isinstance(error, LostRank):
@@ -212,7 +232,7 @@ def _reported_once(ranks: Ranks) -> Iterator[None]:
         raise SystemExit(error.status) from error
 
 
-def is_collective_error(error: RuntimeError) -> bool:
+def is_collective_error(error: Exception) -> bool:
     """Return whether the error means that another rank ended or timed out. gloo's errors have no type."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 

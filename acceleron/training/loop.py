@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import ExitStack, closing, suppress
@@ -22,8 +23,6 @@ from .setup import build_trainer, check_paths, check_same_options, open_outputs
 from .signals import StopSignals
 from .trainer import Trainer
 
-ON_ANOTHER_RANK = "signal on another rank"
-
 logger = logging.getLogger(__name__)
 
 
@@ -38,9 +37,12 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     RunFailed if the run cannot continue, and RunStopped after a stop signal. Progress is saved first, unless the run
     has diverged. A signal before the first step, or a second SIGINT, ends the process.
     """
-    with StopSignals() as stop, join_ranks(options.device, options.timeout) as ranks:
-        stop.quiet, stop.on_request = not ranks.is_first, ranks.announce_stop
-        _train(options, scripts_dir, ranks, stop)
+    with StopSignals() as stop:
+        stop.may_report = lambda: int(os.environ.get("RANK", 0)) == 0
+        with join_ranks(options.device, options.timeout) as ranks:
+            stop.quiet, stop.on_request, stop.may_report = ranks.size > 1, ranks.announce_stop, ranks.report
+            ranks.on_loss = stop.ignore
+            _train(options, scripts_dir, ranks, stop)
 
 
 def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: StopSignals):
@@ -72,8 +74,13 @@ def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: 
         stack.enter_context(closing(checkpoints))
         saved = train_and_save(trainer, checkpoints, metrics, stop)
         if not trainer.is_complete:
-            signals = [name for name in ranks.gather(stop.requested) if name != ON_ANOTHER_RANK]
-            raise RunStopped(f"{signals[0]}: stopped at step {trainer.step}; {saved}; continue with --resume auto")
+            name = signal_name(ranks, stop)
+            raise RunStopped(f"{name}: stopped at step {trainer.step}; {saved}; continue with --resume auto")
+
+
+def signal_name(ranks: Ranks, stop: StopSignals) -> str:
+    """Return the name of the signal that stops the run, on whichever rank it arrived."""
+    return next(filter(None, ranks.gather(stop.requested)))
 
 
 def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics | None, stop: StopSignals):
@@ -123,7 +130,8 @@ def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Met
             if last:
                 return
             if not trainer.fetch(stop.is_requested):
-                stop.requested = stop.requested or ON_ANOTHER_RANK
+                if trainer.ranks.size > 1:  # a single rank prints this when the signal arrives
+                    logger.info(f"{signal_name(trainer.ranks, stop)}: saving and stopping after this step")
                 return
             trainer.train_step(learning_rate(step, options))
             stop.has_progress = True
@@ -140,7 +148,10 @@ def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Me
     def finish() -> str:
         report_anomalies(trainer, checkpoints)
         # Skipped steps do not change the weights, so the state is also saved after them.
-        return checkpoints.finish(trainer.state_dict(), trainer.detector.good_step, stop.is_requested)
+        return checkpoints.finish(trainer.state_dict(), trainer.detector.good_step, should_stop)
+
+    def should_stop() -> bool:
+        return stop.is_requested() or trainer.ranks.stop_announced()
 
     try:
         training_loop(trainer, checkpoints, metrics, stop)
@@ -149,7 +160,7 @@ def train_and_save(trainer: Trainer, checkpoints: CheckpointManager, metrics: Me
             raise
         if trainer.ranks.size > 1 and not isinstance(error, (InputError, RunFailed)):
             raise  # the other ranks do not have this error, so the state cannot be gathered
-        if stop.is_requested():
+        if trainer.ranks.max(stop.is_requested()):
             # A signal to the process group also kills the compiler, so the compilation fails.
             logger.info(f"note: {type(error).__name__}: {str(error).strip()[:200]}".splitlines()[0])
             return finish()

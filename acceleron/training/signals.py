@@ -24,14 +24,16 @@ class StopSignals:
     where Python's own handlers do not run. The context manager does nothing outside the main thread, because
     Python can install handlers only there.
 
-    `on_request` is called in that thread with the number of the first signal. `quiet` suppresses messages.
+    With several ranks, `on_request` is called in that thread after the first signal, `quiet` suppresses its message,
+    which would be wrong if the ranks cannot save, and `may_report` decides which rank prints why the process ends.
     """
 
     def __init__(self):
         self.requested: str | None = None
         self.has_progress = self.quiet = False
         self.before_exit: Callable[[], None] = lambda: None
-        self.on_request: Callable[[int], None] = lambda number: None
+        self.on_request: Callable[[], None] = lambda: None
+        self.may_report: Callable[[], bool] = lambda: True
         self._interrupts = 0
         self._cleanup = ExitStack()
 
@@ -48,8 +50,16 @@ class StopSignals:
             threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _, error: BaseException | None, __):
         self._cleanup.close()
+        if self.quiet and error and threading.current_thread() is threading.main_thread():
+            # Once a rank has exited, torchrun sends SIGTERM to the others. Let them print why they exit.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+    def ignore(self):
+        """Ignore signals, except a second SIGINT, because the run is about to end."""
+        self.has_progress = self.quiet = True
 
     def is_requested(self) -> bool:
         return self.requested is not None
@@ -68,17 +78,17 @@ class StopSignals:
             self._exit(f"{number.name} before the end of the first step: nothing new to save", STOPPED)
         if self.requested is None:
             self.requested = number.name
-            self._print(f"{number.name}: saving and stopping after this step")
-            self.on_request(number)
+            if not self.quiet:
+                self._print(f"{number.name}: saving and stopping after this step")
+            self.on_request()
 
     def _print(self, line: str):
-        if self.quiet:
-            return
         with suppress(OSError):
             os.write(sys.__stderr__.fileno(), f"\n{line}\n".encode())
 
     def _exit(self, line: str, status: int):
-        self._print(line)
+        if self.may_report():
+            self._print(line)
         with suppress(Exception):
             self.before_exit()
             sys.stdout.flush()

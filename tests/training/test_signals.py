@@ -75,7 +75,7 @@ def stall_data(gate: str):
 
     def poll_and_print(loader, timeout):
         batch = poll(loader, timeout)
-        if batch is None and loader.position == 5 * loader.batch_size:
+        if batch is None and loader.position == 5 * loader.batch_size * loader.world_size:
             print("paused", flush=True)
         return batch
 
