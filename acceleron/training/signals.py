@@ -41,13 +41,16 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             reading, writing = os.pipe()
             os.set_blocking(writing, False)
+            thread = threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True)
+            # The thread must not free the callbacks while the interpreter shuts down: they hold process groups.
+            self._cleanup.callback(thread.join)
             self._cleanup.callback(os.close, writing)  # ends the thread
             self._cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     # Python writes a signal to the pipe only if it has a Python handler for it.
                     self._cleanup.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-            threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
+            thread.start()
         return self
 
     def __exit__(self, _, error: BaseException | None, __):

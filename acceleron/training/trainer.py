@@ -190,7 +190,6 @@ class Trainer:
     def validate(self, should_stop: Callable[[], bool]) -> dict | None:
         """Evaluate the model on the held-out batches. Return None if `should_stop` returned true before the end."""
         with closing(self.loader.held_out()) as loader:
-
             complete = True
 
             def batches() -> Iterator[Tensor]:
