@@ -89,10 +89,10 @@ class Ranks:
         vote.value = self.max(1 << 30 if error else int(vote.value))
         if vote.value < 1 << 30:
             return
-        errors = self.gather((isinstance(error, InputError), str(error)) if error else None)
-        rank, (is_input_error, text) = next((rank, found) for rank, found in enumerate(errors) if found)
-        where = "" if errors.count(errors[rank]) == self.size else f"rank {rank}: "
-        raise (InputError if is_input_error else RunFailed)(where + text) from error
+        errors = self.gather(error)
+        rank, first = next((rank, found) for rank, found in enumerate(errors) if found)
+        where = "" if all(str(other) == str(first) for other in errors) else f"rank {rank}: "
+        raise (InputError if isinstance(first, InputError) else RunFailed)(f"{where}{first}") from error
 
     def from_first(self, work: Callable[[], str | bool | None]) -> str | bool | None:
         """Call `work` on rank 0 and return its result on all ranks. An InputError or RunFailed is raised on all.
@@ -101,20 +101,16 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        outcome, error = [None], None
+        outcome = [None]
         if self.is_first:
             try:
-                outcome = [("result", work())]
-            except (InputError, RunFailed) as failure:
-                error = failure
-                outcome = [("InputError" if isinstance(error, InputError) else "RunFailed", str(error))]
+                outcome = [work()]
+            except (InputError, RunFailed) as error:
+                outcome = [error]
         dist.broadcast_object_list(outcome, src=0, group=self._patient)
-        if error:
-            raise error
-        kind, result = outcome[0]
-        if kind == "result":
-            return result
-        raise (InputError if kind == "InputError" else RunFailed)(result)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def announce_stop(self):
         """Tell ranks that wait for data or for the disk that this rank received a signal."""
