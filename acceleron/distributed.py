@@ -41,12 +41,15 @@ class Ranks:
     on_loss: called when a collective fails, before the missing ranks are identified, which takes up to GRACE seconds.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None):
+    def __init__(
+        self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None, timeout: float = 600
+    ):
         self.rank, self.size, self.per_node = rank, size, per_node
         self.on_loss: Callable[[], None] = lambda: None
         self._store = store
         if size > 1:
-            self._control = dist.new_group(backend="gloo", group_desc="control")
+            limit = timedelta(seconds=timeout)  # new groups do not inherit it
+            self._control = dist.new_group(backend="gloo", timeout=limit, group_desc="control")
             self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=10), group_desc="patient")
 
     @property
@@ -188,7 +191,7 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
     level = package.level
     if rank:
         package.setLevel(logging.ERROR)
-    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()))
+    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()), timeout)
     try:
         with _reported_once(ranks):
             yield ranks

@@ -46,9 +46,9 @@ def uninterrupted(data_dir, tmp_path_factory):
     return final_state(directory / "run", STEPS)[1]
 
 
-def rank_hook(rank: int, hook: Callable[[], None]):
-    """Hook: call `hook` on this rank. All ranks print when they receive a signal."""
-    hook() if int(os.environ["RANK"]) == rank else shrink_nano()
+def rank_hook(rank: int | None, hook: Callable[[], None]):
+    """Hook: call `hook` on this rank (None: on all). All ranks print when they receive a signal."""
+    hook() if rank in (None, int(os.environ["RANK"])) else shrink_nano()
     announce = Ranks.announce_stop
 
     def announce_and_print(ranks):
@@ -58,10 +58,11 @@ def rank_hook(rank: int, hook: Callable[[], None]):
     Ranks.announce_stop = announce_and_print
 
 
-def start(run, tmp_path, rank: int, hook: Callable[[], None], size: int = 2) -> Job:
+def start(run, tmp_path, rank: int | None, hook: Callable[[], None], size: int = 2) -> Job:
     """Start a job and wait until the hook on this rank prints "paused"."""
     job = Job(run, size, tmp_path / "output", partial(rank_hook, rank, hook))
-    job.children[rank].wait_for("paused")
+    for child in job.children if rank is None else [job.children[rank]]:
+        child.wait_for("paused")
     return job
 
 
@@ -71,9 +72,9 @@ def resume(run, tmp_path, uninterrupted):
     assert_bitwise_equal(final_state(Path(run.save_dir), STEPS)[1], uninterrupted)
 
 
-PHASES = {  # rank that pauses, hook that pauses it in a phase, and the steps at which the run can stop
+PHASES = {  # rank that pauses (None: all), hook that pauses it in a phase, and the steps at which the run can stop
     "training": (1, partial(pause_at_step, 4), {4}),
-    "evaluation": (0, pause_evaluation, {10}),
+    "evaluation": (None, pause_evaluation, {10}),
     "data stall": (1, stall_data, {5}),
     "data stall in an evaluation": (1, partial(pause_evaluation, stalls=True), {10}),
     "background save": (0, pause_first_write, {3, 4, 5, 6}),
