@@ -71,7 +71,9 @@ class TrainOptions:
         ("auto", "ddp", "zero2", "fsdp", "hsdp"),
     )  # fmt: skip
     gather_dtype: str = option(
-        "fp32", "with several ranks: dtype of gathered weights; bf16 halves the traffic and rounds", ("fp32", "bf16")
+        "fp32",
+        "with several ranks: dtype of gathered weights; bf16 halves the traffic, but rounds; ddp ignores it",
+        ("fp32", "bf16"),
     )
     timeout: int = option(600, "with several ranks: seconds to wait for a rank before the job fails", minimum=1)
     dtype: str = option(
