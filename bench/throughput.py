@@ -191,7 +191,6 @@ class Contender:
 
     def __init__(self, options: TrainOptions, mode: str, limit: float):
         self.options = options
-        self.tokens_per_step = options.batch_size * options.grad_accum * options.seq_len
         self.limit = limit
         self.step_seconds = 0.0
         case = {"size": options.model_size, "mode": mode, "dtype": options.dtype, "batch_size": options.batch_size}
@@ -231,7 +230,8 @@ class Contender:
         """Train whole steps for about `seconds` and record the tokens/s."""
         steps = max(1, round(seconds / self.step_seconds)) if self.step_seconds else 1
         if answer := self.ask(steps, 60 + 10 * steps * self.step_seconds):
-            self.row.values.append(steps * self.tokens_per_step / answer["seconds"])
+            tokens = steps * self.options.batch_size * self.options.grad_accum * self.options.seq_len
+            self.row.values.append(tokens / answer["seconds"])
 
     def finish(self, peak: float):
         if answer := self.ask("metrics", self.limit):

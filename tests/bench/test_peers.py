@@ -89,11 +89,10 @@ def test_loader_check_finds_wrong_sequences(run, monkeypatch, wrong):
 def test_a_flipped_bit_in_a_checkpoint_fails_the_check(bit, run, monkeypatch):
     copy = CheckpointManager._copy
 
-    def flip_bit(self, value, key=()):
-        copied = copy(self, value, key)
-        if not key:
-            copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
-        return copied
+    def flip_bit(self, contents):
+        copied, ready = copy(self, contents)
+        copied["optimizer"]["state"][3]["exp_avg"].view(torch.int32)[0] ^= bit
+        return copied, ready
 
     monkeypatch.setattr(CheckpointManager, "_copy", flip_bit)
     monkeypatch.setattr("acceleron.training.setup.missing_compiler", lambda device: "none here")
