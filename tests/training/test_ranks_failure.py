@@ -85,7 +85,7 @@ PHASES = {  # rank that pauses (None: all), hook that pauses it in a phase, and 
     ("phase", "signalled"),
     [
         ("training", [0, 1]),  # as torchrun does
-        ("data stall", [0]),
+        pytest.param("data stall", [0], marks=pytest.mark.slow),
         pytest.param("training", [0], marks=pytest.mark.slow),
         pytest.param("training", [1], marks=pytest.mark.slow),
         pytest.param("evaluation", [1], marks=pytest.mark.slow),
@@ -215,6 +215,7 @@ def test_killed_rank_ends_the_job_without_saving(data_dir, tmp_path, uninterrupt
     resume(run, tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_rank_is_named_among_many(data_dir, tmp_path):
     """Only the neighbors of a rank have open connections to it."""
     run = settings(data_dir, tmp_path / "run", batch_size=1)

@@ -195,6 +195,7 @@ def test_checkpoint_of_ranks_is_an_ordinary_checkpoint(run):
     assert expected.std() > 0.1
 
 
+@pytest.mark.slow
 def test_changed_global_batch_is_named_on_resume(run, tmp_path, capsys, small_nano):
     settings = run.settings(tmp_path, 1, "auto", resume=str(run(2, "zero2") / "run" / "checkpoint_10.pt"), max_steps=11)
     train(dataclasses.replace(settings, batch_size=4))
@@ -223,6 +224,7 @@ def initial_weights(ranks: Ranks, settings: list[TrainOptions]) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_init_from_starts_from_exactly_these_weights(run, tmp_path):
     path = run(1) / "run" / "checkpoint_20.pt"
     model = Acceleron.load(path)
@@ -363,6 +365,7 @@ def row_of_rank_1(data_dir, first_step: int):
     raise AssertionError
 
 
+@pytest.mark.slow
 def test_row_that_one_rank_cannot_read_ends_all_ranks_after_a_save(tmp_path, small_nano):
     """The run continues after the row is repaired."""
     data_dir = write_shards(tmp_path / "data")
@@ -400,6 +403,7 @@ def full_disk():
     torch.save = save_to_disk
 
 
+@pytest.mark.slow
 def test_full_disk_fails_on_all_ranks(data_dir, tmp_path):
     settings = options(data_dir, tmp_path / "run", batch_size=2, max_steps=3, eval_interval=3, save_interval=1)
     job = Job(settings, 2, tmp_path / "out", full_disk)
@@ -426,6 +430,7 @@ def diverge():
     Acceleron.forward = diverging
 
 
+@pytest.mark.slow
 def test_divergence_on_one_rank_ends_all_ranks_with_the_same_files(tmp_path):
     data_dir = write_shards(tmp_path / "data")
     settings = options(data_dir, tmp_path / "run", batch_size=2, save_interval=1, eval_interval=50, seq_len=256)

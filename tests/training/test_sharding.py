@@ -170,7 +170,14 @@ def sharded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-@pytest.mark.parametrize(("size", "per_node", "plan"), [(2, 2, "zero2"), (2, 2, "ddp"), (4, 2, "hsdp")])
+@pytest.mark.parametrize(
+    ("size", "per_node", "plan"),
+    [
+        (2, 2, "zero2"),
+        pytest.param(2, 2, "ddp", marks=pytest.mark.slow),
+        pytest.param(4, 2, "hsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_clipping_and_skipped_steps(data_dir, size, per_node, plan):
     truth = clipped_and_skipped(Ranks(), data_dir, "ddp")
     results = on_ranks(size, clipped_and_skipped, data_dir, plan, per_node=per_node)
@@ -254,7 +261,9 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize(("size", "plans"), [(2, ["ddp", "zero2", "fsdp"]), (4, ["hsdp"])])
+@pytest.mark.parametrize(
+    ("size", "plans"), [(2, ["ddp", "zero2", "fsdp"]), pytest.param(4, ["hsdp"], marks=pytest.mark.slow)]
+)
 def test_collectives(data_dir, tmp_path, size, plans):
     for found in on_ranks(size, communicated, data_dir, tmp_path, collective_cases(plans), per_node=2):
         check_collectives(plans, found)
@@ -275,6 +284,7 @@ def test_compiled_blocks(data_dir, tmp_path, size, plans, steps):
         check_collectives(plans, found)
 
 
+@pytest.mark.slow
 def test_gather_dtype_halves_the_traffic(data_dir, tmp_path):
     cases = [dict(data_parallel="fsdp", gather_dtype=dtype) for dtype in ("fp32", "bf16")]
     sizes = {"float": 4, "c10::BFloat16": 2}
