@@ -13,11 +13,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .errors import BAD_INPUT, InputError, RunFailed, RunStopped, is_out_of_memory
 
 # A rank that has not reported an error this many seconds after the others is listed as not responding.
 GRACE = 3.0
+# How long the other ranks wait for rank 0 to save: longer than it repeats its last attempt.
+DISK_TIMEOUT = timedelta(hours=1)
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +30,7 @@ class LostRank(RunFailed):
 
 
 class Vote:
-    """`value` is this rank's value in the `with` block of `Ranks.agreed`, and the largest of all ranks after it."""
+    """The `with` block of `Ranks.agreed` sets `value`. After the block, it is the largest value of all ranks."""
 
     value = 0
 
@@ -38,24 +42,33 @@ class Ranks:
     except `announce_stop`, `stop_announced` and `report`, which any thread can call at any time.
 
     store: a connection of its own, because an operation waits until the others of its connection have ended.
+    timeout: of decisions. device_timeout: of the collectives of the model's groups.
     on_loss: called when a collective fails, before the missing ranks are identified, which takes up to GRACE seconds.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None, timeout: float = 600
-    ):
+        self, rank: int = 0, size: int = 1, per_node: int = 1, store: dist.Store | None = None,
+        timeout: timedelta | None = None, device_timeout: timedelta | None = None,
+    ):  # fmt: skip
         self.rank, self.size, self.per_node = rank, size, per_node
         self.on_loss: Callable[[], None] = lambda: None
         self._store = store
+        self._device_timeout = device_timeout
         if size > 1:
-            limit = timedelta(seconds=timeout)  # new groups do not inherit it
-            self._control = dist.new_group(backend="gloo", timeout=limit, group_desc="control")
-            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=10), group_desc="patient")
+            self._control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+            self._disk = dist.new_group(backend="gloo", timeout=DISK_TIMEOUT, group_desc="disk")
+            self._groups = [dist.group.WORLD, self._control, self._disk]
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the only one that logs, locks and writes."""
         return self.rank == 0
+
+    def add_groups(self, groups: list[dist.ProcessGroup]):
+        """Add the model's groups, which do not inherit the default group's timeout."""
+        for group in groups:
+            _set_pg_timeout(self._device_timeout, group)
+        self._groups += groups
 
     def max(self, value: int) -> int:
         """Return the largest value of all ranks."""
@@ -100,7 +113,7 @@ class Ranks:
     def from_first(self, work: Callable[[], str | bool | None]) -> str | bool | None:
         """Call `work` on rank 0 and return its result on all ranks. An InputError or RunFailed is raised on all.
 
-        The other ranks wait without a timeout, because rank 0 can wait for a disk.
+        The other ranks wait up to DISK_TIMEOUT, because rank 0 can wait for a disk.
         """
         if self.size == 1:
             return work()
@@ -110,7 +123,7 @@ class Ranks:
                 outcome = [work()]
             except (InputError, RunFailed) as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        dist.broadcast_object_list(outcome, src=0, group=self._disk)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
@@ -131,7 +144,7 @@ class Ranks:
             return True
         with suppress(RuntimeError):
             return self._store.add("reports", 1) == 1
-        return True
+        return is_first_of_node()  # the node with the store is gone
 
     def missing(self) -> list[int]:
         """Return the ranks that do not call this method within GRACE seconds. Raises RuntimeError without a store.
@@ -150,8 +163,8 @@ class Ranks:
     def _close_connections(self):
         # A lost rank's neighbors notice it, but the others wait for the neighbors. gloo closes a group's connections
         # when an operation times out, and has no other call for this.
-        for group in (dist.group.WORLD, self._control, self._patient):
-            for rank in range(self.size):
+        for group in self._groups:
+            for rank in dist.get_process_group_ranks(group):
                 if rank != self.rank:
                     with suppress(RuntimeError):
                         dist.irecv(torch.zeros(1), src=rank, group=group).wait(timedelta(milliseconds=1))
@@ -164,40 +177,56 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
     device: as --device. timeout: seconds after which a collective fails. Raises InputError if torchrun started more
     processes than the node has GPUs, and LostRank, with the ranks that do not respond, if a collective fails.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _integer("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
     if size == 1:
         yield Ranks()
         return
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise InputError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
-    rank, per_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    rank, per_node = _integer("RANK"), _integer("LOCAL_WORLD_SIZE")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     try:
         _check_device(device, per_node, torch.cuda.device_count() if on_gpu else per_node)
-    except InputError as error:
-        if int(os.environ["LOCAL_RANK"]):  # the node's first process reports it
-            raise SystemExit(error.status) from error
-        raise
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    limit = timedelta(seconds=timeout)
-    store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    # A restarted rank must not find the addresses of the previous attempt.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        if on_gpu:
+            torch.cuda.set_device(_integer("LOCAL_RANK"))
+        # The host notices a stalled rank first, and says so, before NCCL's watchdog aborts the process.
+        limit, device_limit = timedelta(seconds=timeout), timedelta(seconds=timeout + 60 * on_gpu)
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        # A restarted rank must not find the addresses of the previous attempt.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=device_limit)
+        ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()), limit, device_limit)
+    except (InputError, dist.DistError, RuntimeError) as error:
+        if not isinstance(error, InputError):
+            if not is_collective_error(error):
+                raise
+            error = LostRank(f"not all {size} ranks started within --timeout {timeout} s; continue with --resume auto")
+        if is_first_of_node():
+            raise error from None
+        raise SystemExit(error.status) from None
     package = logging.getLogger(__package__)
     level = package.level
     if rank:
         package.setLevel(logging.ERROR)
-    ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()), timeout)
     try:
         with _reported_once(ranks):
             yield ranks
         dist.destroy_process_group()
     finally:
         package.setLevel(level)
+
+
+def is_first_of_node() -> bool:
+    """Return whether this process reports an error before the ranks have joined: one per node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _integer(name: str) -> int:
+    value = os.environ.get(name)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        found = "is not set" if value is None else f"is {value!r}, not a number"
+        raise InputError(f"{name} {found}: start several ranks with torchrun, or unset WORLD_SIZE") from None
 
 
 def _check_device(device: str, per_node: int, gpus: int):
@@ -237,6 +266,7 @@ def is_collective_error(error: Exception) -> bool:
 
 
 def describe_loss(ranks: Ranks) -> str:
+    """Name the ranks that do not respond after a collective has failed."""
     who = "another rank"
     with suppress(RuntimeError):  # if the node with the store is gone
         missing = ranks.missing()

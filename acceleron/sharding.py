@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 PLANS = {
     "ddp": "every rank has all weights",
     "zero2": "weights are gathered once per step; gradients and optimizer state are sharded",
-    "fsdp": "weights are gathered per layer, forward and backward",
+    "fsdp": "weights, gradients and optimizer state are sharded; weights are gathered per layer",
     "hsdp": "zero2 within a node, replicated across nodes",
 }
 
@@ -41,18 +41,19 @@ def choose_plan(name: str, ranks: Ranks, device: torch.device, num_parameters: i
 
     Raises InputError for hsdp on a single node, and for nodes with different numbers of ranks.
     """
-    per_node = set(ranks.gather(ranks.per_node))
-    if len(per_node) > 1:
-        numbers = " or ".join(map(str, sorted(per_node)))
+    per_node, memory = zip(*ranks.gather((ranks.per_node, total_memory(device))), strict=True)
+    if len(set(per_node)) > 1:
+        numbers = " or ".join(map(str, sorted(set(per_node))))
         raise InputError(f"the nodes have {numbers} ranks: start all nodes with the same --nproc_per_node")
     nodes, why = ranks.size // ranks.per_node, "as requested"
     if name == "auto":
-        name, why = _automatic(nodes, num_parameters, total_memory(device))
+        name, why = _automatic(nodes, num_parameters, min(memory))
     if name == "hsdp" and nodes == 1:
         raise InputError("--data_parallel hsdp: needs several nodes: use zero2 or fsdp on one node")
     shapes = {"ddp": (ranks.size, 1), "hsdp": (nodes, ranks.per_node)}
     shape = shapes.get(name, (ranks.size,))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    ranks.add_groups(mesh.get_all_groups())
     return Plan(name, mesh, why)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack, closing, suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..device import peak_flops, peak_memory, synchronize, total_memory
-from ..distributed import Ranks, join_ranks
+from ..distributed import Ranks, is_first_of_node, join_ranks
 from ..errors import OUT_OF_MEMORY, InputError, RunFailed, RunStopped, is_out_of_memory
 from ..lock import DirectoryLock
 from ..self_check import require_correct_kernels
@@ -38,7 +37,7 @@ def train(options: TrainOptions, scripts_dir: Path | None = None):
     has diverged. A signal before the first step, or a second SIGINT, ends the process.
     """
     with StopSignals() as stop:
-        stop.may_report = lambda: int(os.environ.get("RANK", 0)) == 0
+        stop.may_report = is_first_of_node
         with join_ranks(options.device, options.timeout) as ranks:
             stop.quiet, stop.on_request, stop.may_report = ranks.size > 1, ranks.announce_stop, ranks.report
             ranks.on_loss = stop.ignore

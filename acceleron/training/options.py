@@ -1,9 +1,9 @@
 """The flags of train.py."""
 
-import os
 from dataclasses import dataclass, field, fields
 
 from ..config import PRESETS, SHAPE_FIELDS
+from ..distributed import is_first_of_node
 from ..errors import InputError
 from ..flags import Parser, nonempty
 
@@ -67,12 +67,13 @@ class TrainOptions:
     vocab_size: int | None = option(None, "embedding rows (default: the size's; nano: the tokenizer's)", minimum=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1; auto is cuda if available")
     data_parallel: str = option(
-        "auto", "with several ranks: how weights and optimizer state are divided; auto goes by size and nodes",
+        "auto",
+        "with several ranks: how weights and optimizer state are divided; auto chooses by model size and nodes",
         ("auto", "ddp", "zero2", "fsdp", "hsdp"),
-    )  # fmt: skip
+    )
     gather_dtype: str = option(
         "fp32",
-        "with several ranks: dtype of gathered weights; bf16 halves the traffic, but rounds; ddp ignores it",
+        "with several ranks: dtype of gathered weights; bf16 halves the traffic, but rounds them; ddp ignores it",
         ("fp32", "bf16"),
     )
     timeout: int = option(600, "with several ranks: seconds to wait for a rank before the job fails", minimum=1)
@@ -141,6 +142,6 @@ def parse_options(arguments: list[str] | None = None) -> TrainOptions:
     try:
         return TrainOptions(**vars(parser.parse_args(arguments)))
     except InputError as error:
-        if int(os.environ.get("RANK", 0)):  # torchrun passes all ranks the same flags, and rank 0 reports the error
-            raise SystemExit(error.status) from error
-        raise
+        if is_first_of_node():
+            raise
+        raise SystemExit(error.status) from error

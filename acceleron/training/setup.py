@@ -169,20 +169,30 @@ def warn_about_changes(trainer: Trainer, checkpoint: dict):
     """Warn about settings and versions that differ from the checkpoint's."""
     saved, options, size = checkpoint["options"], trainer.options, trainer.ranks.size
     ranks = checkpoint["environment"].get("ranks", 1)
-    free = FREE_OPTIONS if ranks == size else FREE_OPTIONS | {"batch_size"}
+    free = FREE_OPTIONS if ranks == size else FREE_OPTIONS | {"batch_size", "grad_accum"}
     for name, value in asdict(options).items():
         if name not in free and name in saved and saved[name] != value:
             logger.warning(f"--{name} is {value}, but was {short_repr(saved[name])} before")
-    before = ranks, saved.get("batch_size")
-    if ranks != size and all(type(value) is int for value in before) and math.prod(before) != size * options.batch_size:
-        fix, rest = divmod(math.prod(before), size)
-        advice = "" if rest or not fix else f": pass --batch_size {fix} to continue the same trajectory"
-        was = "{} x {}".format(*before)
-        logger.warning(f"the global batch is {size} x {options.batch_size} sequences, but was {was} before{advice}")
+    before = saved.get("grad_accum"), ranks, saved.get("batch_size")
+    if ranks != size and all(type(value) is int and value > 0 for value in before):
+        _warn_about_global_batch(before, (options.grad_accum, size, options.batch_size))
     for name, value in trainer.environment.items():
         before = checkpoint["environment"].get(name)
         if before != value:
             logger.warning(f"{name} is {value}, but was {short_repr(before)} before: results will not be bitwise equal")
+
+
+def _warn_about_global_batch(before: tuple[int, int, int], now: tuple[int, int, int]):
+    """Warn about other sequences per step, and note other micro-batches. Arguments: (grad_accum, ranks, batch_size)."""
+    form = "{} x {} ranks x {} sequences"
+    batch_size, rest = divmod(before[1] * before[2], now[1])
+    if math.prod(before) != math.prod(now):
+        advice = f": pass --batch_size {batch_size} --grad_accum {before[0]} to continue the same trajectory"
+        changes = f"the global batch is {form.format(*now)}, but was {form.format(*before)} before"
+        logger.warning(changes + ("" if rest or not batch_size else advice))
+    elif before[0] != now[0]:
+        changes = f"the global batch is now {form.format(*now)} instead of {form.format(*before)}"
+        logger.info(f"note: {changes}: the balance loss, a statistic of a micro-batch, changes slightly")
 
 
 def byte_counter(tokenizer: Tokenizer | None, vocab_size: int) -> ByteCounter | None:

@@ -133,7 +133,9 @@ class Trainer:
             now = time.perf_counter()
             if batch is None and now - last_warning > STALL_SECONDS:
                 last_warning = now
-                logger.warning(f"no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
+                warn = logger.warning if self.ranks.is_first else logger.error  # other ranks show only errors
+                who = f"rank {self.ranks.rank}: " if self.ranks.size > 1 else ""
+                warn(f"{who}no data for {now - start:.0f} s: {loader.describe_rows(loader.position)}")
         self._skipped += loader.warnings
         loader.warnings.clear()
         if self.ranks.size == 1:

@@ -15,8 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Job
-from runs import SMALL_NANO, assert_bitwise_equal, final_state, options, pause_at_step, records, shrink_nano
+from ranks import Job, environments, new_store
+from runs import (
+    SMALL_NANO,
+    Child,
+    assert_bitwise_equal,
+    final_state,
+    options,
+    pause,
+    pause_at_step,
+    records,
+    shrink_nano,
+)
 from test_crashes import killed_at, valid_checkpoints
 from test_signals import pause_evaluation, pause_first_write, stall_data
 from waiting import TIMEOUT, wait_until
@@ -254,7 +264,7 @@ def pause_in_last_write(gate: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("stalls", ["process", "data"])
 def test_stalled_rank_ends_the_job_after_the_timeout(data_dir, tmp_path, stalls):
-    run = settings(data_dir, tmp_path / "run", timeout=3)
+    run = settings(data_dir, tmp_path / "run", timeout=15)
     gate = str(tmp_path / "gate")
     job = start(run, tmp_path, 1, partial(stall_data, gate) if stalls == "data" else partial(pause_at_step, 6, gate))
     first, stalled = job.children
@@ -270,6 +280,42 @@ def test_stalled_rank_ends_the_job_after_the_timeout(data_dir, tmp_path, stalls)
         stalled.signal(signal.SIGTERM)  # as torchrun does
         assert stalled.status() == FAILED, job.output()
         assert job.output().count("error") == 1, job.output()
+
+
+def pause_before_backward(step: int, gate: str):
+    """Hook: pause before this step's backward pass."""
+    shrink_nano()
+    backward, steps = torch.Tensor.backward, itertools.count(1)
+
+    def paused(*args, **kwargs):
+        if next(steps) == step:
+            pause(gate)
+        return backward(*args, **kwargs)
+
+    torch.Tensor.backward = paused
+
+
+@pytest.mark.slow
+def test_stalled_rank_is_named_if_others_wait_in_a_group_of_the_mesh(data_dir, tmp_path):
+    run = settings(data_dir, tmp_path / "run", timeout=15, batch_size=1, data_parallel="hsdp")
+    hook = partial(rank_hook, 1, partial(pause_before_backward, 6, str(tmp_path / "gate")))
+    job = Job(run, 4, tmp_path / "output", hook, per_node=2)
+    job.children[1].wait_for("paused")
+    for rank in (0, 2, 3):
+        assert job.children[rank].status() == FAILED, job.output()
+    assert job.output().count(LOST.format(1)) == 1, job.output()
+    assert job.output().count("error: ") == 1, job.output()
+    job.children[1].signal(signal.SIGKILL)
+
+
+def test_rank_that_never_starts_is_reported(data_dir, tmp_path):
+    store = new_store()
+    environment = environments(store, 2)[0]
+    child = Child(settings(data_dir, tmp_path / "run", timeout=1), tmp_path / "output", shrink_nano, environment)
+    assert child.status() == FAILED
+    output = child.output.read_text()  # with two warnings of c10d
+    assert output.endswith("error: not all 2 ranks started within --timeout 1 s; continue with --resume auto\n")
+    assert "Traceback" not in output
 
 
 def fail_at_step(step: int, error: Exception):

@@ -199,8 +199,13 @@ def test_checkpoint_of_ranks_is_an_ordinary_checkpoint(run):
 def test_changed_global_batch_is_named_on_resume(run, tmp_path, capsys, small_nano):
     settings = run.settings(tmp_path, 1, "auto", resume=str(run(2, "zero2") / "run" / "checkpoint_10.pt"), max_steps=11)
     train(dataclasses.replace(settings, batch_size=4))
-    warning = "warning: the global batch is 1 x 4 sequences, but was 2 x 4 before: pass --batch_size 8 to continue"
-    assert warning in capsys.readouterr().err
+    changes = "the global batch is 2 x 1 ranks x 4 sequences, but was 2 x 2 ranks x 4 sequences before"
+    assert f"warning: {changes}: pass --batch_size 8 --grad_accum 2 to continue" in capsys.readouterr().err
+    train(dataclasses.replace(settings, batch_size=4, grad_accum=4, save_dir=str(tmp_path / "same")))
+    log = capsys.readouterr().err
+    assert "note: the global batch is now 4 x 1 ranks x 4 sequences instead of 2 x 2 ranks x 4 sequences" in log
+    assert "warning: the global" not in log
+    assert "grad_accum is" not in log
 
 
 def test_bits_per_byte_are_those_of_one_process(data_dir, tmp_path, small_nano):
@@ -336,11 +341,13 @@ def test_locked_save_dir_is_reported_once(data_dir, tmp_path):
     assert job.output().count("\n") == 1
 
 
-def test_flags_are_reported_by_rank_0_only(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+def test_flags_are_reported_once_per_node(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="--batchsize"):
         parse_options(["--batchsize", "8"])
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end:
         parse_options(["--batchsize", "8"])
     assert end.value.code == 2
@@ -349,7 +356,7 @@ def test_flags_are_reported_by_rank_0_only(monkeypatch):
 def test_incomplete_environment_of_torchrun_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK is not set: start with torchrun"),
+        pytest.raises(InputError, match="RANK is not set: start several ranks with torchrun, or unset WORLD_SIZE"),
         join_ranks("cpu", 1),
     ):
         pass
