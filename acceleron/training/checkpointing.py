@@ -81,7 +81,7 @@ class CheckpointManager:
 
     def save(self, contents: dict, good_step: int):
         """Start writing a checkpoint once the previous one is finished. `contents` can change after this returns."""
-        self.ranks.from_first(lambda: bool(self.poll(wait=True)))  # waits for the disk, without a timeout
+        self.ranks.from_first(lambda: bool(self.poll(wait=True)))  # waits for the disk
         self.attempted_step = contents["step"]
         copied, ready = self._copy(contents)
         if self.ranks.is_first:
