@@ -207,7 +207,7 @@ class Acceleron(nn.Module):
             raise ValueError(f"labels: expected int64, but got {labels.dtype}; call .long()")
         x, layers = self.hidden_states(input_ids)
         tokens_per_expert_LE = None
-        targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous().flatten()
         if not self.config.dense:
             z_loss_L, probabilities_LE, tokens_per_expert_LE = (torch.stack(x) for x in zip(*layers, strict=True))
         tokens_per_expert_LE, num_tokens = self._count_globally(tokens_per_expert_LE, targets)

@@ -79,7 +79,7 @@ def _train(options: TrainOptions, scripts_dir: Path | None, ranks: Ranks, stop: 
 
 def signal_name(ranks: Ranks, stop: StopSignals) -> str:
     """Return the name of the signal that stops the run, on whichever rank it arrived."""
-    return next(filter(None, ranks.gather(stop.requested)))
+    return next(filter(None, ranks.gather(stop.requested)), "stop request")
 
 
 def training_loop(trainer: Trainer, checkpoints: CheckpointManager, metrics: Metrics | None, stop: StopSignals):

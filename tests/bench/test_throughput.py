@@ -105,7 +105,7 @@ def test_modes_set_the_options_of_train(options, monkeypatch, tmp_path):
         assert dataclasses.replace(moe.options, dense=True, save_dir=dense.options.save_dir) == dense.options
         made[mode] = moe.options
         if mode == "predecessor":
-            assert moe.tokens_per_step == 32 * 4 * 512
+            assert (moe.options.batch_size, moe.options.grad_accum, moe.options.seq_len) == (32, 4, 512)
     assert not made["predecessor"].no_gradient_checkpointing
     assert made["balanced"].debug_force_load_balance
     assert made["deterministic"].deterministic
