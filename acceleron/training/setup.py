@@ -110,7 +110,8 @@ def build_trainer(
                 )
         elif initial:
             initial.copy_weights(trainer.model)
-        trainer.loader.held_out()  # raises if there are more ranks than held-out sequences
+        if trainer.plan:
+            trainer.loader.held_out()  # raises if there are more ranks than held-out sequences
     _announce(trainer, backend)
     if not checked:
         logger.info(f"note: {options.data_dir} has no {METADATA}, so {tokenizer_path} cannot be checked")
