@@ -41,8 +41,8 @@ class Ranks:
     The decisions use gloo on the host, so they never wait for a GPU. All ranks call the methods in the same order,
     except `announce_stop`, `stop_announced` and `report`, which any thread can call at any time.
 
-    store: a connection of its own, because an operation waits until the others of its connection have ended.
-    timeout: of decisions. device_timeout: of the collectives of the model's groups.
+    store: a connection that nothing else uses, because operations on one connection wait for each other.
+    timeout: applies to decisions. device_timeout: applies to the model's collectives.
     on_loss: called when a collective fails, before the missing ranks are identified, which takes up to GRACE seconds.
     """
 
@@ -195,7 +195,7 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=device_limit)
         ranks = Ranks(rank, size, per_node, dist.PrefixStore("ranks", store.clone()), limit, device_limit)
-    except (InputError, dist.DistError, RuntimeError) as error:
+    except (InputError, RuntimeError) as error:
         if not isinstance(error, InputError):
             if not is_collective_error(error):
                 raise
@@ -238,7 +238,7 @@ def _check_device(device: str, per_node: int, gpus: int):
 
 @contextmanager
 def _reported_once(ranks: Ranks) -> Iterator[None]:
-    """Context manager that turns a collective's error into LostRank.
+    """Context manager that turns the error of a collective into LostRank.
 
     Only one rank raises an error that all have. The others exit with its status.
     """
